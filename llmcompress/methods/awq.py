@@ -1,0 +1,112 @@
+"""AWQ: scale up the input channels that matter before rounding, and undo it in the layer that makes them.
+
+Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", arXiv:2306.00978. For a producer (a norm, or a linear)
+whose output feeds consumers W, any s > 0 leaves the model unchanged:
+
+    W x = (W diag(s)) (diag(s)⁻¹ x)
+
+The producer absorbs diag(s)⁻¹. Rounding W diag(s) instead of W makes the error of channels with large s smaller.
+Candidates come from a grid over r, with x the root mean square of each input and w the mean relative size of each
+weight column (the paper's mean of |x| is replaced by the RMS, which the Gram matrix holds already):
+
+    s = x^r          and          s = x^r / w^(1-r)
+
+The error of a candidate needs no forward pass. With G the mean of x xᵀ and D = Q(W diag(s)) diag(s)⁻¹ - W it is
+tr(D G Dᵀ), summed over the consumers. After scaling, every group's range is searched by the same error with the
+group's own block of G (the paper's clipping), except for query and key projections, whose errors meet in a product.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.grid import fit_range, row_chunks, snap
+from llmcompress.methods.base import IntMethod
+from llmcompress.stats import InputGram
+from llmcompress.weight import CompressedWeight, quadratic
+
+FLOOR = 1e-4  # of the mean: a dead channel must not set the normalization of all others
+
+
+class AWQ(IntMethod):
+    """Options of `method: awq`."""
+
+    grid_points: int = Field(20, ge=1, le=200, description="values of r between 0 and 1")
+    duo: bool = Field(True, description="also try scales that look at the weights")
+    clip: bool = Field(True, description="search the range of each group")
+    needs: ClassVar[type[InputGram] | None] = InputGram
+    rescales: ClassVar[bool] = True
+
+    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
+        """Search the ranges of weight [out, in] float32, already scaled, as is gram [in, in]; then round."""
+        assert gram is not None  # noqa: S101  (the pipeline gathers what `needs` names)
+        group = self.group(weight.shape[1])
+        grid = fit_range(
+            weight, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=self.clip,
+            importance=diagonal_blocks(gram, group) if self.clip else None,
+        )
+        return CompressedWeight.on_grid(grid.encode(weight), grid)
+
+    def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The scale with the least output error, one factor per producer row.
+
+        weights: the consumers, [out, in] float32 each.  gram: [in, in] of their shared input.
+        index: [in] int64, the producer's row that makes each input column; several columns may share a row (query
+        heads that share a value head), and then share its factor.
+        returns: s [rows] float32 > 0, identity among the candidates.
+        """
+        stacked = torch.cat(weights)
+        rows = int(index.max()) + 1
+        best, best_scale = float("inf"), torch.ones(rows, device=gram.device)
+        for scale in self._candidates(stacked, gram, index, rows):
+            error = self._error(stacked, gram, scale[index], dtype)
+            if error < best:
+                best, best_scale = error, scale
+        return best_scale
+
+    def _candidates(self, w: Tensor, gram: Tensor, index: Tensor, rows: int) -> Iterator[Tensor]:
+        """Candidate scales [rows], identity first."""
+        x = per_row(gram.diagonal(), index, rows).sqrt()
+        groups = w.abs().reshape(len(w), -1, self.group(w.shape[1]))
+        relative = groups / groups.amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+        size = per_row(relative.reshape(w.shape).mean(0), index, rows)
+        x, size = (t.clamp(min=FLOOR * float(t.mean()) or 1.0) for t in (x, size))
+        yield torch.ones_like(x)
+        for i in range(1, self.grid_points + 1):
+            r = i / self.grid_points
+            yield normalized(x**r)
+            if self.duo and r < 1:
+                yield normalized(x**r / size ** (1 - r))
+
+    def _error(self, w: Tensor, gram: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
+        """tr(D G Dᵀ) for D = Q(w diag(scale)) diag(scale)⁻¹ - w."""
+        group, total = self.group(w.shape[1]), 0.0
+        for rows in row_chunks(w):
+            scaled = w[rows] * scale
+            grid = fit_range(
+                scaled, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=False
+            )
+            snapped = snap(scaled.reshape(len(scaled), -1, group), grid.scale.float(), grid.zero.float(), self.bits)
+            total += float(quadratic((snapped.reshape(scaled.shape) - scaled) / scale, gram))
+        return total
+
+
+def per_row(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Mean of x [in] over the columns that come from each producer row; [rows]."""
+    total = torch.zeros(rows, device=x.device).index_add_(0, index, x)
+    count = torch.zeros(rows, device=x.device).index_add_(0, index, torch.ones_like(x))
+    return total / count.clamp(min=1)
+
+
+def normalized(s: Tensor) -> Tensor:
+    """s with the geometric mean of its extremes at 1, so that neither side of the link overflows."""
+    return s / (s.max() * s.min()).sqrt()
+
+
+def diagonal_blocks(gram: Tensor, group: int) -> Tensor:
+    """The [groups, group, group] blocks on the diagonal of gram [in, in]."""
+    n = len(gram) // group
+    return gram.reshape(n, group, n, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()

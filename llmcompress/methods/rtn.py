@@ -1,0 +1,30 @@
+"""RTN: round every weight to the nearest point of its group's grid. Needs no data.
+
+    code = clamp(round(w / scale) + zero, 0, 2^bits - 1)
+
+The range of a group is either its extremes (`range: minmax`) or the shrunken range with the least squared rounding
+error (`range: mse`), which is what makes RTN usable at 4 bits and below.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.grid import fit_range
+from llmcompress.methods.base import IntMethod
+from llmcompress.weight import CompressedWeight
+
+
+class RTN(IntMethod):
+    """Options of `method: rtn`."""
+
+    range: Literal["minmax", "mse"] = "mse"
+
+    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
+        """Round weight [out, in] float32; `gram` is not used."""
+        grid = fit_range(
+            weight, bits=self.bits, group=self.group(weight.shape[1]), symmetric=self.symmetric, dtype=dtype,
+            search=self.range == "mse",
+        )
+        return CompressedWeight.on_grid(grid.encode(weight), grid)

@@ -1,0 +1,440 @@
+"""Where a model comes from: a listed name, a local folder, a GGUF file or the Hugging Face Hub.
+
+`open_source` answers from headers alone: config, tensor names, shapes and sizes, a fingerprint. Nothing is downloaded
+but small files and no weight is read, so a plan costs a fraction of a second. `ModelSource.fetch` then makes the weights
+local, and `ModelSource.load` reads the few tensors that are asked for.
+
+Every safetensors header is checked when the source is opened (offsets in bounds, without gaps, sizes that match the
+shapes), so a truncated file is reported before a run starts rather than an hour into it.
+
+The fingerprint names the weights. For the Hub it is the commit. For local files it is a sha256 over the config, every
+header, every file size and a sample of the data: the first and last 64 KiB of each file and 4 KiB from the middle of
+each tensor. Copying or touching files does not change it, and fine-tuning does; reading every byte of a large model
+would take longer than the plan. It identifies, it does not protect: a forger could change bytes between the samples.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.catalog import MODELS, PackagedFile
+from llmcompress.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from llmcompress.gguf_source import GGUFFile
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+MAX_HEADER = 100_000_000               # bytes; the limit of the safetensors library
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+CONVERT_PICKLE = (
+    "pickle files can run code when they are read, so they are refused; in an environment you trust, load the model "
+    "with transformers and save_pretrained it, or use the converter at https://huggingface.co/spaces/safetensors/convert"
+)
+GGUF_LAYOUT = b"1"                     # raise when write_checkpoint changes what it writes
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, known from its header."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str                         # as safetensors writes it, such as "BF16"
+    file: str                          # file name within the folder
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model, found but not read. `folder` is None until `fetch` has made the weights local."""
+
+    name: str                          # as given
+    hub_id: str | None                 # the model on the Hub that this is, or was made from
+    revision: str | None               # commit on the Hub
+    fingerprint: str                   # names the weights, see the module's text
+    config: dict[str, Any] = field(repr=False)
+    license: str | None
+    tensors: dict[str, TensorInfo] = field(repr=False)  # by checkpoint name; for GGUF, as `fetch` will write them
+    local: bool                        # nothing has to be downloaded
+    folder: Path | None = None         # holds config, safetensors and tokenizer
+    gguf: "GGUFFile | None" = field(default=None, repr=False)
+
+    @property
+    def needs_remote_code(self) -> bool:
+        """Whether the config asks for Python code from the repository; the caller decides if that may run."""
+        return "auto_map" in self.config
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors as stored in the checkpoint."""
+        return sum(t.bytes for t in self.tensors.values())
+
+    @property
+    def fetch_bytes(self) -> int:
+        """Bytes that `fetch` will write to disk, about."""
+        return 0 if self.folder else self.weight_bytes
+
+    def fetch(self, progress: Progress | None = None) -> "ModelSource":
+        """The same source with its weights local, in `folder`.
+
+        Hub: downloads safetensors, config and tokenizer files into the Hub's cache, continuing an earlier attempt.
+        GGUF: converts to float32 safetensors once, into ${LLMCOMPRESS_CACHE:-~/.cache/llmcompress}/gguf/.
+        progress: called with (bytes done, bytes in all). Raises SourceError: no network, no access, no space.
+        """
+        if self.folder:
+            return self
+        if self.gguf:
+            return replace(self, folder=_convert_gguf(self.gguf, self.fingerprint, self.weight_bytes, progress))
+        from llmcompress.hub_source import download
+
+        folder = download(self, progress)
+        return replace(self, folder=folder, tensors=_read_index(folder), local=True)
+
+    def load(self, names: Iterable[str], *, dtype: "torch.dtype", device: Any = "cpu") -> dict[str, "Tensor"]:
+        """Read just these tensors, floats cast to `dtype`, on `device`; no file stays open or mapped afterwards.
+
+        Values are as stored: NaN and infinity are for the caller to check. Raises SourceError naming the file.
+        """
+        if self.folder is None:
+            raise SourceError(f"{self.name}: the weights are not local yet; fetch the source before loading tensors")
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.tensors:
+                raise SourceError(f"{self.name}: there is no tensor {name!r}{_closest(name, self.tensors)}")
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, members in by_file.items():
+            found |= _read_tensors(self.folder / file, members, dtype, device)
+        return found
+
+
+def open_source(model: str, *, revision: str | None = None) -> ModelSource:
+    """Find a model by listed name, local folder, .gguf file or Hub id; reads headers only.
+
+    revision: branch, tag or commit of a Hub model; resolved to a commit.
+    Raises SourceError if it cannot be found or read, or is not an unquantized causal LM in safetensors or GGUF.
+    """
+    path = Path(model).expanduser()
+    local = model in MODELS or path.exists() or _looks_like_path(model)
+    if local and revision is not None:
+        raise SourceError(f"{model}: revision {revision!r} was given, but only models on the Hub have revisions; remove it")
+    if model in MODELS:
+        listed = MODELS[model]
+        source = _open_gguf(model, packaged_file(listed.file, SourceError))
+        return replace(source, hub_id=listed.hub_id, license=listed.license)
+    if path.is_dir():
+        return _open_folder(model, path)
+    if path.is_file():
+        return _open_file(model, path)
+    if local:
+        raise SourceError(f"{model}: no such file or folder (from {Path.cwd()})")
+    if "/" not in model and (close := _closest(model, MODELS)):
+        raise SourceError(f"{model}: neither a listed model nor a folder{close}; a Hub model is written owner/name")
+    from llmcompress.hub_source import open_hub
+
+    return open_hub(model, revision)
+
+
+def packaged_file(file: PackagedFile, error: type[Exception]) -> Path:
+    """The data file inside an installed package, found without importing it; raises `error` if it is not there."""
+    spec = importlib.util.find_spec(file.package)
+    if spec is None or not spec.origin:
+        raise error(f"the package {file.package} is not installed; get it with: {file.command}")
+    found = sorted(Path(spec.origin).parent.glob(file.path))
+    if not found:
+        raise error(f"{Path(spec.origin).parent}: no {file.path} in it; get the right version with: {file.command}")
+    return found[0]
+
+
+def check_config(config: Any, where: str) -> dict[str, Any]:
+    """The config, if it is that of an unquantized causal LM; else SourceError saying what it is."""
+    if not isinstance(config, dict):
+        raise SourceError(f"{where}: config.json holds {type(config).__name__}, expected a mapping")
+    architectures = config.get("architectures") or []
+    if not any(str(name).endswith(CAUSAL) for name in architectures) or config.get("is_encoder_decoder"):
+        found = ", ".join(map(str, architectures)) or "no architecture"
+        raise SourceError(
+            f"{where}: config.json names {found} (model_type {config.get('model_type')!r}), which is not a causal LM; "
+            'expected "architectures" with a name that ends in ForCausalLM or LMHeadModel'
+        )
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        raise SourceError(f"{where}: this checkpoint is already quantized ({method}); start from the unquantized model")
+    return config
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensors of a safetensors file, from its header, strictly checked; no weights are read.
+
+    The format: 8 bytes of length (little endian), a JSON header of that length, then data without gaps.
+    Raises SourceError if the file is unreadable, truncated, or contradicts itself.
+    """
+    header, start = _header_bytes(path)
+    try:
+        entries = json.loads(header, object_pairs_hook=_without_duplicates)
+        if not isinstance(entries, dict):
+            raise ValueError("it is not a mapping")
+        entries.pop("__metadata__", None)
+        return parse_entries(entries, path.name, path.stat().st_size - start)
+    except (ValueError, RecursionError) as exc:  # JSON and text errors are ValueErrors
+        raise SourceError(f"{path}: not a valid safetensors file: {exc}; download or save it again") from None
+
+
+def parse_entries(entries: Mapping[str, Any], file: str, data_bytes: int | None) -> dict[str, TensorInfo]:
+    """TensorInfo for each header entry of `file`, in order of position.
+
+    data_bytes: size of the data part, None if unknown. Raises ValueError if an entry is malformed, if its size does not
+    match its shape, or if the entries do not cover the data exactly.
+    """
+    spans = []
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"entry {name!r} is malformed")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list | tuple) else [-1]
+        if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"entry {name!r} has shape {shape!r} and offsets {offsets!r}")
+        if dtype not in ITEM_SIZE:
+            raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}")
+        if offsets[1] - offsets[0] != prod(shape) * ITEM_SIZE[dtype]:
+            raise ValueError(f"tensor {name!r} of shape {shape} in {dtype} cannot take {offsets[1] - offsets[0]} bytes")
+        spans.append((offsets[0], offsets[1], TensorInfo(name, tuple(shape), dtype, file, offsets[1] - offsets[0])))
+    end = 0
+    for start, stop, tensor in sorted(spans, key=lambda span: span[:2]):
+        if start != end:
+            raise ValueError(f"tensor {tensor.name!r} begins at byte {start} of the data, expected {end}")
+        end = stop
+    if data_bytes is not None and end != data_bytes:
+        raise ValueError(f"its tensors take {end} bytes, the file holds {data_bytes} (truncated?)")
+    return {tensor.name: tensor for *_, tensor in sorted(spans, key=lambda span: span[:2])}
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """The raw JSON header of a safetensors file and the position of the data."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise SourceError(
+                    f"{path}: not a valid safetensors file: {size} bytes, with a header of {length} bytes "
+                    "(truncated?); download or save it again"
+                )
+            return file.read(length), 8 + length
+    except OSError as exc:
+        raise SourceError(f"{path}: cannot read this file: {exc.strerror}") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's hook for mappings, refusing a key that appears twice."""
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        raise ValueError("a name appears twice in the header")
+    return mapping
+
+
+def _open_file(name: str, path: Path) -> ModelSource:
+    """A model given as a single file."""
+    if path.suffix == ".gguf":
+        return _open_gguf(name, path)
+    if path.suffix in PICKLES:
+        raise SourceError(f"{path}: {CONVERT_PICKLE}")
+    raise SourceError(f"{path}: give the folder that holds config.json and the safetensors files, or a .gguf file")
+
+
+def _open_gguf(name: str, path: Path) -> ModelSource:
+    """A GGUF file; its tensors are listed as the float32 safetensors that `fetch` makes of them."""
+    from llmcompress.gguf_source import read_gguf
+
+    found = read_gguf(path.resolve())
+    tensors = {
+        name: TensorInfo(name, tensor.shape, "F32", "model.safetensors", 4 * prod(tensor.shape))
+        for name, tensor in found.tensors.items()
+    }
+    digest = hashlib.sha256()
+    _hash_file(digest, found.path, found.data_start, [t.start + t.size // 2 for t in found.tensors.values()])
+    fingerprint = digest.hexdigest()
+    folder = _gguf_folder(fingerprint)
+    return ModelSource(
+        name=name, hub_id=None, revision=None, fingerprint=fingerprint, config=found.config, license=found.license,
+        tensors=tensors, local=True, folder=folder if folder.is_dir() else None, gguf=found,
+    )  # fmt: skip
+
+
+def _open_folder(name: str, path: Path, hub_id: str | None = None, revision: str | None = None) -> ModelSource:
+    """A folder with config.json and safetensors."""
+    config = check_config(_read_json(path / "config.json"), str(path))
+    tensors = _read_index(path)
+    return ModelSource(
+        name=name, hub_id=hub_id, revision=revision, fingerprint=revision or _fingerprint(path, config, tensors),
+        config=config, license=_license(path / "README.md"), tensors=tensors, local=True, folder=path.resolve(),
+    )  # fmt: skip
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path.parent}: no {path.name} in this folder; a Hugging Face model folder has one") from None
+    except (OSError, ValueError, RecursionError) as exc:
+        raise SourceError(f"{path}: cannot read this file as JSON: {exc}") from None
+
+
+def _read_index(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a folder: one model.safetensors, or the shards that the index names."""
+    if (folder / "model.safetensors").is_file():
+        return read_header(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise SourceError(f"{folder}: {_what_instead(folder)}")
+    content = _read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+        raise SourceError(f"{index}: expected a weight_map from tensor names to file names in the same folder")
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise SourceError(f"{folder}: {file} is missing, though {index.name} names it; download the model again")
+        tensors |= read_header(folder / file)
+    wrong = sorted(n for n in weight_map.keys() | tensors if n not in tensors or tensors[n].file != weight_map.get(n))
+    if wrong:
+        raise SourceError(f"{index}: {len(wrong)} tensors are not where the index says, first {wrong[0]!r}; save it again")
+    return tensors
+
+
+def _what_instead(folder: Path) -> str:
+    """Why a folder has no weights to read."""
+    names = [p.name for p in folder.iterdir()]
+    if any(name.endswith(PICKLES) for name in names):
+        return f"only pickle weights here ({next(n for n in sorted(names) if n.endswith(PICKLES))}); {CONVERT_PICKLE}"
+    if ggufs := sorted(name for name in names if name.endswith(".gguf")):
+        return f"no safetensors here; give the GGUF file itself: {folder / ggufs[0]}"
+    return "no model.safetensors and no model.safetensors.index.json in this folder; expected one of them"
+
+
+def _license(card: Path) -> str | None:
+    """The licence that a model card's front matter states."""
+    import yaml
+
+    try:
+        text = card.read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):  # a card is prose: one that cannot be read states nothing
+        return None
+    value = front.get("license") if isinstance(front, dict) else None
+    return value if isinstance(value, str) else None
+
+
+def _fingerprint(folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> str:
+    """sha256 over config, headers, sizes and samples of the data; see the module's text."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in sorted({t.file for t in tensors.values()}):
+        _, start = _header_bytes(folder / file)
+        middles, at = [], start
+        for tensor in tensors.values():  # in order of position, without gaps: read_header checked that
+            if tensor.file == file:
+                middles.append(at + tensor.bytes // 2)
+                at += tensor.bytes
+        digest.update(file.encode())
+        _hash_file(digest, folder / file, start, middles)
+    return digest.hexdigest()
+
+
+def _hash_file(digest: Any, path: Path, header: int, middles: list[int]) -> None:
+    """Add a file's header (`header` bytes), size, ends and samples at `middles` (positions) to a digest."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest.update(struct.pack("<Q", size) + file.read(header + 65536))
+        for position in [*middles, max(0, size - 65536)]:
+            file.seek(position)
+            digest.update(file.read(65536 if position == max(0, size - 65536) else 4096))
+
+
+def _gguf_folder(fingerprint: str) -> Path:
+    """Where the converted model of a GGUF file lies, or will."""
+    cache = Path(os.environ.get("LLMCOMPRESS_CACHE") or "~/.cache/llmcompress").expanduser()
+    return cache / "gguf" / hashlib.sha256(GGUF_LAYOUT + fingerprint.encode()).hexdigest()[:16]
+
+
+def _convert_gguf(found: "GGUFFile", fingerprint: str, size: int, progress: Progress | None) -> Path:
+    """Convert a GGUF file into the cache, unless it is there already; a killed conversion leaves no half folder."""
+    from filelock import FileLock
+
+    from llmcompress.gguf_source import write_checkpoint
+
+    folder = _gguf_folder(fingerprint)
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if folder.is_dir():
+                return folder
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(folder.parent).free
+            if free < size:
+                raise SourceError(
+                    f"{folder.parent}: {free / 2**30:.1f} GiB free, the converted model takes {size / 2**30:.1f} GiB; "
+                    "make room, or set LLMCOMPRESS_CACHE to a folder on another disk"
+                )
+            partial.mkdir()
+            write_checkpoint(found, partial, progress)
+            partial.rename(folder)
+    except OSError as exc:
+        raise SourceError(
+            f"{partial}: cannot convert {found.path.name}: {exc}; set LLMCOMPRESS_CACHE to a folder with space"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _read_tensors(path: Path, names: list[str], dtype: "torch.dtype", device: Any) -> dict[str, "Tensor"]:
+    """These tensors of one file, copied out of its mapping so that the mapping can go."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in names}
+            return {
+                name: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
+                for name, value in found.items()
+            }
+    except (OSError, SafetensorError) as exc:
+        raise SourceError(
+            f"{path}: cannot read tensors ({exc}); the file changed or is damaged: download or save it again"
+        ) from None
+
+
+def _looks_like_path(model: str) -> bool:
+    """Whether a string that names nothing on disk can only have been meant as a path."""
+    return (
+        model.startswith((".", "/", "~"))
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)
+        or model.endswith((".gguf", ".safetensors", *PICKLES))
+    )
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    """A hint that names the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,43 @@
+"""Statistics of a linear layer's inputs, kept as sums and counts so that batches, shards and ranks add up exactly."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import CalibrationError
+
+PANEL = 512  # columns of one product; only panels on or above the diagonal are computed
+
+
+class InputGram:
+    """Second moment of one linear's inputs: the sum over tokens of x xᵀ, in float32.
+
+    Its mean G gives the output error of any change D of the weight without a forward pass, tr(D G Dᵀ), which is
+    all that GPTQ, AWQ's searches and relative errors need.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        for start in range(0, x.shape[1], PANEL):
+            panel = x[:, start : start + PANEL]
+            self.total[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or shard saw."""
+        self.total += other.total
+        self.tokens += other.tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """G = mean of x xᵀ, [in, in] float32, symmetric."""
+        if self.tokens == 0:
+            raise CalibrationError("no tokens reached this layer; give more calibration text, or list it in `keep`")
+        upper = self.total.triu() / self.tokens
+        return upper + upper.triu(1).T

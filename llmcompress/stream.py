@@ -1,0 +1,253 @@
+"""The stream: a model too large for memory, one decoder block at a time.
+
+    model = StreamedModel(skeleton, architecture, read)
+    hidden = model.embed(tokens)
+    for block in stream_blocks(model, hidden):
+        grams = collect(block, ...)        # forward passes with hooks on the linears
+        ...                                # replace weights in block.module
+    logits = model.logits(hidden)
+
+The stream knows neither methods nor formats. Peak memory is one block and the hidden states of all samples, whatever
+the depth. Hidden states are kept in the dtype of the checkpoint and computed as the model itself would.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.arch import Architecture, first
+from llmcompress.errors import CalibrationError, FormatError
+from llmcompress.stats import InputGram
+
+BATCH_TOKENS = 4096  # tokens of one forward pass: large enough for matrix units, small enough for memory
+
+Read = Callable[[Iterable[str]], dict[str, Tensor]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A decoder block with its weights loaded, and what it is called with."""
+
+    index: int
+    name: str                 # module path
+    module: nn.Module
+    hidden: Tensor            # [samples, length, width]: the inputs of this block
+    arguments: dict[int, Arguments]  # by batch size: what it is called with besides the hidden states
+
+    def forward(self, rows: slice) -> Tensor:
+        """Outputs for some samples, [n, length, width]; the weights are used as they are now."""
+        x = self.hidden[rows].to(next(self.module.parameters()).device)
+        args, kwargs = self.arguments[len(x)]
+        with torch.no_grad():
+            return first(self.module(x, *args, **kwargs))
+
+    def batches(self) -> Iterator[slice]:
+        """Samples that go through together."""
+        yield from batches(self.hidden.shape[0], self.hidden.shape[1])
+
+
+class StreamedModel:
+    """A skeleton whose parameters come and go.
+
+    model: parameters on the meta device, buffers real.  read: checkpoint tensors of these module parameter names.
+    """
+
+    def __init__(
+        self, model: nn.Module, architecture: Architecture, read: Read, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model = model
+        self.architecture = architecture
+        self.read = read
+        self.dtype = dtype
+        self.device = device
+        self.blocks = model.get_submodule(architecture.blocks)
+        self.arguments: list[dict[int, Arguments]] = [{} for _ in self.blocks]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Inputs of the first block, [samples, length, width], for tokens [samples, length] int64.
+
+        The model's own forward runs with every block replaced by the identity; what each block was called with
+        (masks, rotary embeddings) is kept for `Block.forward`. It depends on the length only, as there is no padding.
+        """
+        with self._parameters(self._outside_blocks()):
+            return torch.cat([self._embed_batch(tokens[rows]) for rows in batches(*tokens.shape)])
+
+    def prepare(self, tokens: Tensor) -> None:
+        """Only learn what blocks are called with; for a run that continues with stored hidden states."""
+        by_size = {len(tokens[rows]): rows for rows in batches(*tokens.shape)}
+        with self._parameters(self._outside_blocks()):
+            for rows in by_size.values():
+                self._embed_batch(tokens[rows])
+
+    def load_block(self, index: int, hidden: Tensor) -> Block:
+        """The block with its weights on the device."""
+        module, name = self.blocks[index], self.architecture.block(index)
+        fill(module, self.read, name + ".", self.device, self.dtype)
+        return Block(index, name, module, hidden, self.arguments[index])
+
+    def free_block(self, index: int) -> None:
+        """Forget the weights of the block."""
+        for name in [name for name, _ in self.blocks[index].named_parameters()]:
+            release(self.blocks[index], name)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, length, vocabulary] for the last block's outputs [n, length, width], in the dtype of the model.
+
+        The model's own forward runs with every block returning its input, so that the final norm, the head and
+        whatever the model does to its logits are its own.
+        """
+        def outputs(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden.to(self.device)
+
+        with self._parameters(self._outside_blocks(head=True)), self._blocks_as(lambda index: outputs):
+            # Without token ids the model needs no embedding table, the largest tensor of all.
+            return self.model(inputs_embeds=hidden.to(self.device), use_cache=False).logits.to("cpu")
+
+    def _embed_batch(self, tokens: Tensor) -> Tensor:
+        """Inputs of the first block for tokens [n, length]; notes what every block was called with."""
+        seen: list[Tensor] = []
+
+        def identity(index: int) -> Callable[..., Tensor]:
+            def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                self.arguments[index][len(tokens)] = (args, kwargs)
+                seen.append(x)
+                return x
+            return forward
+
+        body = getattr(self.model, self.model.base_model_prefix)
+        with self._blocks_as(identity):
+            body(tokens.to(self.device), use_cache=False)
+        return seen[0].to("cpu")
+
+    def _outside_blocks(self, *, head: bool = False) -> list[str]:
+        """Parameters outside the blocks: with the head but without the embedding table, or the other way round."""
+        inside = self.architecture.blocks + "."
+        body = self.model.base_model_prefix + "."
+        table = self.model.get_input_embeddings().weight
+        tied = self.model.get_output_embeddings().weight is table
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(inside)
+            and (name.startswith(body) or head)
+            and (parameter is not table or tied or not head)
+        ]
+
+    @contextmanager
+    def _parameters(self, names: list[str]) -> Iterator[None]:
+        """Real weights for some parameters, for a while."""
+        tensors = self.read(names)
+        for name in names:
+            assign(self.model, name, checked(name, tensors.pop(name)).to(self.device, self.dtype))
+        self.model.tie_weights()
+        for name, buffer in self.model.named_buffers():
+            buffer.data = buffer.data.to(self.device)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for name in names:
+                release(self.model, name)
+            self.model.tie_weights()
+
+    @contextmanager
+    def _blocks_as(self, forward: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+        """Every block's forward replaced by `forward(index)`, for a while."""
+        for index, block in enumerate(self.blocks):
+            block.forward = forward(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+
+def stream_blocks(model: StreamedModel, hidden: Tensor, start: int = 0) -> Iterator[Block]:
+    """Yield blocks in order from `start`, each fed by what came out of the changed blocks before it.
+
+    hidden: [samples, length, width], the inputs of block `start`; overwritten. The caller must finish with a block
+    before asking for the next: the generator then replays it to make the inputs of its successor.
+    """
+    for index in range(start, model.architecture.count):
+        block = model.load_block(index, hidden)
+        yield block
+        for rows in block.batches():
+            hidden[rows] = block.forward(rows).to(hidden.device)
+        model.free_block(index)
+        if not bool(hidden.isfinite().all()):
+            raise CalibrationError(
+                f"{block.name}: its output holds NaN or infinity on the calibration data; the model overflows "
+                f"{str(model.dtype).removeprefix('torch.')} (try `dtype: bfloat16` or `float32`) or its weights are damaged"
+            )
+
+
+def collect(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, InputGram]:
+    """Second moments of the inputs of a block's linears, gathered once per group of linears that share an input.
+
+    shared: names of linears below the block. The result has one entry per linear; those of a group are the same object.
+    """
+    grams: dict[str, InputGram] = {}
+    hooks = []
+    for names in shared:
+        linear = block.module.get_submodule(names[0])
+        gram = InputGram(in_features(linear), next(linear.parameters()).device)
+        grams |= dict.fromkeys(names, gram)
+        hooks.append(linear.register_forward_pre_hook(lambda module, args, gram=gram: gram.update(args[0])))
+    try:
+        for rows in block.batches():
+            block.forward(rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return grams
+
+
+def in_features(linear: nn.Module) -> int:
+    """Input features of a Linear or a Conv1D."""
+    return linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0]
+
+
+def batches(samples: int, length: int) -> Iterator[slice]:
+    """Slices of about BATCH_TOKENS tokens."""
+    step = max(1, BATCH_TOKENS // length)
+    for start in range(0, samples, step):
+        yield slice(start, min(start + step, samples))
+
+
+def fill(module: nn.Module, read: Read, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Give every parameter of `module` its tensor; the names that `read` knows start with `prefix`."""
+    names = [name for name, _ in module.named_parameters()]
+    tensors = read([prefix + name for name in names])
+    for name in names:
+        assign(module, name, checked(prefix + name, tensors.pop(prefix + name)).to(device, dtype))
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def checked(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if it is finite."""
+    if not bool(tensor.isfinite().all()):
+        raise FormatError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged, fetch or save it again")
+    return tensor
+
+
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set the parameter `name` (a dotted path); its shape must be as the model says."""
+    owner, _, leaf = name.rpartition(".")
+    place = module.get_submodule(owner)
+    expected = tuple(getattr(place, leaf).shape)
+    if tuple(tensor.shape) != expected:
+        raise FormatError(f"{name}: shape {tuple(tensor.shape)} in the checkpoint, {expected} in the model")
+    setattr(place, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def release(module: nn.Module, name: str) -> None:
+    """Put the parameter `name` back on the meta device."""
+    owner, _, leaf = name.rpartition(".")
+    place = module.get_submodule(owner)
+    setattr(place, leaf, nn.Parameter(getattr(place, leaf).to("meta"), requires_grad=False))

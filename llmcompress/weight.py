@@ -1,0 +1,64 @@
+"""What a method hands to a format.
+
+A method decides *which numbers* a layer will use; a format decides *how they are stored*. This record is all they
+share. `values` is the truth: whatever the format does, unpacking must give back `values` bit for bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llmcompress.grid import IntGrid
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedWeight:
+    """One weight matrix after a method."""
+
+    values: Tensor                # [out, in] in the dtype of the checkpoint: what the layer computes with
+    codes: Tensor | None = None   # [out, in] uint8: position of each value on `grid`
+    grid: IntGrid | None = None   # how codes become values
+
+    @classmethod
+    def on_grid(cls, codes: Tensor, grid: IntGrid) -> "CompressedWeight":
+        """The weight whose values are `codes` [out, in] uint8 decoded by `grid`."""
+        return cls(values=grid.decode(codes), codes=codes, grid=grid)
+
+    def split(self, rows: Sequence[int]) -> list["CompressedWeight"]:
+        """Undo a stacking of weights along the output dimension; `rows` are the heights, in order."""
+        parts, start = [], 0
+        for count in rows:
+            here = slice(start, start + count)
+            parts.append(
+                CompressedWeight(
+                    values=self.values[here],
+                    codes=None if self.codes is None else self.codes[here],
+                    grid=None if self.grid is None else replace(
+                        self.grid, scale=self.grid.scale[here], zero=self.grid.zero[here]
+                    ),
+                )
+            )
+            start += count
+        return parts
+
+
+def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None = None) -> float:
+    """Share of a layer's output that compression changed: sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = values - weight.
+
+    weight, values: [out, in].  gram: [in, in], the mean of x xᵀ; None means the identity, so that the result is the
+    relative Frobenius error of the weight itself. Returns 0.0 for a layer whose output is zero anyway.
+    """
+    w = weight.float()
+    delta = values.float() - w
+    if gram is None:
+        lost, whole = delta.square().sum(), w.square().sum()
+    else:
+        lost, whole = quadratic(delta, gram), quadratic(w, gram)
+    return float(torch.sqrt(lost.clamp(min=0) / whole)) if whole > 0 else 0.0
+
+
+def quadratic(x: Tensor, gram: Tensor) -> Tensor:
+    """tr(x G xᵀ) for x [rows, n] and G [n, n] symmetric: the mean squared output of x as a layer."""
+    return (x @ gram).mul_(x).sum()

@@ -1,0 +1,78 @@
+"""Tiny random models of many architectures, and a tiny tokenizer; everything offline."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 128, "max_position_embeddings": 128,
+         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+GQA = {"num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 16}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SIZES | GQA | {"tie_word_embeddings": True},
+    "mistral": SIZES | GQA | {"sliding_window": 16},
+    "qwen2": SIZES | GQA,
+    "qwen3": SIZES | GQA | {"head_dim": 32},
+    "phi3": SIZES | GQA,
+    "gemma2": SIZES | GQA | {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": SIZES | GQA | {"sliding_window": 16, "query_pre_attn_scalar": 16},
+    "gpt2": SIZES,
+    "gpt_neox": SIZES | {"intermediate_size": 160},
+    "opt": SIZES | {"ffn_dim": 160, "word_embed_proj_dim": 96},
+}
+
+
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """Config of a tiny model: 96 wide, 6 query heads, 2 KV heads (3 query heads per group) where the kind has them."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, **(ARCHITECTURES[kind] | changes))
+
+
+def tiny_model(kind: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model, with weights large enough that logits differ between tokens."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.1)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer cut down to the 128 ASCII characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<s>": 0, "</s>": 1, "<unk>": 2} | {chr(c): c for c in range(3, 128)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def write_tiny(folder: Path, kind: str, **changes: Any) -> Path:
+    """Save a tiny model and its tokenizer as a stock folder."""
+    tiny_model(kind, **changes).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a tiny model by architecture, written once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = write_tiny(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get

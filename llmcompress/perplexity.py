@@ -9,7 +9,6 @@ Windows, not tokens, are the independent samples: neighbouring tokens of one pas
 standard errors are therefore taken over windows.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmcompress.calibrate import cut_windows, leading_token
 from llmcompress.errors import EvaluationError
 
 Progress = Callable[[str, int, int], None]  # what is being scored, how much is done, of how much
@@ -37,29 +37,19 @@ class WindowScores:
     agreement: list[float] = field(default_factory=list)   # share of positions where both have the same top token
 
 
-def cut_windows(text: str, tokenizer: Any, length: int, windows: int | None, name: str) -> Tensor:
+def text_windows(text: str, tokenizer: Any, length: int, windows: int | None, name: str) -> Tensor:
     """Tokenize `text` once and cut it: [windows, length] int64, the first ones if there are more than asked for.
 
     Raises EvaluationError if the text does not fill one window.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    head = tokenizer("")["input_ids"][:1]
-    head = head if head and head[0] == tokenizer.bos_token_id else []
-    step = length - len(head)
-    found = len(tokens) // step
-    if found == 0:
+    found = cut_windows(tokens, length, leading_token(tokenizer))
+    if len(found) == 0:
         raise EvaluationError(
             f"text {name!r}: {len(tokens)} tokens do not fill one window of {length}; "
             "give a longer text or a smaller length"
         )
-    count = found if windows is None else min(windows, found)
-    body = torch.tensor(tokens[: count * step], dtype=torch.int64).view(count, step)
-    return torch.cat([torch.tensor(head, dtype=torch.int64).expand(count, -1), body], dim=1)
-
-
-def fingerprint(windows: Tensor) -> str:
-    """sha256 of the tokens of all windows: two models are compared only on the same ones."""
-    return hashlib.sha256(windows.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()
+    return found[:windows]
 
 
 def score_windows(

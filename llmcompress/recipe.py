@@ -1,4 +1,4 @@
-"""The recipe: what to do, in YAML; strict, frozen and known by its fingerprint.
+"""The recipe: what to do, in YAML. Strict, frozen, and known by its fingerprint.
 
     model: smollm2-135m
     calibration: {data: boolq-calibration, samples: 128, length: 512}
@@ -7,77 +7,47 @@
         bits: 4
         group_size: 64
     output: {format: pack-quantized}
+
+Step options other than `method` and `targets` are the fields of the method's own record (`llmcompress list methods`).
 """
 
-import json
+import difflib
+import fnmatch
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
+from llmcompress.calibrate import CalibrationOptions
 from llmcompress.errors import RecipeError
 from llmcompress.formats import FORMATS
 from llmcompress.methods import METHODS, Method
 from llmcompress.options import Options
 
-BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-class DataSource(Options):
-    """One source of text: a Hub dataset, a local .txt, .raw, .jsonl or .parquet file, or a name from `list datasets`."""
-
-    data: str
-    name: str | None = None          # configuration of a Hub dataset
-    revision: str | None = None      # of a Hub dataset; resolved to a commit in the manifest
-    split: str = "train"
-    column: str | None = None        # default: "text", or "messages" through the chat template
-    weight: float = Field(1.0, gt=0)  # share of the samples, relative to the other sources of a mix
-
-
-class Calibration(DataSource):
-    """Text that methods gather statistics on: `samples` windows of `length` tokens, packed, without padding."""
-
-    data: str | list[DataSource]     # type: ignore[assignment]  # a list is a weighted mix
-    samples: int = Field(128, ge=1)
-    length: int = Field(512, ge=2)   # tokens per sample
-    seed: int = 0
-
-    def sources(self) -> list[DataSource]:
-        """The mix as a list, a single source included."""
-        if isinstance(self.data, list):
-            return self.data
-        return [DataSource(**self.model_dump(include=set(DataSource.model_fields)))]
-
-
-class Step(Options):
-    """One method on the linears whose module names match `targets` (globs)."""
-
-    method: Annotated[Method, Field()]
-    name: str                        # the key in METHODS
-    targets: list[str] = ["*"]
-
-    model_config = {"arbitrary_types_allowed": True}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+         "TIB": 2**40}
 
 
 class Output(Options):
     """How the result is stored."""
 
-    format: str = "auto"             # a key of FORMATS; "auto": the smallest that stock engines load
+    format: str = "auto"                # a key of FORMATS; "auto": the smallest that stock engines load
 
     @field_validator("format")
     @classmethod
-    def known(cls, value: str) -> str:
+    def _known(cls, value: str) -> str:
         if value != "auto" and value not in FORMATS:
             raise ValueError(f"unknown format; known: auto, {', '.join(FORMATS)}")
         return value
 
 
 class Evaluate(Options):
-    """Scores taken on the reloaded checkpoint, and on the base model for comparison."""
+    """Scores taken on the reloaded checkpoint and on the base model."""
 
-    suite: str = "quick"             # evals/suites/<suite>.yaml, or a path
+    suite: str = "quick"                # a name from `list suites`, or the path of a suite's YAML file
 
 
 class Publish(Options):
@@ -87,18 +57,127 @@ class Publish(Options):
     private: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One method and the linears it is for."""
+
+    method: Method
+    name: str                           # its key in METHODS
+    targets: tuple[str, ...] = ("*",)   # globs on module names
+
+    def matches(self, module: str) -> bool:
+        """Whether the step is for the linear at this module path."""
+        return matches(module, self.targets)
+
+
 class Recipe(Options):
-    """The whole recipe."""
+    """The whole recipe, as plain values; `parsed_steps` are its steps as methods."""
 
     model: str
-    revision: str | None = None
+    revision: str | None = None         # of a Hub model; resolved to a commit in the manifest
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    device: str = "auto"             # "auto": cuda when there is one, else cpu
-    max_memory: int | None = None    # bytes of host memory the run may use; YAML takes "8GiB"
+    device: str = "auto"                # cuda when there is one, else cpu
+    max_memory: int | None = None       # bytes of host memory the run may use; written as 8GiB
     trust_remote_code: bool = False
-    calibration: Calibration | None = None
-    steps: list[Any] = Field(min_length=1)
-    keep: list[str] = ["lm_head"]    # globs on module names that are left alone on purpose
+    calibration: CalibrationOptions | None = None
+    steps: list[dict[str, Any]] = Field(min_length=1)
+    keep: list[str] = ["lm_head"]       # globs on module names left alone on purpose
     output: Output = Output()
     evaluate: Evaluate | None = None
     publish: Publish | None = None
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    def parsed_steps(self) -> list[Step]:
+        """Every step with its method's options checked. Raises RecipeError with the path of the first bad key."""
+        return [parse_step(step, f"steps[{i}]") for i, step in enumerate(self.steps)]
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as values that YAML and JSON hold, without what was left at its default."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe; `overrides` maps dotted keys ("calibration.samples", "steps.0.bits") to values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"{path}: the recipe cannot be read ({exc}); see `llmcompress list recipes`") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as exc:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(exc).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected a mapping with `model` and `steps`, found {type(values).__name__}")
+    for key, value in (overrides or {}).items():
+        override(values, key, value)
+    try:
+        return parse_recipe(values)
+    except RecipeError as exc:
+        exc.add_note(f"recipe: {path}")
+        raise
+
+
+def parse_recipe(values: dict[str, Any]) -> Recipe:
+    """Check plain values, the methods' options included."""
+    recipe = Recipe.parse(values, "")
+    recipe.parsed_steps()
+    return recipe
+
+
+def parse_step(values: dict[str, Any], where: str) -> Step:
+    """One step from its plain values."""
+    options = dict(values)
+    name = options.pop("method", None)
+    if name not in METHODS:
+        close = difflib.get_close_matches(str(name), METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"{where}.method: unknown method {name!r}{hint} (known: {', '.join(METHODS)})")
+    targets = options.pop("targets", ["*"])
+    if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
+        raise RecipeError(f"{where}.targets: expected a list of globs on module names, found {targets!r}")
+    unknown = set(options) - set(METHODS[name].model_fields)
+    if close := [c for u in unknown for c in difflib.get_close_matches(u, ["targets", "method"], n=1)]:
+        raise RecipeError(f"{where}.{min(unknown)}: unknown option; did you mean {close[0]!r}?")
+    return Step(METHODS[name].parse(options, where), name, tuple(targets))
+
+
+def override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in nested plain values, making mappings on the way; list items go by number."""
+    place: Any = values
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(place, list):
+            place = place[list_index(place, part, key)]
+        else:
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"--set {key}: {part!r} holds {place!r}, which has no options below it")
+    if isinstance(place, list):
+        place[list_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def list_index(values: list[Any], part: str, key: str) -> int:
+    """The item that `part` of a dotted key names."""
+    if not part.isdigit() or int(part) >= len(values):
+        raise RecipeError(f"--set {key}: {part!r} is not an item of a list of {len(values)} (the first is 0)")
+    return int(part)
+
+
+def parse_bytes(text: str) -> int:
+    """'6GiB', '500 MB' or '1024' as bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS:
+        raise ValueError("expected a size such as 6GiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def matches(module: str, globs: tuple[str, ...] | list[str]) -> bool:
+    """Whether a module path matches one of the globs; a glob without a dot also matches the last part alone."""
+    leaf = module.rpartition(".")[2]
+    return any(fnmatch.fnmatchcase(module, g) or ("." not in g and fnmatch.fnmatchcase(leaf, g)) for g in globs)

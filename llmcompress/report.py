@@ -23,7 +23,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Undefined, UndefinedError
@@ -59,7 +59,8 @@ def write_report(folder: Path) -> list[Path]:
         texts = {"README.md": model_card(results, recipe), "report.html": report_page(results, recipe)}
     except (KeyError, TypeError, UndefinedError) as exc:
         raise FormatError(
-            f"{folder / 'results.json'}: cannot be shown, {exc!r}; expected the fields of schema {SCHEMA}; run the recipe again"
+            f"{folder / 'results.json'}: cannot be shown ({exc!r}); expected the fields of schema {SCHEMA}; "
+            "run the recipe again"
         ) from exc
     return [write_atomically(folder / name, text) for name, text in texts.items()]
 
@@ -68,12 +69,14 @@ def read_results(folder: Path) -> dict[str, Any]:
     """The content of results.json. Raises FormatError if it is missing, not JSON or of another schema."""
     path = folder / "results.json"
     try:
-        results = json.loads(read_text(path))
+        results: Any = json.loads(read_text(path))
     except json.JSONDecodeError as exc:
         raise FormatError(f"{path}: not valid JSON ({exc}); run the recipe again") from exc
-    found = results.get("schema") if isinstance(results, dict) else results
-    if found != SCHEMA:
-        raise FormatError(f"{path}: expected schema {SCHEMA}, found {found!r}; use the version that wrote it, or run again")
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        found = results.get("schema") if isinstance(results, dict) else results
+        raise FormatError(
+            f"{path}: expected schema {SCHEMA}, found {found!r}; use the version that wrote it, or run the recipe again"
+        )
     return results
 
 
@@ -163,7 +166,7 @@ def markdown(value: object) -> str:
         return str(text)
     # An underscore inside a word is no emphasis; leaving it keeps names like arc_easy readable in the source.
     escaped = re.sub(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
-    return re.sub(r"^([#+=-]|\d+(?=[.)]))", lambda m: f"{m[0]}\\" if m[0].isdigit() else f"\\{m[0]}", escaped)
+    return re.sub(r"^(\d*)(?=[#+=-]|(?<=\d)[.)](?:\s|$))", r"\1\\", escaped)  # no heading, no item of a list
 
 
 def printable(value: object) -> str | Undefined:
@@ -198,7 +201,8 @@ def comparison(results: dict[str, Any]) -> list[Row]:
     size, scores = results["size"], results["scores"]
     ratio = show(size["ratio"], "fixed")
     change = Markup(f"{ratio} times smaller" if size["ratio"] >= 1 else f"before / after = {ratio}")
-    rows = [Row("size of the weights", "", show(size["before_bytes"], "bytes"), show(size["after_bytes"], "bytes"), change)]
+    before, after = show(size["before_bytes"], "bytes"), show(size["after_bytes"], "bytes")
+    rows = [Row("size of the weights", "", before, after, change)]
     if scores is None:
         return rows
     rows += [perplexity_row(item) for item in scores["perplexity"]]
@@ -207,12 +211,15 @@ def comparison(results: dict[str, Any]) -> list[Row]:
 
 
 def perplexity_row(item: dict[str, Any]) -> Row:
+    """Perplexity on one text; its change is a ratio."""
     detail = f"{show(item['windows'], 'count')} windows of {show(item['length'], 'count')} tokens, lower is better"
     change = UNKNOWN if item["ratio"] is None else Markup(f"after / before = {show(item['ratio'], 'ratio')}")
-    return Row(f"perplexity, {item['name']}", detail, spread(item["base"], "fixed"), spread(item["compressed"], "fixed"), change)
+    before, after = spread(item["base"], "fixed"), spread(item["compressed"], "fixed")
+    return Row(f"perplexity, {item['name']}", detail, before, after, change)
 
 
 def divergence_rows(item: dict[str, Any]) -> list[Row]:
+    """How far the compressed model is from the base on one text; neither has a value before."""
     detail = f"{show(item['tokens'], 'count')} tokens"
     kl = plus_minus(item["kl"], item["kl_stderr"], "significant")
     same = show(item["top1_agreement"], "percent")
@@ -223,6 +230,7 @@ def divergence_rows(item: dict[str, Any]) -> list[Row]:
 
 
 def task_row(item: dict[str, Any]) -> Row:
+    """Accuracy on one task; its change is a difference and, where the base is above chance, a recovery."""
     chance = f", chance {show(item['chance'], 'percent')}" if item["chance"] is not None else ""
     detail = f"{item['metric']}, {show(item['items'], 'count')} items, {show(item['fewshot'], 'count')}-shot{chance}"
     change = UNKNOWN
@@ -246,7 +254,7 @@ def summary_table(results: dict[str, Any]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in comparison(results):
-        table.add_row(*(Text(one_line(cell)) for cell in (row.name, row.before, row.after, row.change)))
+        table.add_row(Text(one_line(row.name)), row.before, row.after, row.change.replace(", ", "\n"))
     table.add_section()
     for name, unit, predicted, measured in predictions(results):
         table.add_row(Text(name), "", Text(show(measured, unit)), Text(f"predicted {show(predicted, unit)}"))
@@ -303,7 +311,8 @@ class Axis:
         """Round numbers on the axis, about five of them."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
-            return [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
+            steps = (1, 2, 5) if len(powers) < 4 else (1,)
+            return [m * 10.0**p for p in powers for m in steps if self.low <= m * 10.0**p <= self.high]
         step = round_step(self.high - self.low)
         return [step * i for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
@@ -319,22 +328,19 @@ def round_step(span: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= span / 5 * 0.999)
 
 
-def finite(value: float | None) -> bool:
+def finite(value: float | None) -> TypeGuard[float]:
     """Whether `value` has a place on an axis."""
     return value is not None and math.isfinite(value)
 
 
 def bars(rows: list[tuple[str, str, float | None, float | None]], *, shared: bool) -> list[dict[str, Any]]:
     """Pairs of bars from (label, unit, first, second); `shared`: one scale for all rows instead of one for each."""
-    def longest(pairs: Iterable[tuple[float | None, float | None]]) -> float:
-        return max((v for pair in pairs for v in pair if v is not None and math.isfinite(v)), default=0) or 1
-    top = longest(row[2:] for row in rows)
+    tops = [max((v for v in pair if finite(v)), default=0) for _, _, *pair in rows]
+    if shared:
+        tops = [max(tops, default=0)] * len(rows)
     return [
-        {"label": label, "bars": [
-            {"share": v / (top if shared else longest([pair])) if v is not None and math.isfinite(v) else 0, "text": show(v, unit)}
-            for v in pair
-        ]}
-        for label, unit, *values in rows for pair in [(values[0], values[1])]
+        {"label": label, "bars": [{"share": v / top if finite(v) and top else 0, "text": show(v, unit)} for v in pair]}
+        for top, (label, unit, *pair) in zip(tops, rows, strict=True)
     ]
 
 
@@ -371,7 +377,7 @@ def kind_of(name: str) -> str:
 
 
 def error_plots(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One plot for linears with an output error, one for those with only a weight error; those with neither are left out."""
+    """One plot for linears with an output error and one for those with a weight error only, each if there are any."""
     plots = []
     for key, (title, formula) in ERRORS.items():
         chosen = [x for x in layers if finite(x[key]) and (key == "error" or x["error"] is None)]
@@ -396,8 +402,10 @@ def error_lines(layers: list[dict[str, Any]], key: str) -> dict[str, Any]:
         table[layer["block"]].setdefault(label, []).append(text)
     every = max(1, round(round_step(len(blocks) / 2)))
     x_ticks = [{"at": x.at(block), "text": str(block)} for block in blocks if block % every == 0]
-    rows = [(show(block, "count"), [Markup(", ").join(cells.get(label, [UNKNOWN])) for label in series])
-            for block, cells in table.items()]
+    rows = [
+        (show(block, "count"), [Markup(", ").join(cells.get(label, [UNKNOWN])) for label in series])
+        for block, cells in table.items()
+    ]
     return {"x_ticks": x_ticks, "y_ticks": y.labels(), "series": series, "rows": rows}
 
 
@@ -413,7 +421,8 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 def front_matter(results: dict[str, Any]) -> Markup:
     """The YAML that the Hub reads from a card; keys without a known value are left out."""
-    base, data = results["base_model"], {}
+    base = results["base_model"]
+    data: dict[str, Any] = {}
     if base["hub_id"]:
         data |= {"base_model": one_line(base["hub_id"]), "base_model_relation": "quantized"}
     if base["license"]:
@@ -428,6 +437,7 @@ def front_matter(results: dict[str, Any]) -> Markup:
 
 
 def tags(results: dict[str, Any]) -> list[str]:
+    """Words to find the model by: this project, the library that stores it and the methods."""
     storage = ["compressed-tensors"] if results["format"] == "pack-quantized" else []
     methods = [layer["method"] for layer in results["layers"]]
     return list(dict.fromkeys(map(one_line, ["llmcompress", *storage, *methods])))
@@ -438,7 +448,8 @@ def hub_datasets(calibration: dict[str, Any] | None) -> list[str]:
     sources = calibration["sources"] if calibration else []
     return [
         source["data"] for source in sources
-        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source["data"]) and re.fullmatch(r"[0-9a-f]{40}", source["revision"] or "")
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source["data"])
+        and re.fullmatch(r"[0-9a-f]{40}", source["revision"] or "")
     ]
 
 
@@ -456,24 +467,30 @@ def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
 
 def model_card(results: dict[str, Any], recipe: str) -> str:
     """The text of README.md."""
-    env = environment(autoescape=False, finalize=markdown)
-    return env.get_template("card.md.jinja").render(
-        view(results, recipe), front_matter=front_matter(results), recipe_block=fenced(recipe, "yaml"))
+    template = environment(autoescape=False, finalize=markdown).get_template("card.md.jinja")
+    blocks = {"front_matter": front_matter(results), "recipe_block": fenced(recipe, "yaml")}
+    return template.render(view(results, recipe), **blocks)
 
 
 def report_page(results: dict[str, Any], recipe: str) -> str:
     """The text of report.html."""
     scores = results["scores"] or {"perplexity": [], "tasks": []}
     parts = [(part["part"], "bytes", part["before_bytes"], part["after_bytes"]) for part in results["size"]["parts"]]
-    env = environment(autoescape=True, finalize=printable)
-    return env.get_template("report.html.jinja").render(
-        view(results, recipe), parts=bars(parts, shared=True), plan=bars(predictions(results), shared=False),
-        errors=error_plots(results["layers"]), tasks=dots(scores["tasks"], "percent"), perplexity=dots(scores["perplexity"], "fixed"))
+    plots = {
+        "errors": error_plots(results["layers"]),
+        "parts": bars([part for part in parts if part[2] or part[3]], shared=True),
+        "tasks": dots(scores["tasks"], "percent"),
+        "perplexity": dots(scores["perplexity"], "fixed"),
+        "plan": bars(predictions(results), shared=False),
+    }
+    template = environment(autoescape=True, finalize=printable).get_template("report.html.jinja")
+    return template.render(view(results, recipe), **plots)
 
 
 def environment(**options: Any) -> Environment:
     """A template environment in which `show` and its kin are the filters and a missing field is an error."""
-    env = Environment(loader=PackageLoader("llmcompress"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                      keep_trailing_newline=True, **options)
+    env = Environment(
+        loader=PackageLoader("llmcompress"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
+    )
     env.filters |= {"show": show, "plus_minus": plus_minus, "px": lambda number: f"{number:.1f}".removesuffix(".0")}
     return env

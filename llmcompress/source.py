@@ -1,8 +1,8 @@
 """Where a model comes from: a listed name, a local folder, a GGUF file or the Hugging Face Hub.
 
 `open_source` answers from headers alone: config, tensor names, shapes and sizes, a fingerprint. Nothing is downloaded
-but small files and no weight is read, so a plan costs a fraction of a second. `ModelSource.fetch` then makes the weights
-local, and `ModelSource.load` reads the few tensors that are asked for.
+but small files and no weight is read, so a plan costs a fraction of a second. `ModelSource.fetch` then makes the
+weights local, and `ModelSource.load` reads the few tensors that are asked for.
 
 Every safetensors header is checked when the source is opened (offsets in bounds, without gaps, sizes that match the
 shapes), so a truncated file is reported before a run starts rather than an hour into it.
@@ -20,8 +20,7 @@ import json
 import os
 import re
 import shutil
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.catalog import MODELS, PackagedFile
 from llmcompress.errors import SourceError
+from llmcompress.safetensors_file import TensorInfo, hash_file, header_bytes, read_header, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -38,30 +38,13 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-ITEM_SIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-MAX_HEADER = 100_000_000               # bytes; the limit of the safetensors library
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
-TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 CONVERT_PICKLE = (
     "pickle files can run code when they are read, so they are refused; in an environment you trust, load the model "
     "with transformers and save_pretrained it, or use the converter at https://huggingface.co/spaces/safetensors/convert"
 )
 GGUF_LAYOUT = b"1"                     # raise when write_checkpoint changes what it writes
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a checkpoint, known from its header."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str                         # as safetensors writes it, such as "BF16"
-    file: str                          # file name within the folder
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -124,7 +107,7 @@ class ModelSource:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         found: dict[str, Tensor] = {}
         for file, members in by_file.items():
-            found |= _read_tensors(self.folder / file, members, dtype, device)
+            found |= read_tensors(self.folder / file, members, dtype, device)
         return found
 
 
@@ -137,13 +120,13 @@ def open_source(model: str, *, revision: str | None = None) -> ModelSource:
     path = Path(model).expanduser()
     local = model in MODELS or path.exists() or _looks_like_path(model)
     if local and revision is not None:
-        raise SourceError(f"{model}: revision {revision!r} was given, but only models on the Hub have revisions; remove it")
+        raise SourceError(f"{model}: only Hub models have revisions, and revision {revision!r} was given; remove it")
     if model in MODELS:
         listed = MODELS[model]
         source = _open_gguf(model, packaged_file(listed.file, SourceError))
         return replace(source, hub_id=listed.hub_id, license=listed.license)
     if path.is_dir():
-        return _open_folder(model, path)
+        return open_folder(model, path)
     if path.is_file():
         return _open_file(model, path)
     if local:
@@ -183,76 +166,6 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     return config
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of a safetensors file, from its header, strictly checked; no weights are read.
-
-    The format: 8 bytes of length (little endian), a JSON header of that length, then data without gaps.
-    Raises SourceError if the file is unreadable, truncated, or contradicts itself.
-    """
-    header, start = _header_bytes(path)
-    try:
-        entries = json.loads(header, object_pairs_hook=_without_duplicates)
-        if not isinstance(entries, dict):
-            raise ValueError("it is not a mapping")
-        entries.pop("__metadata__", None)
-        return parse_entries(entries, path.name, path.stat().st_size - start)
-    except (ValueError, RecursionError) as exc:  # JSON and text errors are ValueErrors
-        raise SourceError(f"{path}: not a valid safetensors file: {exc}; download or save it again") from None
-
-
-def parse_entries(entries: Mapping[str, Any], file: str, data_bytes: int | None) -> dict[str, TensorInfo]:
-    """TensorInfo for each header entry of `file`, in order of position.
-
-    data_bytes: size of the data part, None if unknown. Raises ValueError if an entry is malformed, if its size does not
-    match its shape, or if the entries do not cover the data exactly.
-    """
-    spans = []
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise ValueError(f"entry {name!r} is malformed")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list | tuple) else [-1]
-        if len(offsets) != 2 or any(type(n) is not int or n < 0 for n in numbers):
-            raise ValueError(f"entry {name!r} has shape {shape!r} and offsets {offsets!r}")
-        if dtype not in ITEM_SIZE:
-            raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}")
-        if offsets[1] - offsets[0] != prod(shape) * ITEM_SIZE[dtype]:
-            raise ValueError(f"tensor {name!r} of shape {shape} in {dtype} cannot take {offsets[1] - offsets[0]} bytes")
-        spans.append((offsets[0], offsets[1], TensorInfo(name, tuple(shape), dtype, file, offsets[1] - offsets[0])))
-    end = 0
-    for start, stop, tensor in sorted(spans, key=lambda span: span[:2]):
-        if start != end:
-            raise ValueError(f"tensor {tensor.name!r} begins at byte {start} of the data, expected {end}")
-        end = stop
-    if data_bytes is not None and end != data_bytes:
-        raise ValueError(f"its tensors take {end} bytes, the file holds {data_bytes} (truncated?)")
-    return {tensor.name: tensor for *_, tensor in sorted(spans, key=lambda span: span[:2])}
-
-
-def _header_bytes(path: Path) -> tuple[bytes, int]:
-    """The raw JSON header of a safetensors file and the position of the data."""
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                raise SourceError(
-                    f"{path}: not a valid safetensors file: {size} bytes, with a header of {length} bytes "
-                    "(truncated?); download or save it again"
-                )
-            return file.read(length), 8 + length
-    except OSError as exc:
-        raise SourceError(f"{path}: cannot read this file: {exc.strerror}") from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's hook for mappings, refusing a key that appears twice."""
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        raise ValueError("a name appears twice in the header")
-    return mapping
-
-
 def _open_file(name: str, path: Path) -> ModelSource:
     """A model given as a single file."""
     if path.suffix == ".gguf":
@@ -272,7 +185,7 @@ def _open_gguf(name: str, path: Path) -> ModelSource:
         for name, tensor in found.tensors.items()
     }
     digest = hashlib.sha256()
-    _hash_file(digest, found.path, found.data_start, [t.start + t.size // 2 for t in found.tensors.values()])
+    hash_file(digest, found.path, found.data_start, [t.start + t.size // 2 for t in found.tensors.values()])
     fingerprint = digest.hexdigest()
     folder = _gguf_folder(fingerprint)
     return ModelSource(
@@ -281,9 +194,9 @@ def _open_gguf(name: str, path: Path) -> ModelSource:
     )  # fmt: skip
 
 
-def _open_folder(name: str, path: Path, hub_id: str | None = None, revision: str | None = None) -> ModelSource:
+def open_folder(name: str, path: Path, hub_id: str | None = None, revision: str | None = None) -> ModelSource:
     """A folder with config.json and safetensors."""
-    config = check_config(_read_json(path / "config.json"), str(path))
+    config = check_config(read_json(path / "config.json"), str(path))
     tensors = _read_index(path)
     return ModelSource(
         name=name, hub_id=hub_id, revision=revision, fingerprint=revision or _fingerprint(path, config, tensors),
@@ -291,11 +204,11 @@ def _open_folder(name: str, path: Path, hub_id: str | None = None, revision: str
     )  # fmt: skip
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SourceError(f"{path.parent}: no {path.name} in this folder; a Hugging Face model folder has one") from None
+        raise SourceError(f"{path.parent}: no {path.name} in it; a Hugging Face model folder has one") from None
     except (OSError, ValueError, RecursionError) as exc:
         raise SourceError(f"{path}: cannot read this file as JSON: {exc}") from None
 
@@ -307,9 +220,10 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise SourceError(f"{folder}: {_what_instead(folder)}")
-    content = _read_json(index)
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
+    plain = isinstance(weight_map, dict) and all(isinstance(f, str) and Path(f).name == f for f in weight_map.values())
+    if not isinstance(weight_map, dict) or not weight_map or not plain:
         raise SourceError(f"{index}: expected a weight_map from tensor names to file names in the same folder")
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
@@ -318,7 +232,7 @@ def _read_index(folder: Path) -> dict[str, TensorInfo]:
         tensors |= read_header(folder / file)
     wrong = sorted(n for n in weight_map.keys() | tensors if n not in tensors or tensors[n].file != weight_map.get(n))
     if wrong:
-        raise SourceError(f"{index}: {len(wrong)} tensors are not where the index says, first {wrong[0]!r}; save it again")
+        raise SourceError(f"{index}: {len(wrong)} tensors are not where it says, first {wrong[0]!r}; save it again")
     return tensors
 
 
@@ -349,25 +263,15 @@ def _fingerprint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     """sha256 over config, headers, sizes and samples of the data; see the module's text."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in sorted({t.file for t in tensors.values()}):
-        _, start = _header_bytes(folder / file)
+        _, start = header_bytes(folder / file)
         middles, at = [], start
         for tensor in tensors.values():  # in order of position, without gaps: read_header checked that
             if tensor.file == file:
                 middles.append(at + tensor.bytes // 2)
                 at += tensor.bytes
         digest.update(file.encode())
-        _hash_file(digest, folder / file, start, middles)
+        hash_file(digest, folder / file, start, middles)
     return digest.hexdigest()
-
-
-def _hash_file(digest: Any, path: Path, header: int, middles: list[int]) -> None:
-    """Add a file's header (`header` bytes), size, ends and samples at `middles` (positions) to a digest."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest.update(struct.pack("<Q", size) + file.read(header + 65536))
-        for position in [*middles, max(0, size - 65536)]:
-            file.seek(position)
-            digest.update(file.read(65536 if position == max(0, size - 65536) else 4096))
 
 
 def _gguf_folder(fingerprint: str) -> Path:
@@ -387,42 +291,31 @@ def _convert_gguf(found: "GGUFFile", fingerprint: str, size: int, progress: Prog
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():
+            if folder.is_dir():        # converted before, or by another process while we waited
                 return folder
             shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(folder.parent).free
-            if free < size:
-                raise SourceError(
-                    f"{folder.parent}: {free / 2**30:.1f} GiB free, the converted model takes {size / 2**30:.1f} GiB; "
-                    "make room, or set LLMCOMPRESS_CACHE to a folder on another disk"
-                )
+            _check_space(folder.parent, size)
             partial.mkdir()
-            write_checkpoint(found, partial, progress)
-            partial.rename(folder)
+            try:
+                write_checkpoint(found, partial, progress)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as exc:
         raise SourceError(
             f"{partial}: cannot convert {found.path.name}: {exc}; set LLMCOMPRESS_CACHE to a folder with space"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _read_tensors(path: Path, names: list[str], dtype: "torch.dtype", device: Any) -> dict[str, "Tensor"]:
-    """These tensors of one file, copied out of its mapping so that the mapping can go."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in names}
-            return {
-                name: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
-                for name, value in found.items()
-            }
-    except (OSError, SafetensorError) as exc:
+def _check_space(folder: Path, size: int) -> None:
+    """Raise SourceError if the disk of `folder` has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
         raise SourceError(
-            f"{path}: cannot read tensors ({exc}); the file changed or is damaged: download or save it again"
-        ) from None
+            f"{folder}: {free / 2**30:.1f} GiB free, the converted model takes {size / 2**30:.1f} GiB; "
+            "make room, or set LLMCOMPRESS_CACHE to a folder on another disk"
+        )
 
 
 def _looks_like_path(model: str) -> bool:

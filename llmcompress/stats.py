@@ -36,8 +36,12 @@ class InputGram:
 
     @property
     def mean(self) -> Tensor:
-        """G = mean of x xᵀ, [in, in] float32, symmetric."""
+        """G = mean of x xᵀ, [in, in] float32, symmetric. A new matrix."""
         if self.tokens == 0:
             raise CalibrationError("no tokens reached this layer; give more calibration text, or list it in `keep`")
-        upper = self.total.triu() / self.tokens
-        return upper + upper.triu(1).T
+        mean = self.total / self.tokens
+        for start in range(0, len(mean), PANEL):   # panel by panel: mirroring must not cost another matrix
+            here = slice(start, start + PANEL)
+            mean[here, here] = mean[here, here].triu() + mean[here, here].triu(1).T
+            mean[start + PANEL :, here] = mean[here, start + PANEL :].T
+        return mean

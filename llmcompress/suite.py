@@ -68,9 +68,9 @@ class Suite(Options):
     dtype: Dtype = "float32"                  # of perplexity and divergence
     task_dtype: Dtype | None = None           # of tasks; None: `dtype`
     batch_size: int = Field(8, ge=1)          # sequences per forward pass
-    perplexity: list[TextEntry] = []
+    perplexity: list[TextEntry] = Field([])
     divergence: Divergence | None = None
-    tasks: list[TaskEntry] = []
+    tasks: list[TaskEntry] = Field([])
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -100,7 +100,7 @@ def load_suite(name: str | Path) -> Suite:
     known = suite_paths()
     path = known.get(str(name), Path(name))
     if not path.is_file():
-        raise EvaluationError(f"suite {str(name)!r}: no such suite or file (known suites: {', '.join(known) or 'none'})")
+        raise EvaluationError(f"suite {str(name)!r}: no such suite or file (known: {', '.join(known) or 'none'})")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as exc:

@@ -26,6 +26,16 @@ class CompressedWeight:
         """The weight whose values are `codes` [out, in] uint8 decoded by `grid`."""
         return cls(values=grid.decode(codes), codes=codes, grid=grid)
 
+    @classmethod
+    def join(cls, parts: Sequence["CompressedWeight"]) -> "CompressedWeight":
+        """Stack weights on grids of the same kind along the output dimension."""
+        if len(parts) == 1:
+            return parts[0]
+        grids = [part.grid for part in parts if part.grid is not None]
+        grid = replace(grids[0], scale=torch.cat([g.scale for g in grids]), zero=torch.cat([g.zero for g in grids]))
+        codes = torch.cat([part.codes for part in parts if part.codes is not None])
+        return cls(values=torch.cat([part.values for part in parts]), codes=codes, grid=grid)
+
     def split(self, rows: Sequence[int]) -> list["CompressedWeight"]:
         """Undo a stacking of weights along the output dimension; `rows` are the heights, in order."""
         parts, start = [], 0

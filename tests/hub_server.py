@@ -9,10 +9,13 @@
 Uploads: whoami-v2, repos/create, auth-check/write, validate-yaml, preupload, LFS batch with basic or multipart PUTs
 (contents are checked against their sha256), verify, commit. Downloads: model info, tree, paths-info, resolve with ETag,
 X-Repo-Commit and Range. Private, gated and missing repositories are refused with the Hub's codes (X-Error-Code). There
-is no Xet storage. `hub.requests` lists what was asked, `hub.stored` the blobs that arrived whole, in order.
+is no Xet storage; with `hub.offers_xet` the server claims one, at a port where nobody answers. `hub.requests` lists
+what was asked, `hub.stored` the blobs that arrived whole, in order, and `hub.served` counts the bytes that went out by
+file.
 
-Faults: `hub.cut_after = n` breaks the connection after n bytes of every LFS PUT; `hub.fail = {"/commit/": 500}` answers
-paths that contain the key with that status; `hub.part_bytes = n` asks for multipart uploads with parts of n bytes.
+Faults: `hub.cut_after = n` breaks the connection after n bytes of every LFS PUT, `hub.cut_download_after = n` after n
+bytes of the next file that is longer; `hub.fail = {"/commit/": 500}` answers paths that contain the key with that
+status; `hub.part_bytes = n` asks for multipart uploads with parts of n bytes.
 """
 
 import base64
@@ -20,6 +23,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +38,7 @@ ANONYMOUS = None
 
 @dataclass(frozen=True)
 class User:
-    """The owner of a token; `role` is the token's: "write", "read" or, with the permissions in `scoped`, "fineGrained"."""
+    """The owner of a token, whose own `role` is "write", "read" or, with the permissions in `scoped`, "fineGrained"."""
 
     name: str
     role: str = "write"
@@ -113,8 +117,11 @@ class HubServer:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.stored: list[str] = []
+        self.served: Counter[str] = Counter()
         self.cut_after: int | None = None
+        self.cut_download_after: int | None = None
         self.part_bytes: int | None = None
+        self.offers_xet = False
         self.fail: dict[str, int] = {}
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
@@ -151,6 +158,11 @@ class HubServer:
         return sum(part in path for asked, path in self.requests if asked == method)
 
 
+def front_matter(card: str) -> Any:
+    """The YAML between the first two lines of dashes; raises yaml.YAMLError."""
+    return yaml.safe_load(card.partition("---\n")[2].partition("\n---")[0])
+
+
 class RefusedError(Exception):
     """An answer that is an error: HTTP status, the Hub's X-Error-Code, a message."""
 
@@ -165,6 +177,7 @@ class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
     timeout = 10  # seconds that an idle connection is kept
+    wbufsize = -1  # one packet for head and body: sent apart, they would wait 40 ms for each other
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the test output clean."""
@@ -278,9 +291,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def validate_yaml(self) -> None:
-        front = json.loads(self.body)["content"].partition("---\n")[2].partition("\n---")[0]
         try:
-            yaml.safe_load(front)
+            front_matter(json.loads(self.body)["content"])
         except yaml.YAMLError:
             return self.answer({"errors": [{"message": "front matter is not YAML"}], "warnings": []}, 400)
         self.answer({"errors": [], "warnings": []})
@@ -360,6 +372,14 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(400, f"{key}: not an operation of this server, or its blob was never uploaded")
         return File(self.hub.blobs[value["oid"]], lfs=True)
 
+    def xet_token(self, repo: str) -> None:
+        self.writer(repo)
+        if not self.hub.offers_xet:
+            raise RefusedError(404, "Sorry, we can't find the page you are looking for.")
+        nobody = "http://127.0.0.1:9"
+        token = {"X-Xet-Cas-Url": nobody, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(2**32)}
+        self.answer({"casUrl": nobody, "accessToken": "xet", "exp": 2**32}, headers=token)
+
     # Downloading
 
     def info(self, repo: str, revision: str | None = None) -> None:
@@ -367,7 +387,9 @@ class Handler(BaseHTTPRequestHandler):
         sha = self.commit_of(found, revision or "main")
         siblings = [{"rfilename": path} for path in sorted(found.commits[sha])]
         access = {"private": found.private, "gated": "manual" if found.gated else False}
-        self.answer({"id": repo, "sha": sha, "tags": [], "siblings": siblings} | access)
+        card = found.commits[sha].get("README.md")
+        data = {"cardData": front_matter(card.data.decode())} if card else {}
+        self.answer({"id": repo, "sha": sha, "tags": [], "siblings": siblings} | access | data)
 
     def tree(self, repo: str, revision: str, path: str | None = None) -> None:
         found = self.reader(repo)
@@ -393,12 +415,23 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{file.etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
-            return self.answer(file.data, headers=headers)
+            return self.serve(path, file.data, 200, headers)
         first, last = int(wanted[1]), min(int(wanted[2] or len(file.data)), len(file.data) - 1)
         if first > last:
             raise RefusedError(416, "range is beyond the file", None, **{"Content-Range": f"bytes */{len(file.data)}"})
         span = {"Content-Range": f"bytes {first}-{last}/{len(file.data)}"}
-        self.answer(file.data[first : last + 1], 206, headers | span)
+        self.serve(path, file.data[first : last + 1], 206, headers | span)
+
+    def serve(self, path: str, data: bytes, status: int, headers: dict[str, str]) -> None:
+        """Answer with a part of a file, or less if the line is to break."""
+        limit = self.hub.cut_download_after
+        if self.command == "GET" and limit is not None and len(data) > limit:
+            self.hub.cut_download_after = None
+            self.close_connection = True
+            headers, data = headers | {"Content-Length": str(len(data))}, data[:limit]
+        if self.command == "GET":
+            self.hub.served[path] += len(data)
+        self.answer(data, status, headers)
 
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
@@ -410,6 +443,7 @@ ROUTES = [
     ("POST", r"/api/validate-yaml", Handler.validate_yaml),
     ("GET", rf"{MODEL}/auth-check/write", Handler.auth_check),
     ("POST", rf"{MODEL}/preupload/(?P<revision>.+)", Handler.preupload),
+    ("GET", rf"{MODEL}/xet-write-token/.+", Handler.xet_token),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", Handler.lfs_verify),
     ("PUT", OID, Handler.lfs_put),

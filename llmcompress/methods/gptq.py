@@ -25,6 +25,7 @@ from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
 
 DAMP_TRIES = 4  # each ten times the last
+ROWS = 4096     # output rows swept together
 BLOCK = 64      # columns updated together when the group is the whole row; else the group itself
 
 
@@ -38,18 +39,23 @@ class GPTQ(IntMethod):
 
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32. Raises NumericalError if gram stays singular."""
-        assert gram is not None  # noqa: S101  (the pipeline gathers what `needs` names)
-        dead = gram.diagonal() == 0       # inputs that were always zero: any weight is right, zero is cheap
-        weight = weight.masked_fill(dead, 0)
+        if gram is None:
+            raise ValueError("gptq needs the Gram matrix of its inputs")
+        diagonal = gram.diagonal()
+        dead = diagonal == 0              # inputs that were always zero: any weight is right, zero is cheap
         group = self.group(weight.shape[1])
-        grid = fit_range(
-            weight, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype,
-            search=self.range == "mse", importance=gram.diagonal(),
-        )
-        order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
-        factor = inverse_factor(gram[order][:, order], self.damp)
-        codes = sweep(weight, grid, order, factor, block=group if self.group_size != "row" else BLOCK)
-        return CompressedWeight.on_grid(codes, grid)
+        order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
+        factor = inverse_factor(gram, order, self.damp)
+        parts = []
+        for rows in weight.split(ROWS):   # rows are independent: this bounds memory, nothing else
+            alive = rows.masked_fill(dead, 0)
+            grid = fit_range(
+                alive, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype,
+                search=self.range == "mse", importance=diagonal,
+            )
+            codes = sweep(alive, grid, order, factor, block=group if self.group_size != "row" else BLOCK)
+            parts.append(CompressedWeight.on_grid(codes, grid))
+        return CompressedWeight.join(parts)
 
 
 def sweep(weight: Tensor, grid: IntGrid, order: Tensor, u: Tensor, block: int) -> Tensor:
@@ -77,22 +83,25 @@ def sweep(weight: Tensor, grid: IntGrid, order: Tensor, u: Tensor, block: int) -
     return codes[back].T.contiguous()
 
 
-def inverse_factor(gram: Tensor, damp: float) -> Tensor:
-    """U [in, in] upper triangular with (G + damp mean(diag G) I)⁻¹ = Uᵀ U.
+def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
+    """U [in, in] upper triangular with (G + damp mean(diag G) I)⁻¹ = Uᵀ U, for G with rows and columns in `order`.
 
     The damping is raised tenfold while the matrix is not positive definite. Raises NumericalError when that fails.
+    Holds two matrices besides `gram`, which for wide layers are most of a run's memory.
     """
-    damped = gram.clone()
+    damped = gram[order[:, None], order]
     diagonal = damped.diagonal()
-    mean = diagonal.mean()
+    mean = float(diagonal.mean())
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    factor, failed = torch.empty_like(damped), torch.zeros((), dtype=torch.int32, device=gram.device)
     for attempt in range(DAMP_TRIES):
         diagonal.add_(damp * 10**attempt * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        torch.linalg.cholesky_ex(damped, out=(factor, failed))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return upper
+            inverse = torch.cholesky_inverse(factor)
+            torch.linalg.cholesky_ex(inverse, upper=True, out=(factor, failed))
+            if not failed and bool(factor.isfinite().all()):
+                return factor
     raise NumericalError(
         f"the Gram matrix of this layer's {len(gram)} inputs is not positive definite, not even with damping "
         f"{damp * 10 ** (DAMP_TRIES - 1):g}; use more calibration samples (at least {4 * len(gram)} tokens), raise "

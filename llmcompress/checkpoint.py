@@ -1,0 +1,172 @@
+"""A checkpoint on its way: written block by block into DIR.partial, renamed to DIR when it is complete.
+
+What is in DIR.partial at any moment, a kill included, is a prefix of the run:
+
+    model-00007-of-00032.safetensors   a finished shard (written under another name, then renamed)
+    .state/run.json                    fingerprint of the run; a different one refuses to continue
+    .state/block-00006.json            the record of a finished block, written after its shard and hidden states
+    .state/hidden-00006.safetensors    inputs of the next block; the previous one is removed afterwards
+
+Everything is renamed into place only when its bytes are on disk, in the order shard, hidden states, record; so a
+block counts as done exactly when its record exists. `.state` is removed before the final rename.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import ResumeError
+
+STATE = ".state"
+
+
+class Checkpoint:
+    """The output folder of one run.
+
+    folder: the final name.  shards: how many there will be.  fingerprint: of model, data, recipe and versions.
+    """
+
+    def __init__(self, folder: Path, shards: int, fingerprint: str) -> None:
+        self.folder = folder
+        self.partial = partial_folder(folder)
+        self.state = self.partial / STATE
+        self.shards = shards
+        self.fingerprint = fingerprint
+
+    def open(self, *, overwrite: bool) -> int:
+        """Create the partial folder, or continue with the one that is there; returns the number of finished blocks.
+
+        Raises ResumeError if the partial folder belongs to a different run; `overwrite` starts that anew.
+        """
+        if self.partial.exists():
+            found = read_json(self.state / "run.json")
+            if found.get("fingerprint") == self.fingerprint:
+                return self._finished_blocks()
+            if not overwrite:
+                raise ResumeError(
+                    f"{self.partial}: holds an unfinished run of another model, data, recipe or version (fingerprint "
+                    f"{str(found.get('fingerprint'))[:12]}, this run is {self.fingerprint[:12]}); "
+                    "give --overwrite to start anew, or another --output"
+                )
+            shutil.rmtree(self.partial)
+        self.state.mkdir(parents=True)
+        write_json(self.state / "run.json", {"fingerprint": self.fingerprint})
+        return 0
+
+    def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write shard `number` (from 0)."""
+        write_tensors(self.partial / self.shard_name(number), tensors)
+
+    def finish_block(self, index: int, hidden: Tensor, record: dict[str, Any]) -> None:
+        """Note that block `index` is done; hidden [samples, length, width] are the inputs of the next one."""
+        write_tensors(self.state / f"hidden-{index:05d}.safetensors", {"hidden": hidden})
+        write_json(self.state / f"block-{index:05d}.json", record)
+        self._hidden(index - 1).unlink(missing_ok=True)
+
+    def hidden(self, finished: int) -> Tensor:
+        """Inputs of block number `finished`, as `finish_block` stored them."""
+        from safetensors.torch import load_file
+
+        return load_file(self._hidden(finished - 1))["hidden"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of the finished blocks, in order."""
+        return [read_json(self.state / f"block-{i:05d}.json") for i in range(self._finished_blocks())]
+
+    def write_index(self, metadata: Mapping[str, Any]) -> None:
+        """model.safetensors.index.json over the shards that are there."""
+        weight_map, total = {}, 0
+        for number in range(self.shards):
+            name = self.shard_name(number)
+            for tensor, entry in safetensors_header(self.partial / name).items():
+                weight_map[tensor] = name
+                total += entry["data_offsets"][1] - entry["data_offsets"][0]
+        index = {"metadata": {"total_size": total, **metadata}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.partial / "model.safetensors.index.json", index)
+
+    def complete(self, *, overwrite: bool) -> None:
+        """Give the folder its final name. With `overwrite`, what had that name is removed after the new one is ready."""
+        shutil.rmtree(self.state)
+        old = self.folder.with_name(self.folder.name + ".old")
+        if self.folder.exists():
+            if not overwrite:
+                raise ResumeError(f"{self.folder}: appeared while the run was going; the result is in {self.partial}")
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+        self.partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def shard_name(self, number: int) -> str:
+        """File name of shard `number` (from 0)."""
+        return f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+
+    def _hidden(self, index: int) -> Path:
+        return self.state / f"hidden-{index:05d}.safetensors"
+
+    def _finished_blocks(self) -> int:
+        count = 0
+        while (self.state / f"block-{count:05d}.json").exists():
+            count += 1
+        return count
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a run works until it is complete."""
+    return folder.with_name(folder.name + ".partial")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, synced and renamed to it at the end; removed when something fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, complete or absent."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """A JSON file, complete or absent."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file or it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Entries of a safetensors file that this program wrote, without the metadata."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return dict(header)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """torch dtype by its name."""
+    return getattr(torch, name)

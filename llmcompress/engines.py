@@ -1,0 +1,65 @@
+"""Which engines load a checkpoint, and why not where one does not. From config.json alone; see docs/formats.md."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+VLLM_SYMMETRIC_BITS = (2, 3, 4, 8)
+VLLM_ASYMMETRIC_BITS = (4, 8)
+VLLM_GROUPS = (-1, 32, 64, 128)
+GGUF_BITS = (2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether one engine loads the checkpoint."""
+
+    engine: str
+    loads: bool
+    why: str
+
+
+def verdicts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What transformers, vLLM and GGUF converters make of a folder with this config.json."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        plain = "plain weights, as any engine that knows the architecture reads them"
+        return [asdict(Verdict(engine, True, plain)) for engine in ("transformers", "vLLM", "GGUF converters")]
+    grids = [group["weights"] for group in quantization["config_groups"].values()]
+    return [asdict(verdict(grids)) for verdict in (transformers_verdict, vllm_verdict, gguf_verdict)]
+
+
+def transformers_verdict(grids: list[dict[str, Any]]) -> Verdict:
+    """compressed-tensors is a stock quantizer of transformers; one release refuses packed zero points."""
+    if all(grid["symmetric"] for grid in grids):
+        return Verdict("transformers", True, "5.15 and later, with the compressed-tensors package")
+    return Verdict(
+        "transformers", True,
+        "5.15 and later, with the compressed-tensors package; 5.23.0 refuses asymmetric groups unless given "
+        "quantization_config=CompressedTensorsConfig(dequantize=True)",
+    )
+
+
+def vllm_verdict(grids: list[dict[str, Any]]) -> Verdict:
+    """vLLM's weight-only integer kernels take some widths only."""
+    for grid in grids:
+        bits, group = grid["num_bits"], grid.get("group_size") or -1
+        allowed = VLLM_SYMMETRIC_BITS if grid["symmetric"] else VLLM_ASYMMETRIC_BITS
+        kind = "symmetric" if grid["symmetric"] else "asymmetric"
+        if bits not in allowed:
+            return Verdict("vLLM", False, f"{kind} {bits}-bit weights have no kernel there; {kind} {allowed} have")
+        if group not in VLLM_GROUPS:
+            return Verdict("vLLM", False, f"groups of {group} have no kernel there")
+    return Verdict("vLLM", True, "through its compressed-tensors loader (weight-only integer kernels)")
+
+
+def gguf_verdict(grids: list[dict[str, Any]]) -> Verdict:
+    """llama.cpp's convert_hf_to_gguf.py unpacks one kind of packed weights, read from its source."""
+    dense = "; run the recipe with `output: {format: dense}` and convert that folder"
+    if len(grids) > 1:
+        return Verdict("GGUF converters", False, "convert_hf_to_gguf.py takes one config group only" + dense)
+    if not grids[0].get("group_size"):
+        return Verdict("GGUF converters", False, "convert_hf_to_gguf.py unpacks groups, not whole rows" + dense)
+    if grids[0]["num_bits"] not in GGUF_BITS:
+        return Verdict("GGUF converters", False, "convert_hf_to_gguf.py needs widths that divide a 32-bit word" + dense)
+    return Verdict("GGUF converters", True, "llama.cpp's convert_hf_to_gguf.py unpacks grouped integer weights")

@@ -1,0 +1,422 @@
+"""The plan: what a recipe does to each tensor, and what it will cost, before a weight is read.
+
+Made from config.json and the tensor index alone, so it is quick and can be made for a model that is not downloaded.
+It refuses what cannot work (groups that do not divide, targets that match nothing, too little memory or disk) and
+predicts output size, peak memory, disk and time. The run reports what it measured beside these numbers.
+
+Peak host memory is the largest of the run's three phases, each on top of the interpreter with its libraries:
+
+    embedding    embedding table + hidden states
+    compressing  block + hidden states + Gram matrices + the largest group of stacked weights, six times in float32
+                 + what one batch of tokens needs inside a block
+    proving      output head + hidden states of two samples + their logits
+"""
+
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.errors import PlanError
+from llmcompress.formats import FORMATS, Format
+from llmcompress.methods import IntMethod
+from llmcompress.recipe import Recipe, Step, matches
+from llmcompress.source import ModelSource, TensorInfo
+
+LIBRARIES = 640 * 2**20     # resident bytes of Python with torch and transformers imported and a model class built
+HEADER = 120                # bytes of one entry in a safetensors header, about
+BATCH_TOKENS = 4096         # tokens of one forward pass, as the stream takes them
+GROUPS = (128, 64, 32)
+CONV1D_MODELS = ("gpt2",)   # model types that keep weights as [in, out]; checked against the modules before a run
+PROOF_SAMPLES, PROOF_LENGTH = 2, 64  # random tokens that prove a data-free result
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLinear:
+    """What happens to one linear of a decoder block."""
+
+    name: str                # module path, as in the checkpoint
+    block: int
+    shape: tuple[int, int]   # [out, in]
+    step: int | None         # index into the recipe's steps; None: left alone
+    before_bytes: int        # dense, in the recipe's dtype
+    after_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a run takes."""
+
+    peak_host_bytes: int
+    peak_device_bytes: int
+    disk_bytes: int
+    output_bytes: int        # all safetensors files
+    seconds: float           # up to the finished checkpoint; evaluation is not in it
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe that fits a model."""
+
+    recipe: Recipe
+    source: ModelSource
+    steps: list[Step]
+    format_name: str
+    blocks: str              # path of the decoder blocks in the checkpoint, such as "model.layers"
+    count: int               # of blocks
+    transposed: bool
+    linears: list[PlannedLinear]
+    kept: dict[str, str]     # linears left alone -> why
+    notes: list[str]
+    before_bytes: int
+    predicted: Cost
+    checks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def format(self) -> Format:
+        """How compressed weights are stored."""
+        return FORMATS[self.format_name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of everything that is not packed."""
+        dtype: torch.dtype = getattr(torch, self.recipe.dtype)
+        return dtype
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any method gathers statistics."""
+        return any(step.method.needs for step in self.steps)
+
+    def step_of(self, linear: str) -> Step | None:
+        """The step that compresses the linear at this module path."""
+        found = next((planned for planned in self.linears if planned.name == linear), None)
+        return None if found is None or found.step is None else self.steps[found.step]
+
+    def tensors_of(self, block: int | None) -> list[TensorInfo]:
+        """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
+        prefix = f"{self.blocks}."
+        def index(name: str) -> int | None:
+            return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+        return [info for info in self.source.tensors.values() if index(info.name) == block]
+
+    def plain(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "model": self.source.name, "revision": self.source.revision, "format": self.format_name,
+            "before_bytes": self.before_bytes, "predicted": asdict(self.predicted),
+            "linears": [
+                asdict(linear) | {"method": None if linear.step is None else self.steps[linear.step].name}
+                for linear in self.linears
+            ],
+            "kept": self.kept, "notes": self.notes,
+        }
+
+
+def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
+    """Fit a recipe to a model. Raises PlanError with the first thing that does not fit and what would."""
+    steps = recipe.parsed_steps()
+    if source.needs_remote_code and not recipe.trust_remote_code:
+        raise PlanError(
+            f"{source.name}: its config.json asks for Python code from the repository (auto_map), which is not run; "
+            "read that code, then set `trust_remote_code: true` in the recipe if you trust it"
+        )
+    if recipe.calibration is None and any(step.method.needs for step in steps):
+        needing = next(step.name for step in steps if step.method.needs)
+        raise PlanError(f"steps: method {needing!r} needs `calibration` data; add that block, or use a data-free method")
+    blocks, count = find_block_path(source)
+    transposed = source.config.get("model_type") in CONV1D_MODELS
+    names = block_linears(source, blocks, transposed)
+    refuse_experts(source, blocks, recipe.keep)
+    assigned = assign(names, steps, recipe.keep)
+    format_name = choose_format(recipe, steps, assigned, names, transposed)
+    dtype = getattr(torch, recipe.dtype)
+    linears = []
+    for name, shape in names.items():
+        step = assigned[name]
+        dense = shape[0] * shape[1] * dtype.itemsize
+        after = dense
+        if step is not None:
+            method = steps[step].method
+            if isinstance(method, IntMethod):
+                check_group(name, shape[1], method, step)
+            after = FORMATS[format_name].stored_bytes(method, shape, dtype)
+        linears.append(PlannedLinear(name, block_index(name, blocks), shape, step, dense, after))
+    plan = Plan(
+        recipe, source, steps, format_name, blocks, count, transposed, linears,
+        kept=kept_linears(names, assigned, source, recipe, blocks),
+        notes=notes(source, format_name, recipe, transposed),
+        before_bytes=0, predicted=Cost(0, 0, 0, 0, 0.0),
+    )
+    return with_costs(plan)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+def find_block_path(source: ModelSource) -> tuple[str, int]:
+    """Path of the decoder blocks, and how many: numbered 0 .. num_hidden_layers - 1 without a gap."""
+    count = source.config.get("num_hidden_layers", source.config.get("n_layer"))
+    numbers: dict[str, set[int]] = {}
+    for name in source.tensors:
+        for found in re.finditer(r"\.?(?<![^.])(\d+)\.", name):
+            numbers.setdefault(name[: found.start(1)].rstrip("."), set()).add(int(found[1]))
+    fitting = [path for path, found in numbers.items() if count and found == set(range(count))]
+    if not fitting:
+        raise PlanError(
+            f"{source.name}: no {count} numbered decoder blocks among its {len(source.tensors)} tensors "
+            f"(num_hidden_layers is {count}); is the checkpoint complete?"
+        )
+    return min(fitting, key=lambda path: path.count(".")), int(count)
+
+
+def block_index(name: str, blocks: str) -> int:
+    """Number of the block that a tensor or module is in."""
+    return int(name[len(blocks) + 1 :].split(".", 1)[0])
+
+
+def block_linears(source: ModelSource, blocks: str, transposed: bool) -> dict[str, tuple[int, int]]:
+    """Module path -> [out, in] of every matrix in the blocks, experts left out."""
+    found = {}
+    for name, info in source.tensors.items():
+        if name.startswith(blocks + ".") and name.endswith(".weight") and len(info.shape) == 2 and not is_expert(name):
+            rows, columns = info.shape
+            found[name.removesuffix(".weight")] = (columns, rows) if transposed else (rows, columns)
+    return dict(sorted(found.items(), key=lambda item: (block_index(item[0], blocks), item[0])))
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor belongs to a mixture of experts."""
+    return ".experts." in name
+
+
+def refuse_experts(source: ModelSource, blocks: str, keep: list[str]) -> None:
+    """Experts are fused 3-D tensors in memory, which no method takes yet; they must be kept by name."""
+    for name, info in source.tensors.items():
+        if name.startswith(blocks + ".") and is_expert(name) and not matches(name.rpartition(".")[0], keep):
+            experts = name[: name.index(".experts.")] + ".experts"
+            raise PlanError(
+                f"{experts}: a mixture of experts, which transformers holds as fused 3-D tensors that no method "
+                f"compresses yet (found {name} {list(info.shape)}); to keep the experts dense and compress the rest, "
+                'add "*.experts.*" to `keep`'
+            )
+
+
+def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str, int | None]:
+    """Linear -> index of its step. Every target must match something and no linear may have two steps."""
+    assigned: dict[str, int | None] = {}
+    for name in names:
+        mine = [i for i, step in enumerate(steps) if step.matches(name) and not matches(name, keep)]
+        if len(mine) > 1:
+            raise PlanError(
+                f"{name}: steps[{mine[0]}] ({steps[mine[0]].name}) and steps[{mine[1]}] ({steps[mine[1]].name}) both "
+                "quantize it; give them `targets` that do not overlap"
+            )
+        assigned[name] = mine[0] if mine else None
+    for i, step in enumerate(steps):
+        for target in step.targets:
+            if not any(matches(name, [target]) for name in assigned):
+                some = ", ".join(list(assigned)[:3])
+                raise PlanError(f"steps[{i}].targets: {target!r} matches no linear of the decoder blocks (such as {some})")
+        if i not in assigned.values():
+            raise PlanError(f"steps[{i}]: `keep` {keep} leaves nothing for this step to do")
+    return assigned
+
+
+def check_group(name: str, columns: int, method: IntMethod, step: int) -> None:
+    """A group must divide the row."""
+    if columns % method.group(columns):
+        fitting = [str(size) for size in GROUPS if columns % size == 0] + ["row"]
+        raise PlanError(
+            f"{name}: {columns} input columns are not divisible by steps[{step}].group_size {method.group_size}; "
+            f"try group_size: {' or '.join(fitting)}, or add the tensor to `keep`"
+        )
+
+
+def choose_format(
+    recipe: Recipe, steps: list[Step], assigned: dict[str, int | None], names: dict[str, tuple[int, int]], transposed: bool
+) -> str:
+    """The recipe's format, or for "auto" the first of pack-quantized and dense that takes every linear."""
+    wanted = [recipe.output.format] if recipe.output.format != "auto" else ["pack-quantized", "dense"]
+    reason = ""
+    for format_name in wanted:
+        for name, step in assigned.items():
+            refusal = None if step is None else FORMATS[format_name].refuses(steps[step].method, names[name], transposed)
+            if refusal:
+                reason = f"{name}: cannot be stored as {format_name!r}: {refusal}"
+                break
+        else:
+            return format_name
+    raise PlanError(f"{reason}; try `output: {{format: dense}}`")
+
+
+def kept_linears(
+    names: Iterable[str], assigned: dict[str, int | None], source: ModelSource, recipe: Recipe, blocks: str
+) -> dict[str, str]:
+    """Everything with a matrix that stays as it is, and why."""
+    kept = {name: "keep" if matches(name, recipe.keep) else "no step targets it" for name in names if assigned[name] is None}
+    for name, info in source.tensors.items():
+        module = name.removesuffix(".weight")
+        if len(info.shape) >= 2 and module not in assigned and name.endswith(".weight"):
+            listed = matches(module, recipe.keep)
+            kept[module] = "keep" if listed else "outside the decoder blocks"
+    for pattern in recipe.keep:
+        known = [*assigned, *kept, "lm_head"]
+        if not any(matches(name, [pattern]) for name in known) and not any(matches(n, [pattern]) for n in source.tensors):
+            raise PlanError(f"keep: {pattern!r} matches nothing in {source.name}")
+    return kept
+
+
+def notes(source: ModelSource, format_name: str, recipe: Recipe, transposed: bool) -> list[str]:
+    """What the user should know before the run."""
+    found = []
+    if transposed and format_name == "dense":
+        found.append(
+            f"{source.config['model_type']} keeps its weights in Conv1D modules, which have no packed form in stock "
+            "libraries: the quantized values are written as dense weights, so the result is not smaller"
+        )
+    elif format_name == "dense" and recipe.output.format == "dense":
+        found.append("dense output: the values are quantized, the files are not smaller")
+    return found
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+def with_costs(plan: Plan) -> Plan:
+    """The plan with its sizes and predictions."""
+    itemsize = plan.dtype.itemsize
+    elements = sum(numel(info) for info in plan.source.tensors.values())
+    before = elements * itemsize
+    saved = sum(linear.before_bytes - linear.after_bytes for linear in plan.linears)
+    output = before - saved + HEADER * (len(plan.source.tensors) + 3 * len(plan.linears))
+    hidden = hidden_bytes(plan)
+    cost = Cost(
+        peak_host_bytes=peak_memory(plan),
+        peak_device_bytes=0 if device_of(plan.recipe).type == "cpu" else peak_memory(plan) - LIBRARIES,
+        disk_bytes=output + 2 * hidden + plan.source.fetch_bytes,
+        output_bytes=output,
+        seconds=seconds(plan),
+    )
+    values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+    return Plan(**values | {"before_bytes": before, "predicted": cost})
+
+
+def numel(info: TensorInfo) -> int:
+    """Elements of a tensor."""
+    total = 1
+    for size in info.shape:
+        total *= size
+    return total
+
+
+def samples_and_length(plan: Plan) -> tuple[int, int]:
+    """Token windows that go through the blocks."""
+    options = plan.recipe.calibration
+    return (options.samples, options.length) if options and plan.needs_data else (PROOF_SAMPLES, PROOF_LENGTH)
+
+
+def hidden_bytes(plan: Plan) -> int:
+    """Hidden states of all samples."""
+    samples, length = samples_and_length(plan)
+    return samples * length * int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0))) * plan.dtype.itemsize
+
+
+def peak_memory(plan: Plan) -> int:
+    """Resident bytes at the worst moment; see the module's text."""
+    item = plan.dtype.itemsize
+    outside = [numel(info) * item for info in plan.tensors_of(None)]
+    table = max(outside, default=0)
+    hidden = hidden_bytes(plan)
+    first = [linear for linear in plan.linears if linear.block == 0]
+    block = sum(numel(info) for info in plan.tensors_of(0)) * item
+    samples, length = samples_and_length(plan)
+    tokens = min(samples * length, max(BATCH_TOKENS, length))
+    widths = sorted({linear.shape[1] for linear in first})
+    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(plan, linear)) if plan.needs_data else 0
+    stacked = max((6 * 4 * linear.shape[0] * linear.shape[1] for linear in first), default=0)
+    factor = 3 * 4 * max(widths, default=0) ** 2 if plan.needs_data else 0
+    inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
+    embedding = 2 * table + hidden
+    compressing = 2 * block + hidden + grams + max(stacked + factor, inside)
+    vocabulary = int(plan.source.config.get("vocab_size", 0))
+    proving = 2 * table + 2 * min(length, 512) * vocabulary * (item + 4)
+    return LIBRARIES + max(embedding, compressing, proving)
+
+
+def uses_gram(plan: Plan, linear: PlannedLinear) -> bool:
+    """Whether statistics are gathered for this linear."""
+    return linear.step is not None and plan.steps[linear.step].method.needs is not None
+
+
+def seconds(plan: Plan) -> float:
+    """Time of the run from its operation counts and this machine's speed, measured in a moment."""
+    samples, length = samples_and_length(plan)
+    tokens, elements = samples * length, sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
+    passes = 2 if plan.needs_data else 1
+    forward = 2.0 * elements * tokens * passes / speed(plan.dtype)
+    inputs = {(linear.block, linear.shape[1]) for linear in plan.linears if uses_gram(plan, linear)}
+    grams = sum(1.3 * tokens * columns**2 for _, columns in inputs) / speed(torch.float32)
+    return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, linear) for linear in plan.linears)
+
+
+def solve_seconds(plan: Plan, linear: PlannedLinear) -> float:
+    """Time of the method itself on one linear: its products with the Gram matrix, and passes over the weights."""
+    if linear.step is None:
+        return 0.0
+    rows, columns = linear.shape
+    name, method = plan.steps[linear.step].name, plan.steps[linear.step].method
+    products = {"gptq": 2.0, "awq": 2.0 * 2 * getattr(method, "grid_points", 0)}.get(name, 0.0)
+    touches = {"awq": 400.0}.get(name, 250.0)  # elementwise operations per weight of a range search
+    return products * rows * columns**2 / speed(torch.float32) + touches * rows * columns / 1.5e9
+
+
+_SPEEDS: dict[torch.dtype, float] = {}
+
+
+def speed(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a matrix product on this machine, measured once per process."""
+    import time
+
+    if dtype not in _SPEEDS:
+        a = torch.ones(512, 1024, dtype=dtype)
+        a @ a.T
+        start = time.perf_counter()
+        for _ in range(3):
+            a @ a.T
+        _SPEEDS[dtype] = 3 * 2 * 512 * 512 * 1024 / (time.perf_counter() - start)
+    return _SPEEDS[dtype]
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where blocks are computed."""
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(recipe.device)
+    except RuntimeError:
+        raise PlanError(f"device: {recipe.device!r} is not a device; try auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError("device: cuda was asked for and torch finds no CUDA device; use `device: cpu`")
+    return device
+
+
+def check_machine(plan: Plan, output: Path) -> None:
+    """Memory and disk, before a weight is read. Raises PlanError with both numbers."""
+    cost, limit = plan.predicted, plan.recipe.max_memory
+    if limit is not None and cost.peak_host_bytes > limit:
+        raise PlanError(
+            f"max_memory: the run would need about {gib(cost.peak_host_bytes)}, {gib(limit)} are allowed; "
+            "use fewer calibration samples or shorter ones, or raise max_memory"
+        )
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if cost.disk_bytes > free:
+        raise PlanError(f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free)} are free; free some, or give another --output")
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

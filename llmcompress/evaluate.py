@@ -159,7 +159,8 @@ def _windows(job: Job, folder: Path) -> dict[str, Tensor]:
     options = {"local_files_only": True, "trust_remote_code": job.trust_remote_code}
     try:
         with quiet():
-            tokenizer, config = AutoTokenizer.from_pretrained(folder, **options), AutoConfig.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            config = AutoConfig.from_pretrained(folder, **options)
     except LOADING as exc:
         raise _unloadable(folder, exc) from exc
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -217,7 +218,7 @@ def _compared(suite: Suite, text: str, windows: int) -> int:
 
 
 def _perplexity_row(entry: TextEntry, scores: WindowScores, base: BaseScores | None, windows: int) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "name": entry.name, "length": entry.length, "windows": windows, "tokens": windows * (entry.length - 1),
         "base": None, "compressed": perplexity(scores.nll), "ratio": None, "ratio_stderr": None,
     }  # fmt: skip
@@ -246,9 +247,11 @@ def _score_tasks(job: Job, folder: Path, whose: str) -> list[TaskScore]:
     if not job.suite.tasks:
         return []
     model, tokenizer = job.load(folder, job.suite.task_dtype or job.suite.dtype)
-    report: Progress | None = None
-    if job.progress:
-        report = lambda name, done, total: job.progress(name + whose, done, total)  # noqa: E731
+
+    def report(name: str, done: int, total: int) -> None:
+        if job.progress:
+            job.progress(name + whose, done, total)
+
     scores = run_tasks(model, tokenizer, job.suite.tasks, batch_size=job.suite.batch_size, progress=report)
     del model
     _free()

@@ -309,7 +309,7 @@ def _reason(exc: BaseException, endpoint: str) -> str:
         return "offline mode is on; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
     if isinstance(exc, HfHubHTTPError):
         return _answer(exc.response.status_code, exc.server_message or str(exc).strip().splitlines()[0], endpoint)
-    if isinstance(exc, HTTPError):
+    if isinstance(exc, (HTTPError, ConnectionError)):
         return f"no connection to {endpoint}, or it broke ({_line(exc)}); check the network and HF_ENDPOINT"
     return _line(exc)
 

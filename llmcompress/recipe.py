@@ -14,6 +14,7 @@ Step options other than `method` and `targets` are the fields of the method's ow
 import difflib
 import fnmatch
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
+import llmcompress
 from llmcompress.calibrate import CalibrationOptions
 from llmcompress.errors import RecipeError
 from llmcompress.formats import FORMATS
@@ -167,6 +169,18 @@ def list_index(values: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(values):
         raise RecipeError(f"--set {key}: {part!r} is not an item of a list of {len(values)} (the first is 0)")
     return int(part)
+
+
+def recipe_paths() -> dict[str, Path]:
+    """The recipes that ship with the package, by name ("smollm2-135m/w4a16-gptq")."""
+    tree = Path(llmcompress.__file__).parent.parent / "recipes"
+    folder = tree if tree.is_dir() else Path(sys.prefix) / "share" / "llmcompress" / "recipes"
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def default_output(recipe: Recipe, path: Path) -> Path:
+    """Where a run writes when nobody says: outputs/<model>-<recipe>."""
+    return Path("outputs") / f"{Path(recipe.model).name.removesuffix('.gguf')}-{path.stem}"
 
 
 def parse_bytes(text: str) -> int:

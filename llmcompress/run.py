@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from llmcompress.compress import BlockCompressor, BlockResult
 from llmcompress.engines import verdicts
 from llmcompress.errors import LLMCompressError, PlanError, ResumeError
 from llmcompress.plan import Plan, check_machine, device_of, make_plan
+from llmcompress.progress import Progress, Silent, staged
 from llmcompress.proof import positions, prove, write_expected
 from llmcompress.recipe import Recipe
 from llmcompress.report import write_report
@@ -43,32 +44,6 @@ PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "token
 COMPUTING = PACKAGES[:5]   # those whose version can change the bytes of a result
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
                    "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
-
-
-class Progress(Protocol):
-    """Told what a run is doing."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A new stage of `total` steps has begun."""
-
-    def advance(self, done: int, detail: str = "") -> None:
-        """`done` steps of the stage are finished."""
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
-
-class Silent:
-    """Tells nobody."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Ignore."""
-
-    def advance(self, done: int, detail: str = "") -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,17 +294,9 @@ class Job:
 
         assert self.plan.recipe.evaluate is not None  # noqa: S101  (the caller asks only then)
         suite = load_suite(self.plan.recipe.evaluate.suite)
-        seen: list[str] = []
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in seen:
-                seen.append(what)
-                self.progress.stage(what, total)
-            self.progress.advance(done)
-
         return evaluate(
             folder, suite, base=self.source.folder, base_fingerprint=self.source.fingerprint,
-            trust_remote_code=self.plan.recipe.trust_remote_code, progress=tell,
+            trust_remote_code=self.plan.recipe.trust_remote_code, progress=staged(self.progress),
         )
 
     def results(
@@ -496,11 +463,3 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def default_output(recipe: Recipe, stem: str) -> Path:
-    """Where a run writes when nobody says: outputs/<model>-<recipe>."""
-    return Path("outputs") / f"{Path(recipe.model).name.removesuffix('.gguf')}-{stem}"
-
-
-__all__ = ["LLMCompressError", "Progress", "Silent", "default_output", "partial_folder", "run", "Architecture"]

@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def run_tasks(
     with quiet() as stderr:
         for entry in entries:
             tasks = load_tasks(entry)
-            lm = _language_model(model, tokenizer, batch_size, stderr, _reporter(progress, entry.name))
+            lm = _language_model(model, tokenizer, batch_size, stderr, partial(progress or _ignore, entry.name))
             results = _simple_evaluate(lm, entry, tasks)
             scores += [_score(entry, name, results, alone=len(tasks) == 1) for name in tasks]
     return scores
@@ -67,7 +68,7 @@ def load_tasks(entry: TaskEntry) -> dict[str, Any]:
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise EvaluationError(f"task {entry.task!r}: neither an offline task nor one of lm-eval's{hint}")
     try:
-        return manager.load([str(path or entry.task)])["tasks"]
+        return dict(manager.load([str(path or entry.task)])["tasks"])
     except (OSError, DatasetNotFoundError) as exc:
         raise EvaluationError(
             f"task {entry.task!r}: its data set could not be fetched from the Hub ({exc}); "
@@ -96,7 +97,7 @@ def _simple_evaluate(lm: Any, entry: TaskEntry, tasks: dict[str, Any]) -> dict[s
     import lm_eval
 
     samples = {name: spaced(len(task.eval_docs), entry.limit) for name, task in tasks.items()} if entry.limit else None
-    return lm_eval.simple_evaluate(
+    results: dict[str, Any] = lm_eval.simple_evaluate(
         model=lm,
         tasks=list(tasks.values()),
         num_fewshot=entry.fewshot,
@@ -108,6 +109,7 @@ def _simple_evaluate(lm: Any, entry: TaskEntry, tasks: dict[str, Any]) -> dict[s
         torch_random_seed=SEED,
         fewshot_random_seed=SEED,
     )
+    return results
 
 
 def spaced(total: int, limit: int) -> list[int]:
@@ -115,12 +117,12 @@ def spaced(total: int, limit: int) -> list[int]:
     return [i * total // limit for i in range(limit)] if limit < total else list(range(total))
 
 
-def _reporter(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(name, done, total)
+def _ignore(name: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def _language_model(
-    model: Any, tokenizer: Any, batch_size: int, stderr: Quiet, report: Callable[[int, int], None] | None
+    model: Any, tokenizer: Any, batch_size: int, stderr: Quiet, report: Callable[[int, int], None]
 ) -> Any:
     """lm-eval's wrapper of a loaded model, without bars of its own and with probabilities in float32.
 
@@ -133,15 +135,13 @@ def _language_model(
             self.done, self.total = 0, len(requests)
             with stderr.loud():
                 answers = super().loglikelihood(requests, disable_tqdm=True)
-                if report:
-                    report(self.total, self.total)  # requests with a common context share a row, so fewer were seen
+                report(self.total, self.total)  # requests with a common context share a row, so fewer were seen
             return answers
 
         def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
             logits = super()._model_call(inps, *args, **options)
             self.done = min(self.done + len(inps), self.total)
-            if report:
-                report(self.done, self.total)
+            report(self.done, self.total)
             return logits
 
         done = total = 0

@@ -1,0 +1,5 @@
+"""`python -m llmcompress`."""
+
+from llmcompress.cli import main
+
+main()

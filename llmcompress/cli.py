@@ -1,0 +1,249 @@
+"""The command line: `python -m llmcompress run | plan | eval | inspect | push | list`.
+
+Results go to stdout; progress and everything else to stderr. Exit code 0: done. 2: the user can mend it, and one
+message says how. 1: a bug of ours, with its traceback. Nothing heavy is imported before a command needs it.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmcompress import __version__
+from llmcompress.errors import LLMCompressError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llmcompress.recipe import Recipe
+
+app = typer.Typer(
+    name="llmcompress", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None, help="Make Hugging Face causal LMs smaller, and prove that the result loads in stock engines.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, or a name from `list recipes`.")]
+Model = Annotated[str | None, typer.Option(help="Use this model instead of the recipe's.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option, such as steps.0.bits=8.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeFile,
+    output: Annotated[Path | None, typer.Option(help="Folder to make; default outputs/<model>-<recipe>.")] = None,
+    model: Model = None,
+    set_: Set = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Skip the recipe's scores.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder, or an unfinished run in it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe; given again after a kill, it continues."""
+    quiet_libraries()
+    from llmcompress.progress import reporter
+    from llmcompress.recipe import default_output
+    from llmcompress.report import summary_table
+    from llmcompress.run import run
+
+    loaded, path = read_recipe(recipe, model, set_)
+    folder = output or default_output(loaded, path)
+    with reporter() as progress:
+        results = run(loaded, folder, overwrite=overwrite, evaluate=not no_eval, progress=progress)
+    if as_json:
+        print_json(results | {"folder": str(folder)})
+    else:
+        print_table(summary_table(results))
+        print(f"{folder}")
+
+
+@app.command("plan")
+def plan_command(recipe: RecipeFile, model: Model = None, set_: Set = None, as_json: Json = False) -> None:
+    """Show what a recipe would do and cost, without reading a weight."""
+    from llmcompress.plan import check_machine, make_plan
+    from llmcompress.recipe import default_output
+    from llmcompress.source import open_source
+
+    loaded, path = read_recipe(recipe, model, set_)
+    plan = make_plan(loaded, open_source(loaded.model, revision=loaded.revision))
+    check_machine(plan, default_output(loaded, path))
+    if loaded.publish:
+        from llmcompress.hub import check_rights
+
+        check_rights(loaded.publish.repo_id, private=loaded.publish.private)
+    if as_json:
+        print_json(plan.plain())
+    else:
+        from llmcompress.tables import plan_tables
+
+        for table in plan_tables(plan):
+            print_table(table)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Folder, listed name, .gguf file or Hub id.")],
+    suite: Annotated[str | None, typer.Option(help="A name from `list suites`, or a file; default quick.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Score perplexity on this text instead.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens per window.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows per text.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model to compare with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model, alone or beside the one it was made from."""
+    quiet_libraries()
+    from llmcompress.evaluate import evaluate, suite_from_options
+    from llmcompress.progress import reporter, staged
+    from llmcompress.tables import score_table
+
+    chosen = suite_from_options(suite, tasks.split(",") if tasks else None, text, length, windows, limit)
+    with reporter() as progress:
+        folder, _ = local_folder(model)
+        base_folder, fingerprint = local_folder(base) if base else (None, None)
+        scores = evaluate(folder, chosen, base=base_folder, base_fingerprint=fingerprint, progress=staged(progress))
+    if as_json:
+        print_json(scores)
+    else:
+        print_table(score_table(scores))
+
+
+@app.command("inspect")
+def inspect_command(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: Json = False) -> None:
+    """Show per tensor format, bits, density and bytes; and which engines load the folder."""
+    from llmcompress.inspection import inspect
+    from llmcompress.tables import inspection_tables
+
+    found = inspect(folder)
+    if as_json:
+        print_json(found)
+    else:
+        for table in inspection_tables(found):
+            print_table(table)
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="namespace/name on the Hub")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a repository that the push creates.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a finished folder to the Hub; given again after a failure, it continues."""
+    from llmcompress.hub import plan_push, push
+    from llmcompress.tables import push_table
+
+    uploads = plan_push(folder)
+    url = None if dry_run else push(folder, repo_id, private=private)
+    if as_json:
+        print_json({"repo_id": repo_id, "url": url, "files": [upload._asdict() for upload in uploads]})
+    elif dry_run:
+        print_table(push_table(uploads, repo_id))
+    else:
+        print(url)
+
+
+class Listing(StrEnum):
+    """What `list` can show."""
+
+    models = "models"
+    datasets = "datasets"
+    methods = "methods"
+    formats = "formats"
+    recipes = "recipes"
+    suites = "suites"
+
+
+@app.command("list")
+def list_command(what: Listing, as_json: Json = False) -> None:
+    """Show the names that recipes can use."""
+    from llmcompress.tables import listing, listing_table
+
+    rows = listing(what.value)
+    if as_json:
+        print_json(rows)
+    else:
+        print_table(listing_table(what.value, rows))
+
+
+def version(value: bool) -> None:
+    """Print the version and stop."""
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of no single command."""
+
+
+# --- shared by commands ----------------------------------------------------------------------------------------------
+
+def read_recipe(given: Path, model: str | None, changes: Sequence[str] | None) -> tuple["Recipe", Path]:
+    """The recipe from a file or a listed name, with --model and --set applied; and its file."""
+    import yaml
+
+    from llmcompress.recipe import load_recipe, recipe_paths
+
+    overrides: dict[str, Any] = {}
+    for change in changes or []:
+        key, found, value = change.partition("=")
+        if not found or not key:
+            raise RecipeError(f"--set {change}: expected KEY=VALUE, such as steps.0.bits=8")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {change}: {value!r} is not a YAML value") from None
+    if model is not None:
+        overrides["model"] = model
+    path = given if given.exists() else recipe_paths().get(str(given), given)
+    return load_recipe(path, overrides), path
+
+
+def local_folder(model: str) -> tuple[Path, str | None]:
+    """Local folder and fingerprint of any model; a compressed folder is taken as it is."""
+    from llmcompress.source import open_source
+
+    if (Path(model) / "config.json").is_file() and "quantization_config" in (Path(model) / "config.json").read_text("utf-8"):
+        return Path(model), None
+    source = open_source(model).fetch()
+    assert source.folder is not None  # noqa: S101  (what fetch is for)
+    return source.folder, source.fingerprint
+
+
+def quiet_libraries() -> None:
+    """Keep bars and advice of libraries off the terminal; must come before they are imported."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def print_json(values: Any) -> None:
+    """One JSON value on stdout."""
+    print(json.dumps(values, indent=1, ensure_ascii=False, default=str))
+
+
+def print_table(table: "Table") -> None:
+    """A table on stdout; wide enough for its content when stdout is not a terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code; what the user can mend is said in one message."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="llmcompress")
+    except LLMCompressError as exc:
+        print("\n  ".join([f"error: {exc}", *getattr(exc, "__notes__", ())]), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,148 @@
+"""Tables for the terminal, and the rows of `list`."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from llmcompress.catalog import DATASETS, MODELS
+from llmcompress.formats import FORMATS
+from llmcompress.hub import Upload
+from llmcompress.methods import METHODS
+from llmcompress.plan import Plan, gib
+from llmcompress.recipe import recipe_paths
+from llmcompress.suite import suite_paths
+
+
+def plan_tables(plan: Plan) -> Iterator[Table]:
+    """What happens to the linears, kind by kind; what is left alone; what it costs."""
+    kinds: dict[tuple[str, tuple[int, int], int | None], list[int]] = {}
+    for linear in plan.linears:
+        kind = linear.name.split(".", len(plan.blocks.split(".")) + 1)[-1]
+        row = kinds.setdefault((kind, linear.shape, linear.step), [0, 0, 0])
+        for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
+            row[i] += value
+    table = make_table(f"{plan.source.name} as {plan.format_name}", "linear", "number", "out x in", "method", "before", "after")
+    for (kind, shape, step), (count, before, after) in kinds.items():
+        method = "left alone" if step is None else describe(plan.steps[step].name, plan.steps[step].method)
+        add(table, kind, str(count), f"{shape[0]} x {shape[1]}", method, gib(before), gib(after))
+    yield table
+    yield from ([two_columns("Left alone", plan.kept.items())] if plan.kept else [])
+    yield from ([two_columns("Notes", [("", note) for note in plan.notes])] if plan.notes else [])
+    cost = plan.predicted
+    yield two_columns("Prediction", [
+        ("model before", f"{gib(plan.before_bytes)} in {plan.recipe.dtype}"),
+        ("result", gib(cost.output_bytes)),
+        ("peak host memory", gib(cost.peak_host_bytes)),
+        ("peak device memory", gib(cost.peak_device_bytes)),
+        ("disk", gib(cost.disk_bytes)),
+        ("time, evaluation aside", f"about {cost.seconds:.0f} s"),
+    ])
+
+
+def describe(name: str, method: Any) -> str:
+    """A method with its options in a few words."""
+    options = method.model_dump()
+    words = [name]
+    if "bits" in options:
+        words.append(f"{options['bits']}-bit")
+        words.append("whole rows" if options["group_size"] == "row" else f"group {options['group_size']}")
+        words.append("symmetric" if options["symmetric"] else "asymmetric")
+    return " ".join(words)
+
+
+def score_table(scores: dict[str, Any]) -> Table:
+    """Scores of `eval`."""
+    title = f"suite {scores['suite']['name']} (version {scores['suite']['version']}), {scores['dtype']}"
+    table = make_table(title, "score", "model", "base")
+    for row in scores["perplexity"]:
+        add(table, f"perplexity {row['name']}", spread(row["compressed"], 1, 2), spread(row["base"], 1, 2))
+    if divergence := scores["divergence"]:
+        add(table, "KL to the base, nats", f"{divergence['kl']:.4f} ± {divergence['kl_stderr']:.4f}", "")
+        add(table, "top-1 agreement, %", f"{100 * divergence['top1_agreement']:.1f}", "")
+    for row in scores["tasks"]:
+        add(table, f"{row['name']} {row['metric']}, %", spread(row["compressed"], 100, 1), spread(row["base"], 100, 1))
+    return table
+
+
+def spread(score: dict[str, float] | None, unit: float, digits: int) -> str:
+    """value ± stderr."""
+    return f"{score['value'] * unit:.{digits}f} ± {score['stderr'] * unit:.{digits}f}" if score else ""
+
+
+def inspection_tables(found: dict[str, Any]) -> Iterator[Table]:
+    """Tensors and engines of `inspect`."""
+    table = make_table(f"{found['folder']}: {gib(found['bytes'])}", "tensor", "format", "shape", "bits", "density", "bytes")
+    for row in found["tensors"]:
+        shape = " x ".join(str(size) for size in row["shape"])
+        add(table, row["name"], row["format"], shape, f"{row['bits']:.2f}", f"{row['density']:.3f}", str(row["bytes"]))
+    yield table
+    yield two_columns("Engines", [(f"{e['engine']}: {'yes' if e['loads'] else 'no'}", e["why"]) for e in found["engines"]])
+
+
+def push_table(uploads: Sequence[Upload], repo_id: str) -> Table:
+    """Files that `push --dry-run` would send."""
+    table = make_table(f"would go to {repo_id}: {gib(sum(upload.bytes for upload in uploads))}", "file", "bytes")
+    for upload in uploads:
+        add(table, upload.path, str(upload.bytes))
+    return table
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """Rows of `list`: a name and what it is."""
+    if what in ("recipes", "suites"):
+        paths = recipe_paths() if what == "recipes" else suite_paths()
+        return [{"name": name, "description": first_comment(path.read_text("utf-8")), "file": str(path)} for name, path in paths.items()]
+    if what == "methods":
+        return [
+            {
+                "name": name, "description": first_line(method), "data": "calibration" if method.needs else "none",
+                "options": {k: f.default for k, f in method.model_fields.items()},
+            }
+            for name, method in METHODS.items()
+        ]
+    if what == "formats":
+        return [{"name": name, "description": first_line(type(fmt))} for name, fmt in FORMATS.items()]
+    table: dict[str, Any] = dict(MODELS if what == "models" else DATASETS)
+    return [{"name": name, "description": entry.description, "license": entry.license} for name, entry in table.items()]
+
+
+def listing_table(what: str, rows: list[dict[str, Any]]) -> Table:
+    """`list` as a table."""
+    table = make_table(what, *(rows[0].keys() if rows else ["name"]))
+    for row in rows:
+        add(table, *(", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in row.values()))
+    return table
+
+
+def first_line(cls: type) -> str:
+    """First line of the docstring of the module that a class is in."""
+    import inspect
+    import sys
+
+    return (inspect.getdoc(sys.modules[cls.__module__]) or "").partition("\n")[0]
+
+
+def first_comment(text: str) -> str:
+    """First comment line of a YAML file."""
+    return next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+
+
+def two_columns(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """A table of names and what is said about them."""
+    table = make_table(title, "", "")
+    table.show_header = False
+    for name, text in rows:
+        add(table, name, text)
+    return table
+
+
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table; no text in it is read as markup."""
+    return Table(*(Column(Text(column)) for column in columns), title=Text(title), title_justify="left")
+
+
+def add(table: Table, *cells: object) -> None:
+    """A row of plain text, whatever characters it holds."""
+    table.add_row(*(Text(str(cell)) for cell in cells))

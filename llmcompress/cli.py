@@ -216,7 +216,7 @@ def local_folder(model: str) -> tuple[Path, str | None]:
     if (Path(model) / "config.json").is_file() and "quantization_config" in (Path(model) / "config.json").read_text("utf-8"):
         return Path(model), None
     source = open_source(model).fetch()
-    assert source.folder is not None  # noqa: S101  (what fetch is for)
+    assert source.folder is not None
     return source.folder, source.fingerprint
 
 

@@ -292,7 +292,7 @@ class Job:
         from llmcompress.evaluate import evaluate
         from llmcompress.suite import load_suite
 
-        assert self.plan.recipe.evaluate is not None  # noqa: S101  (the caller asks only then)
+        assert self.plan.recipe.evaluate is not None
         suite = load_suite(self.plan.recipe.evaluate.suite)
         return evaluate(
             folder, suite, base=self.source.folder, base_fingerprint=self.source.fingerprint,
@@ -379,7 +379,7 @@ def publish(recipe: Recipe, folder: Path, progress: Progress) -> None:
     """Push the finished folder where the recipe says."""
     from llmcompress.hub import push
 
-    assert recipe.publish is not None  # noqa: S101  (the caller asks only then)
+    assert recipe.publish is not None
     progress.stage("publishing", 1)
     progress.note("published: " + push(folder, recipe.publish.repo_id, private=recipe.publish.private))
 

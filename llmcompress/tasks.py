@@ -95,6 +95,7 @@ def _defines(path: Path, task: str) -> bool:
 def _simple_evaluate(lm: Any, entry: TaskEntry, tasks: dict[str, Any]) -> dict[str, Any]:
     """lm-eval's results with every item logged."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     samples = {name: spaced(len(task.eval_docs), entry.limit) for name, task in tasks.items()} if entry.limit else None
     results: dict[str, Any] = lm_eval.simple_evaluate(
@@ -103,6 +104,7 @@ def _simple_evaluate(lm: Any, entry: TaskEntry, tasks: dict[str, Any]) -> dict[s
         num_fewshot=entry.fewshot,
         samples=samples,
         log_samples=True,
+        task_manager=TaskManager(include_defaults=False),  # the tasks are loaded; else it indexes all of its own
         bootstrap_iters=0,  # a mean over items has a closed form; bootstrapping forks processes and prints to stdout
         random_seed=SEED,
         numpy_random_seed=SEED,

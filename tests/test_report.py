@@ -237,7 +237,9 @@ def strange_numbers(text: str, results: dict[str, Any], recipe: str) -> list[str
 
 def test_every_number_is_in_the_results(results):
     assert strange_numbers(page_text(report_page(results, RECIPE)), results, RECIPE) == []
-    assert strange_numbers(card_text(model_card(results, RECIPE)), results, RECIPE) == []
+    card = card_text(model_card(results, RECIPE))
+    results["layers"] = [layer | {"block": 0} for layer in results["layers"]]  # else any small number would pass
+    assert strange_numbers(card, results, RECIPE) == []
 
 
 def test_the_check_of_numbers_finds_what_is_not_in_the_results():

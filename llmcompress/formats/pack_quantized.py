@@ -37,7 +37,7 @@ class PackQuantized:
 
     def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Words, scales, packed zeros and the shape."""
-        assert isinstance(method, IntMethod)  # noqa: S101  (`refuses` said so)
+        assert isinstance(method, IntMethod)
         rows, columns = shape
         groups = columns // method.group(columns)
         total = rows * words(columns, method.bits) * 4 + rows * groups * dtype.itemsize + 2 * 8
@@ -48,7 +48,7 @@ class PackQuantized:
         from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
         codes, grid = weight.codes, weight.grid
-        assert codes is not None and grid is not None  # noqa: S101  (`refuses` said so)
+        assert codes is not None and grid is not None
         middle = 2 ** (grid.bits - 1)
         tensors = {
             "weight_packed": pack_to_int32((codes.to(torch.int16) - middle).to(torch.int8), grid.bits),
@@ -73,7 +73,7 @@ class PackQuantized:
 
         by_grid: dict[tuple[int, int | str, bool], list[str]] = {}
         for name, method in methods.items():
-            assert isinstance(method, IntMethod)  # noqa: S101  (`refuses` said so)
+            assert isinstance(method, IntMethod)
             by_grid.setdefault((method.bits, method.group_size, method.symmetric), []).append(name)
         groups = {
             f"group_{i}": scheme(grid, ["Linear"] if len(by_grid) == 1 else names)

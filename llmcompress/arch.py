@@ -115,24 +115,28 @@ def block_linears(block: nn.Module) -> dict[str, Linear]:
     return linears
 
 
-def match_names(model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
-    """Where each parameter of the model is in a checkpoint: parameter name -> tensor name.
+def match_names(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str]]:
+    """Where each parameter of the model is in a checkpoint: parameter name -> the tensors that make it.
 
-    Names may differ by the prefix of the base model, which older checkpoints leave out. Raises FormatError if a
+    Nearly always one tensor of the same name. Older checkpoints leave out the prefix of the base model, and
+    transformers fuses some parameters (experts) from several tensors, see `fused.py`. Raises FormatError if a
     parameter has no tensor.
     """
+    from llmcompress.fused import fused_sources
+
     available, prefix = set(stored), f"{model.base_model_prefix}."
-    names, missing = {}, []
+    names: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
         found = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in available]
-        if found:
-            names[name] = found[0]
-        else:
-            missing.append(name)
+        names[name] = found[:1]
+    if not all(names.values()):
+        fused = fused_sources(model, available)
+        names |= {name: fused.get(name, []) for name, found in names.items() if not found}
+    missing = [name for name, found in names.items() if not found]
     if missing:
         raise FormatError(
-            f"the checkpoint lacks {len(missing)} of the model's {len(names) + len(missing)} tensors, such as "
-            f"{missing[0]}; is it complete, and of the architecture that its config.json names?"
+            f"the checkpoint lacks {len(missing)} of the model's {len(names)} tensors, such as {missing[0]}; "
+            "is it complete, and of the architecture that its config.json names?"
         )
     return names
 
@@ -242,7 +246,9 @@ class Probe:
 
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(tiny_config(config), attn_implementation="eager").double().eval()
+            tiny = tiny_config(config)
+            tiny._experts_implementation = "eager"   # grouped kernels take no float64
+            model = AutoModelForCausalLM.from_config(tiny, attn_implementation="eager").double().eval()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.4)
@@ -298,7 +304,8 @@ class Probe:
         output: list[Tensor] = []
         hooks = [self.block.register_forward_hook(lambda m, a, o: output.append(first(o).detach()))]
         for name, module in self.block.named_modules() if observe else ():
-            if isinstance(getattr(module, "weight", None), nn.Parameter):
+            weight = getattr(module, "weight", None)
+            if name in self.linears or (isinstance(weight, nn.Parameter) and weight.ndim == 1):   # linears and norms
                 hooks.append(module.register_forward_hook(self._note(name)))
         try:
             with torch.no_grad():

@@ -35,10 +35,10 @@ class BlockResult:
 class BlockCompressor:
     """Compresses blocks of one model.
 
-    stored: parameter name -> tensor name in the checkpoint.
+    stored: parameter name -> its tensors in the checkpoint; a linear's weight has exactly one.
     """
 
-    def __init__(self, plan: Plan, architecture: Architecture, stored: dict[str, str]) -> None:
+    def __init__(self, plan: Plan, architecture: Architecture, stored: dict[str, list[str]]) -> None:
         self.plan = plan
         self.architecture = architecture
         self.stored = stored
@@ -65,7 +65,7 @@ class BlockCompressor:
 
     def checkpoint_module(self, block: Block, linear: str) -> str:
         """Name of a linear in the checkpoint."""
-        return self.stored[f"{block.name}.{linear}.weight"].removesuffix(".weight")
+        return self.stored[f"{block.name}.{linear}.weight"][0].removesuffix(".weight")
 
     def _steps(self, block: Block) -> dict[str, Step | None]:
         """The step of every linear of the block."""

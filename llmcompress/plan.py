@@ -200,8 +200,8 @@ def refuse_experts(source: ModelSource, blocks: str, keep: list[str]) -> None:
             experts = name[: name.index(".experts.")] + ".experts"
             raise PlanError(
                 f"{experts}: a mixture of experts, which transformers holds as fused 3-D tensors that no method "
-                f"compresses yet (found {name} {list(info.shape)}); to keep the experts dense and compress the rest, "
-                'add "*.experts.*" to `keep`'
+                f"compresses yet (found {name} {list(info.shape)}); to keep experts and routers dense and compress the "
+                'rest, set `keep: [lm_head, "*.experts.*", "*.gate"]`'
             )
 
 

@@ -165,8 +165,8 @@ def markdown(value: object) -> str:
     if isinstance(text, Markup | Undefined):
         return str(text)
     # An underscore inside a word is no emphasis; leaving it keeps names like arc_easy readable in the source.
-    escaped = re.sub(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
-    return re.sub(r"^(\d*)(?=[#+=-]|(?<=\d)[.)](?:\s|$))", r"\1\\", escaped)  # no heading, no item of a list
+    escaped = re.sub(r"[\\`*\[\]<>&|~$#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
+    return re.sub(r"^(\d*)(?=[+=-]|(?<=\d)[.)](?:\s|$))", r"\1\\", escaped)  # no heading, no item of a list
 
 
 def printable(value: object) -> str | Undefined:
@@ -199,8 +199,7 @@ class Row:
 def comparison(results: dict[str, Any]) -> list[Row]:
     """Size and every score, before and after, in the order of the card."""
     size, scores = results["size"], results["scores"]
-    ratio = show(size["ratio"], "fixed")
-    change = Markup(f"{ratio} times smaller" if size["ratio"] >= 1 else f"before / after = {ratio}")
+    change = Markup(f"× {show(size['ratio'], 'ratio')}")
     before, after = show(size["before_bytes"], "bytes"), show(size["after_bytes"], "bytes")
     rows = [Row("size of the weights", "", before, after, change)]
     if scores is None:
@@ -213,7 +212,8 @@ def comparison(results: dict[str, Any]) -> list[Row]:
 def perplexity_row(item: dict[str, Any]) -> Row:
     """Perplexity on one text; its change is a ratio."""
     detail = f"{show(item['windows'], 'count')} windows of {show(item['length'], 'count')} tokens, lower is better"
-    change = UNKNOWN if item["ratio"] is None else Markup(f"after / before = {show(item['ratio'], 'ratio')}")
+    ratio = plus_minus(item["ratio"], item.get("ratio_stderr"), "ratio")
+    change = UNKNOWN if item["ratio"] is None else Markup(f"× {ratio}")
     before, after = spread(item["base"], "fixed"), spread(item["compressed"], "fixed")
     return Row(f"perplexity, {item['name']}", detail, before, after, change)
 
@@ -264,7 +264,7 @@ def summary_table(results: dict[str, Any]) -> Table:
 def schemes(layers: list[dict[str, Any]]) -> str:
     """What was done to the linears, in words, each distinct way once."""
     def words(layer: dict[str, Any]) -> str:
-        if layer["bits"] is None:
+        if layer.get("bits") is None:  # a method without a grid
             return str(layer["method"])
         group = layer["group_size"]
         shape = f"groups of {show(group, 'count')}" if isinstance(group, int) and group > 0 else "one group per row"

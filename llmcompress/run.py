@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from llmcompress import plan as planning
-from llmcompress.arch import Architecture, discover, match_names, quiet_transformers, skeleton
+from llmcompress.arch import discover, match_names, quiet_transformers, skeleton
 from llmcompress.calibrate import load_calibration
-from llmcompress.checkpoint import Checkpoint, partial_folder, read_json, replacing, write_json
+from llmcompress.checkpoint import Checkpoint, read_json, replacing, write_json
 from llmcompress.compress import BlockCompressor, BlockResult
 from llmcompress.engines import verdicts
-from llmcompress.errors import LLMCompressError, PlanError, ResumeError
+from llmcompress.errors import PlanError, ResumeError
+from llmcompress.fused import fuse
 from llmcompress.plan import Plan, check_machine, device_of, make_plan
 from llmcompress.progress import Progress, Silent, staged
 from llmcompress.proof import positions, prove, write_expected
@@ -208,30 +209,28 @@ class Job:
     def _write_block(self, checkpoint: Checkpoint, index: int, result: BlockResult) -> None:
         """The block's shard: packed linears, and everything else of the block as it is now."""
         module, name = self.stream.blocks[index], self.architecture.block(index)
-        compressed = {row["name"] for row in result.layers}
+        done = {row["name"] + ".weight" for row in result.layers}
         tensors = dict(result.tensors)
-        known = set()
         for parameter, value in module.named_parameters():
-            stored = self.stored[f"{name}.{parameter}"]
-            known.add(stored)
-            if stored.removesuffix(".weight") not in compressed:
-                tensors[stored] = value.to(self.plan.dtype)
-        tensors |= self._as_stored(info.name for info in self.plan.tensors_of(index) if info.name not in known)
-        checkpoint.write_shard(index, tensors)
+            sources = self.stored[f"{name}.{parameter}"]
+            if len(sources) == 1 and sources[0] not in done and tuple(value.shape) == self.source.tensors[sources[0]].shape:
+                tensors[sources[0]] = value.to(self.plan.dtype)
+                done.add(sources[0])
+        rest = [info.name for info in self.plan.tensors_of(index) if info.name not in done]
+        checkpoint.write_shard(index, tensors | self._as_stored(rest))
 
     def _write_outside(self, checkpoint: Checkpoint) -> None:
         """Shards of the tensors outside the blocks, one at a time."""
-        parameters = set(self.stored.values())
         for number, names in enumerate(self.outside, self.plan.count):
-            tensors = self.source.load([n for n in names if n in parameters], dtype=self.plan.dtype)
-            tensors |= self._as_stored(n for n in names if n not in parameters)
-            checkpoint.write_shard(number, tensors)
+            checkpoint.write_shard(number, self._as_stored(names))
 
     def _as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors that are not parameters of the model (old buffers), untouched."""
+        """Tensors as the checkpoint has them: those of parameters in the recipe's dtype, others (old buffers) untouched."""
+        parameters = {tensor for sources in self.stored.values() for tensor in sources}
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors |= self.source.load([name], dtype=TORCH_DTYPES.get(self.source.tensors[name].dtype, torch.float32))
+            dtype = self.plan.dtype if name in parameters else TORCH_DTYPES.get(self.source.tensors[name].dtype)
+            tensors |= self.source.load([name], dtype=dtype or torch.float32)
         return tensors
 
     def _outside_shards(self) -> list[list[str]]:
@@ -283,7 +282,7 @@ class Job:
         names = []
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                stored = self.stored.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+                stored = self.stored.get(f"{name}.weight", [f"{name}.weight"])[0].removesuffix(".weight")
                 names += [stored] if stored not in compressed else []
         return names
 
@@ -317,7 +316,7 @@ class Job:
             "output_bytes": output,
             "seconds": sum(stages[name] for name in ("source", "calibrate", "compress")),
         }
-        parameters = sum(planning.numel(info) for name, info in source.tensors.items() if name in set(self.stored.values()))
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return {
             "schema": 1,
             "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -347,18 +346,24 @@ class Job:
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by their names in the model."""
-        stored = {name: self.stored[name] for name in names}
-        tensors = self.source.load(set(stored.values()), dtype=self.plan.dtype)
-        return {name: tensors[where] for name, where in stored.items()}
+        sources = {name: self.stored[name] for name in names}
+        tensors = self.source.load({t for found in sources.values() for t in found}, dtype=self.plan.dtype)
+        shapes = {name: tuple(self.model.get_parameter(name).shape) for name in sources}
+        return {
+            name: tensors[found[0]] if tuple(tensors[found[0]].shape) == shapes[name]
+            else fuse(self.model, name, {tensor: tensors[tensor] for tensor in found})
+            for name, found in sources.items()
+        }
 
     def _check_against_plan(self) -> None:
         """The plan saw names and shapes; the modules must agree, or something would be skipped."""
-        planned = {linear.name: linear.shape for linear in self.plan.linears}
+        kept = self.plan.kept
+        planned = {linear.name: linear.shape for linear in self.plan.linears if linear.step is not None}
         found = {}
         for index in range(self.architecture.count):
             for name, linear in self.architecture.linears.items():
-                stored = self.stored[f"{self.architecture.block(index)}.{name}.weight"].removesuffix(".weight")
-                found[stored] = (linear.out_features, linear.in_features)
+                stored = self.stored[f"{self.architecture.block(index)}.{name}.weight"][0].removesuffix(".weight")
+                found |= {} if stored in kept else {stored: (linear.out_features, linear.in_features)}
         transposed = any(linear.transposed for linear in self.architecture.linears.values())
         if planned != found or transposed != self.plan.transposed:
             odd = sorted(set(planned.items()) ^ set(found.items()))[:3]

@@ -33,8 +33,8 @@ class TextEntry(Options):
 
     name: str
     source: DataSource                        # or just its `data`: a path, a Hub dataset, a listed name
-    length: int = Field(512, ge=2)            # tokens per window
-    windows: int | None = Field(None, ge=1)   # None: the whole text
+    length: int = Field(default=512, ge=2)    # tokens per window
+    windows: int | None = Field(default=None, ge=1)  # None: the whole text
 
     @field_validator("source", mode="before")
     @classmethod
@@ -46,7 +46,7 @@ class Divergence(Options):
     """KL to the base model, on the first `windows` windows of one of the perplexity texts."""
 
     text: str
-    windows: int | None = Field(None, ge=1)   # None: as many as the perplexity takes
+    windows: int | None = Field(default=None, ge=1)  # None: as many as the perplexity takes
 
 
 class TaskEntry(Options):
@@ -55,9 +55,9 @@ class TaskEntry(Options):
     name: str                                 # how results call it
     task: str                                 # lm-eval's name, an offline name, or a task YAML file
     metric: str | None = None                 # None: acc, or the task's first metric
-    chance: float | None = Field(None, ge=0, lt=1)  # score of a guess; None: unknown, so no recovery
-    limit: int | None = Field(None, ge=1)     # items, evenly spaced over the task; None: all
-    fewshot: int | None = Field(None, ge=0)   # None: the task's own default
+    chance: float | None = Field(default=None, ge=0, lt=1)  # score of a guess; None: unknown, so no recovery
+    limit: int | None = Field(default=None, ge=1)  # items, evenly spaced over the task; None: all
+    fewshot: int | None = Field(default=None, ge=0)  # None: the task's own default
 
 
 class Suite(Options):
@@ -67,10 +67,10 @@ class Suite(Options):
     version: int
     dtype: Dtype = "float32"                  # of perplexity and divergence
     task_dtype: Dtype | None = None           # of tasks; None: `dtype`
-    batch_size: int = Field(8, ge=1)          # sequences per forward pass
-    perplexity: list[TextEntry] = Field([])
+    batch_size: int = Field(default=8, ge=1)  # sequences per forward pass
+    perplexity: list[TextEntry] = Field(default=[])
     divergence: Divergence | None = None
-    tasks: list[TaskEntry] = Field([])
+    tasks: list[TaskEntry] = Field(default=[])
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -132,7 +132,7 @@ def suite_from_options(
             changes |= {"perplexity": [], "divergence": None}
     if text is not None:
         name = Path(text).name
-        changes["perplexity"] = [TextEntry(name=name, source=DataSource(data=str(text)))]
+        changes["perplexity"] = [TextEntry.parse({"name": name, "source": str(text)}, "evaluation options")]
         changes["divergence"] = Divergence(text=name)
         if suite is None and tasks is None:
             changes["tasks"] = []

@@ -132,11 +132,11 @@ def _language_model(
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):
+    class Model(HFLM):  # type: ignore[misc]  # untyped library
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             self.done, self.total = 0, len(requests)
             with stderr.loud():
-                answers = super().loglikelihood(requests, disable_tqdm=True)
+                answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
                 report(self.total, self.total)  # requests with a common context share a row, so fewer were seen
             return answers
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from llmcompress.errors import EvaluationError, LLMCompressError, RecipeError
 from llmcompress.evaluate import evaluate, load_model, load_suite, suite_from_options, suite_paths
@@ -23,9 +24,8 @@ from llmcompress.quiet import quiet
 from llmcompress.suite import Suite, TaskEntry
 from llmcompress.tasks import TaskScore, compare_task, run_tasks, spaced
 
-QUESTIONS = [
-    {"question": f"Is {n} even or odd", "choices": ["even", "odd"], "label": n % 2} for n in (3, 8, 15, 22, 7, 40, 51, 6)
-]
+NUMBERS = (3, 8, 15, 22, 7, 40, 51, 6)
+QUESTIONS = [{"question": f"Is {n} even or odd", "choices": ["even", "odd"], "label": n % 2} for n in NUMBERS]
 
 
 @pytest.fixture(autouse=True)
@@ -126,9 +126,9 @@ def test_windows_start_with_the_begin_token_where_the_tokenizer_adds_it() -> Non
     tokenizer = tiny_tokenizer()
     plain = text_windows("abcdefgh", tokenizer, 4, None, "t")
     assert plain.tolist() == [[97, 98, 99, 100], [101, 102, 103, 104]]
-    tokenizer.add_bos_token = True
-    if tokenizer("")["input_ids"] == [0]:
-        assert text_windows("abcdefgh", tokenizer, 4, 2, "t").tolist() == [[0, 97, 98, 99], [0, 100, 101, 102]]
+    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    assert text_windows("abcdefgh", tokenizer, 4, 2, "t").tolist() == [[0, 97, 98, 99], [0, 100, 101, 102]]
 
 
 # Suites
@@ -186,6 +186,7 @@ def test_scores_of_text_and_task(
     base, model = make_folder("base", seed=1), make_folder("model", seed=2)
     task = {"name": "parity", "task": str(task_file), "chance": 0.5}
     suite, seen = text_suite(text_file, tasks=[task]), []
+    capfd.readouterr()
     scores = evaluate(
         model, suite, base=base, base_fingerprint="b", progress=lambda *step: seen.append(step), device="cpu"
     )
@@ -367,7 +368,7 @@ def test_difference_and_recovery_are_paired() -> None:
     assert row["difference_stderr"] == pytest.approx((c - b).std().item(), rel=0.05)
     assert row["recovery"] == pytest.approx((compressed.mean() / base.mean()).item())
     assert row["recovery_stderr"] == pytest.approx((c / b).std().item(), rel=0.05)
-    assert row["difference_stderr"] < row["base"]["stderr"] / 2
+    assert row["difference_stderr"] < 0.6 * row["base"]["stderr"], "pairing helps: few items change"
 
 
 @pytest.mark.parametrize("chance", [0.45, None], ids=["at-chance", "unknown-chance"])

@@ -1,0 +1,133 @@
+"""Runs of tiny models: text, recipes, and a proof of loading that stays in this process.
+
+Proving starts an interpreter that imports transformers, which takes seconds. `proof_inside` runs the very same script
+(`llmcompress/reload.py`) here, so weights and logits are compared after a stock reload in every run; tests of whole
+runs leave it out.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmcompress import proof, reload
+from llmcompress.recipe import Recipe, parse_recipe
+
+
+def write_text(path: Path, characters: int = 6000) -> Path:
+    """ASCII text for the tiny tokenizer, one token per character, all of them in use."""
+    path.write_text("".join(chr(3 + (i * i * 7 + i // 5) % 120) for i in range(characters)))
+    return path
+
+
+def values(model: Path, text: Path, *steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Plain values of a recipe; AWQ in groups of 32 if no steps are given. `more` replaces or adds top-level keys."""
+    return {
+        "model": str(model),
+        "calibration": {"data": str(text), "samples": 4, "length": 32},
+        "steps": list(steps) or [{"method": "awq", "group_size": 32}],
+    } | more
+
+
+def recipe(model: Path, text: Path, *steps: dict[str, Any], **more: Any) -> Recipe:
+    """A recipe from `values`."""
+    return parse_recipe(values(model, text, *steps, **more))
+
+
+@contextmanager
+def proof_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Prove in this process for a while; all of `prove` but the new interpreter is real."""
+
+    def here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        with torch.no_grad():   # the script switches gradients off for good
+            found = reload.main(*command[3:])
+        return subprocess.CompletedProcess(command, 0, json.dumps(found | {"imported_llmcompress": False}), "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "subprocess", SimpleNamespace(run=here))
+        yield
+
+
+def reloaded(folder: Path) -> Any:
+    """The folder as any user loads it; packed weights are unpacked by the first forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    logits(model)
+    return model
+
+
+def logits(model: Any, length: int = 24) -> Tensor:
+    """Logits [1, length, vocabulary] on fixed tokens."""
+    tokens = torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of config.json and of every safetensors file."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def die_at(moments: list[dict[str, str]], recipe_values: dict[str, Any]) -> None:
+    """For every moment {"folder", "side", "file"}, a run into `folder` that dies by SIGKILL in a child process.
+
+    Every file that a run finishes is renamed to its name; it dies before or after the one that renames to `file`.
+    Called in an interpreter of its own (`run_die_at`), which has computed nothing yet, so that forking is safe.
+    """
+    import transformers  # noqa: F401  (once, instead of once per child)
+
+    from llmcompress.run import run
+
+    for moment in moments:
+        child = os.fork()
+        if child == 0:
+            with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+                for function in ("rename", "replace"):
+                    patch.setattr(Path, function, dying(getattr(Path, function), moment["side"], moment["file"]))
+                run(parse_recipe(recipe_values), Path(moment["folder"]))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), f"{moment}: ended with {status} instead of being killed"
+
+
+def dying(rename: Any, side: str, file: str) -> Any:
+    """A `Path.rename` that kills this process before or after it made `file`."""
+
+    def method(self: Path, target: Path) -> Path:
+        if Path(target).name == file and side == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result: Path = rename(self, target)
+        if Path(target).name == file:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return method
+
+
+def run_die_at(moments: list[dict[str, str]], recipe_values: dict[str, Any]) -> None:
+    """`die_at` in a new interpreter."""
+    code = "import json, sys, tiny_runs; tiny_runs.die_at(*json.loads(sys.argv[1]))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, json.dumps([moments, recipe_values])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every stored tensor of a folder."""
+    from safetensors.torch import load_file
+
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

@@ -32,6 +32,7 @@ HEADER = 120                # bytes of one entry in a safetensors header, about
 BATCH_TOKENS = 4096         # tokens of one forward pass, as the stream takes them
 GROUPS = (128, 64, 32)
 CONV1D_MODELS = ("gpt2",)   # model types that keep weights as [in, out]; checked against the modules before a run
+DENSE_EXPERTS = "stock transformers takes the experts of a packed checkpoint for packed, and these are kept dense"
 PROOF_SAMPLES, PROOF_LENGTH = 2, 64  # random tokens that prove a data-free result
 
 
@@ -133,7 +134,8 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     names = block_linears(source, blocks, transposed)
     refuse_experts(source, blocks, recipe.keep)
     assigned = assign(names, steps, recipe.keep)
-    format_name = choose_format(recipe, steps, assigned, names, transposed)
+    experts = any(is_expert(name) for name in source.tensors)
+    format_name = choose_format(recipe, steps, assigned, names, transposed, experts)
     dtype = getattr(torch, recipe.dtype)
     linears = []
     for name, shape in names.items():
@@ -149,7 +151,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     plan = Plan(
         recipe, source, steps, format_name, blocks, count, transposed, linears,
         kept=kept_linears(names, assigned, source, recipe, blocks),
-        notes=notes(source, format_name, recipe, transposed),
+        notes=notes(source, format_name, recipe, transposed, experts),
         before_bytes=0, predicted=Cost(0, 0, 0, 0, 0.0),
     )
     return with_costs(plan)
@@ -237,12 +239,16 @@ def check_group(name: str, columns: int, method: IntMethod, step: int) -> None:
 
 
 def choose_format(
-    recipe: Recipe, steps: list[Step], assigned: dict[str, int | None], names: dict[str, tuple[int, int]], transposed: bool
+    recipe: Recipe, steps: list[Step], assigned: dict[str, int | None], names: dict[str, tuple[int, int]],
+    transposed: bool, experts: bool,
 ) -> str:
     """The recipe's format, or for "auto" the first of pack-quantized and dense that takes every linear."""
     wanted = [recipe.output.format] if recipe.output.format != "auto" else ["pack-quantized", "dense"]
     reason = ""
     for format_name in wanted:
+        if experts and format_name == "pack-quantized":
+            reason = f"output.format: {format_name!r} cannot hold this mixture of experts: {DENSE_EXPERTS}"
+            continue
         for name, step in assigned.items():
             refusal = None if step is None else FORMATS[format_name].refuses(steps[step].method, names[name], transposed)
             if refusal:
@@ -261,8 +267,7 @@ def kept_linears(
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and module not in assigned and name.endswith(".weight"):
-            listed = matches(module, recipe.keep)
-            kept[module] = "keep" if listed else "outside the decoder blocks"
+            kept[module] = "keep" if matches(module, recipe.keep) else "outside the decoder blocks"
     for pattern in recipe.keep:
         known = [*assigned, *kept, "lm_head"]
         if not any(matches(name, [pattern]) for name in known) and not any(matches(n, [pattern]) for n in source.tensors):
@@ -270,7 +275,7 @@ def kept_linears(
     return kept
 
 
-def notes(source: ModelSource, format_name: str, recipe: Recipe, transposed: bool) -> list[str]:
+def notes(source: ModelSource, format_name: str, recipe: Recipe, transposed: bool, experts: bool) -> list[str]:
     """What the user should know before the run."""
     found = []
     if transposed and format_name == "dense":
@@ -278,7 +283,9 @@ def notes(source: ModelSource, format_name: str, recipe: Recipe, transposed: boo
             f"{source.config['model_type']} keeps its weights in Conv1D modules, which have no packed form in stock "
             "libraries: the quantized values are written as dense weights, so the result is not smaller"
         )
-    elif format_name == "dense" and recipe.output.format == "dense":
+    elif experts:
+        found.append(f"the quantized values are written as dense weights: {DENSE_EXPERTS}")
+    elif format_name == "dense":
         found.append("dense output: the values are quantized, the files are not smaller")
     return found
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_config, tiny_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmcompress.arch import (
     Architecture,
@@ -24,6 +26,7 @@ from llmcompress.arch import (
     skeleton,
 )
 from llmcompress.errors import FormatError, PlanError
+from llmcompress.fused import fuse
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -175,8 +178,8 @@ def test_interleaved_value_rows_of_two_heads():
 
 
 def test_discovery_reads_no_weights_and_leaves_the_random_state_alone():
-    state = torch.random.get_rng_state()
     model = skeleton(tiny_config("llama"))
+    state = torch.random.get_rng_state()
     discover(model)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
@@ -226,7 +229,8 @@ def test_each_link_needs_its_producer(kind):
 
 
 def test_biases_are_there_to_be_scaled():
-    for kind, producer in [("qwen2", "self_attn.v_proj"), ("opt", "fc1"), ("gpt2", "attn.c_attn"), ("gpt_neox", "input_layernorm")]:
+    biased = {"qwen2": "self_attn.v_proj", "opt": "fc1", "gpt2": "attn.c_attn", "gpt_neox": "input_layernorm"}
+    for kind, producer in biased.items():
         module = find_blocks(tiny_model(kind))[1][0].get_submodule(producer)
         assert bool(module.bias.ne(0).all())
 
@@ -272,7 +276,7 @@ def test_scaling_is_computed_in_the_dtype_of_the_factors():
 def test_names_match_as_they_are():
     model = tiny_model("llama")
     stored = [name for name, _ in model.named_parameters()]
-    assert match_names(model, [*stored, "model.rotary_emb.inv_freq"]) == {name: name for name in stored}
+    assert match_names(model, [*stored, "model.rotary_emb.inv_freq"]) == {name: [name] for name in stored}
     assert "lm_head.weight" not in stored    # tied
 
 
@@ -281,14 +285,14 @@ def test_names_without_the_prefix_of_the_base_model():
     model = tiny_model("gpt2")
     names = [name for name, _ in model.named_parameters()]
     found = match_names(model, [name.removeprefix("transformer.") for name in names])
-    assert found["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+    assert found["transformer.h.0.attn.c_attn.weight"] == ["h.0.attn.c_attn.weight"]
     assert set(found) == set(names)
 
 
 def test_names_of_a_base_model_in_a_checkpoint_with_prefix():
     body = tiny_model("gpt2").transformer
     found = match_names(body, [f"transformer.{name}" for name, _ in body.named_parameters()])
-    assert found["h.0.ln_1.bias"] == "transformer.h.0.ln_1.bias"
+    assert found["h.0.ln_1.bias"] == ["transformer.h.0.ln_1.bias"]
 
 
 def test_missing_tensors_are_named():
@@ -296,6 +300,25 @@ def test_missing_tensors_are_named():
     stored = [name for name, _ in model.named_parameters() if "layers.1.mlp" not in name]
     with pytest.raises(FormatError, match=r"lacks 3 of the model's \d+ tensors, such as model\.layers\.1\.mlp\."):
         match_names(model, stored)
+
+
+def test_experts_are_matched_to_the_tensors_that_make_them(tmp_path):
+    """Twelve experts, each a tensor of its own in the checkpoint, fused in the order of their numbers."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=32, num_local_experts=12, num_experts_per_tok=2, max_position_embeddings=64,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    found = match_names(model, stored)
+    fused = "model.layers.1.mlp.experts.down_proj"
+    assert found[fused] == [f"model.layers.1.block_sparse_moe.experts.{i}.w2.weight" for i in range(12)]
+    assert sorted(tensor for tensors in found.values() for tensor in tensors) == sorted(stored)
+    for name in (fused, "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.gate.weight"):
+        made = fuse(model, name, {tensor: stored[tensor] for tensor in found[name]})
+        assert torch.equal(made, model.get_parameter(name))
 
 
 # what is refused

@@ -16,7 +16,7 @@ from llmcompress.methods.gptq import GPTQ, inverse_factor
 from llmcompress.methods.hqq import HQQ
 from llmcompress.methods.rtn import RTN
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 IN = 128
 BITS = (2, 3, 4, 8)
 kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -60,22 +60,22 @@ def test_contract(name, bits, group_size, symmetric):
     method = make(name, bits=bits, group_size=group_size, symmetric=symmetric)
     weight, gram = normal(6, 96), gram_matrix(96) if method.needs else None
     before = weight.clone(), None if gram is None else gram.clone()
-    result = method.compress(weight, gram, BF16)
+    result = method.compress(weight, gram, FP16)
     grid, codes = result.grid, result.codes
     assert (grid.bits, grid.symmetric, grid.group) == (bits, symmetric, 96 if group_size == "row" else group_size)
-    assert grid.scale.dtype == result.values.dtype == BF16
+    assert grid.scale.dtype == result.values.dtype == FP16
     assert result.values.shape == codes.shape == weight.shape
     assert int(codes.max()) < 2**bits
     assert torch.equal(result.values, grid.decode(codes))
     assert torch.equal(grid.encode(result.values), codes)
     assert torch.equal(weight, before[0])
     assert gram is None or torch.equal(gram, before[1])
-    assert torch.equal(result.values, method.compress(weight, gram, BF16).values)
-    parts = [method.compress(rows, gram, BF16).values for rows in weight.split([2, 4])]
+    assert torch.equal(result.values, method.compress(weight, gram, FP16).values)
+    parts = [method.compress(rows, gram, FP16).values for rows in weight.split([2, 4])]
     assert torch.equal(result.values, torch.cat(parts))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, FP32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("name", METHODS)
 def test_values_are_in_the_dtype_of_the_checkpoint(name, dtype):
     result = make(name).compress(normal(4, IN), gram_matrix(), dtype)
@@ -424,7 +424,7 @@ def test_hqq_one_iteration_is_minmax_rounding():
 def test_fp16_extremes_stay_finite(size, name, symmetric):
     """Scales that underflow half precision, and weights of half its largest number."""
     w = normal(4, IN).clamp(-1, 1) * size
-    result = make(name, symmetric=symmetric).compress(w, gram_matrix(), torch.float16)
+    result = make(name, symmetric=symmetric).compress(w, gram_matrix(), FP16)
     assert bool(result.values.isfinite().all())
     assert bool((result.grid.scale > 0).all())
     assert not symmetric or bool((result.grid.zero == 8).all())

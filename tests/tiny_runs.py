@@ -81,26 +81,26 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def die_at(moments: list[dict[str, str]], recipe_values: dict[str, Any]) -> None:
-    """For every moment {"folder", "side", "file"}, a run into `folder` that dies by SIGKILL in a child process.
+def die_at(moments: list[dict[str, str]], whole: str, recipe_values: dict[str, Any]) -> None:
+    """A run into `whole`, then for each moment {"folder", "side", "file"} one that dies by SIGKILL in a child process.
 
-    Every file that a run finishes is renamed to its name; it dies before or after the one that renames to `file`.
-    Called in an interpreter of its own (`run_die_at`), which has computed nothing yet, so that forking is safe.
+    Every file that a run finishes is renamed to its name; a child dies before or after the rename that makes `file`.
+    The first run has imported everything, so that children need not. Called in an interpreter of its own with one
+    thread (`run_die_at`), since threads do not survive a fork.
     """
-    import transformers  # noqa: F401  (once, instead of once per child)
-
     from llmcompress.run import run
 
-    for moment in moments:
-        child = os.fork()
-        if child == 0:
-            with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+    with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+        run(parse_recipe(recipe_values), Path(whole))
+        for moment in moments:
+            child = os.fork()
+            if child == 0:
                 for function in ("rename", "replace"):
                     patch.setattr(Path, function, dying(getattr(Path, function), moment["side"], moment["file"]))
                 run(parse_recipe(recipe_values), Path(moment["folder"]))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), f"{moment}: ended with {status} instead of being killed"
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status), f"{moment}: ended with {status} instead of being killed"
 
 
 def dying(rename: Any, side: str, file: str) -> Any:
@@ -117,11 +117,11 @@ def dying(rename: Any, side: str, file: str) -> Any:
     return method
 
 
-def run_die_at(moments: list[dict[str, str]], recipe_values: dict[str, Any]) -> None:
+def run_die_at(moments: list[dict[str, str]], whole: Path, recipe_values: dict[str, Any]) -> None:
     """`die_at` in a new interpreter."""
     code = "import json, sys, tiny_runs; tiny_runs.die_at(*json.loads(sys.argv[1]))"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, json.dumps([moments, recipe_values])]
+    command = [sys.executable, "-c", code, json.dumps([moments, str(whole), recipe_values])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -12,8 +12,8 @@ below `--scratch`, and that folder is removed at the end, after a failure too (u
 
 runs in a fresh process: int4, 8 x 256 calibration tokens, no evaluation. What is measured:
 - peak of the run: VmHWM of that process, polled until it ends (every mapped page that was resident counts);
-- peak of children: the same for the processes it starts (the proof of loading is one), never added to the first,
-  because they live one after the other; the largest sum at one moment is given as well;
+- peak of children: the same for the largest of the processes it starts (the proof of loading is one), apart from the
+  run's own, because `max_memory` and `plan` speak of the run; the largest sum of all at one moment stands beside;
 - the run's own measurement, its plan's prediction, seconds by stage, bytes of the model and of the result.
 
 What is unfair: random weights have no outliers and random words no meaning, so errors say nothing and are not shown.
@@ -335,13 +335,15 @@ def table(report: dict[str, Any]) -> str:
         ("peak of all at one moment", None, report["together_peak_bytes"]),
         ("size of the result", predicted.get("output_bytes"), measured.get("output_bytes")),
     ]
+    times = [("time up to the checkpoint", predicted.get("seconds"), measured.get("seconds")),
+             ("time of the whole process", None, report["seconds"])]
     lines = [
         f"{report['date']}, {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
         f"{report['shape']} with {report['layers']} layers, {report['model_bytes'] / 1e9:.2f} GB, "
         f"{report['recipe']['steps'][0]['method']}, exit code {report['exit_code']}.",
         "", "| | predicted | measured |", "|---|---|---|",
         *(f"| {name} | {gib(before)} | {gib(after)} |" for name, before, after in rows),
-        f"| time | {seconds_text(predicted.get('seconds'))} | {seconds_text(report['seconds'])} |",
+        *(f"| {name} | {seconds_text(before)} | {seconds_text(after)} |" for name, before, after in times),
     ]
     stages = (report["timing"] or {}).get("stages", {})
     lines += ["", f"Stages: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in stages.items()) or 'none'}."]

@@ -36,6 +36,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -137,6 +138,7 @@ class Run:
 
 def main() -> int:
     args = arguments().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))   # so that a run under way is ended too
     cache = args.cache.resolve()
     peer_python, peer_versions = peer_environment(cache, args.pip_args)
     if args.only_setup:
@@ -311,7 +313,8 @@ def perplexity(folder: Path, windows: list[list[int]]) -> float:
 def run_side(case: Case, row: str, side: str, peer_python: Path) -> Run:
     """One run of one side in a fresh process; leaves its result in scratch/<row>-<side>."""
     output = case.scratch / f"{row}-{side}"
-    subprocess.run(["rm", "-rf", str(output), f"{output}.partial"], check=True)
+    for old in (output, Path(f"{output}.partial")):
+        shutil.rmtree(old, ignore_errors=True)   # nothing may be left to continue from
     command = our_command(case, row, output) if side == "ours" else peer_command(case, row, output, peer_python)
     load = os.getloadavg()[0]
     status, seconds = timed(command, case.timeout, case.scratch / f"{row}-{side}.log")

@@ -286,7 +286,7 @@ class Probe:
     def _holds(self, link: Link) -> bool:
         """Whether rescaling by random factors leaves the block's output as it was, and half of it does not."""
         saved = copy.deepcopy(self.block.state_dict())
-        scale = 0.5 + torch.rand(int(link.rows.max()) + 1, dtype=torch.float64, generator=torch.manual_seed(1))
+        scale = 0.5 + torch.rand(int(link.rows.max()) + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         try:
             scale_consumers(self.block, link, scale)
             half = self._distance()

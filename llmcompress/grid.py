@@ -76,9 +76,11 @@ def _fit_chunk(
 ) -> tuple[Tensor, Tensor]:
     """`fit_range` for some rows, x [rows, groups, group]; scale and zero [rows, groups] float32."""
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    best = torch.full_like(low, torch.inf)
-    best_scale, best_zero = torch.ones_like(low), torch.zeros_like(low)
-    for shrink in SHRINK if search else SHRINK[:1]:
+    best_scale, best_zero = affine(low, high, bits, symmetric, dtype)   # the range that clips nothing
+    if not search:
+        return best_scale, best_zero
+    best = group_error(x - snap(x, best_scale, best_zero, bits), importance)
+    for shrink in SHRINK[1:]:
         scale, zero = affine(low * shrink, high * shrink, bits, symmetric, dtype)
         error = group_error(x - snap(x, scale, zero, bits), importance)
         better = error < best

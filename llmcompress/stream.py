@@ -143,7 +143,7 @@ class StreamedModel:
         """Real weights for some parameters, for a while."""
         tensors = self.read(names)
         for name in names:
-            assign(self.model, name, checked(name, tensors.pop(name)).to(self.device, self.dtype))
+            assign(self.model, name, checked(name, tensors.pop(name), self.dtype).to(self.device))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             buffer.data = buffer.data.to(self.device)
@@ -224,25 +224,29 @@ def fill(module: nn.Module, read: Read, prefix: str, device: torch.device, dtype
     names = [name for name, _ in module.named_parameters()]
     tensors = read([prefix + name for name in names])
     for name in names:
-        assign(module, name, checked(prefix + name, tensors.pop(prefix + name)).to(device, dtype))
+        assign(module, name, checked(prefix + name, tensors.pop(prefix + name), dtype).to(device), prefix)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
 
 
-def checked(name: str, tensor: Tensor) -> Tensor:
-    """The tensor, if it is finite."""
-    if not bool(tensor.isfinite().all()):
-        raise FormatError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged, fetch or save it again")
-    return tensor
+def checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`, if it is finite there."""
+    converted = tensor.to(dtype)
+    if not bool(converted.isfinite().all()):
+        raise FormatError(
+            f"{name}: the weights hold NaN, or values that {str(dtype).removeprefix('torch.')} cannot; try `dtype: "
+            "float32` in the recipe, and if that fails too the checkpoint is damaged: fetch or save it again"
+        )
+    return converted
 
 
-def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Set the parameter `name` (a dotted path); its shape must be as the model says."""
+def assign(module: nn.Module, name: str, tensor: Tensor, prefix: str = "") -> None:
+    """Set the parameter `name` (a dotted path below `prefix`); its shape must be as the model says."""
     owner, _, leaf = name.rpartition(".")
     place = module.get_submodule(owner)
     expected = tuple(getattr(place, leaf).shape)
     if tuple(tensor.shape) != expected:
-        raise FormatError(f"{name}: shape {tuple(tensor.shape)} in the checkpoint, {expected} in the model")
+        raise FormatError(f"{prefix}{name}: shape {tuple(tensor.shape)} in the checkpoint, {expected} in the model")
     setattr(place, leaf, nn.Parameter(tensor, requires_grad=False))
 
 

@@ -5,10 +5,10 @@
     dtype: float32                 # perplexity and divergence
     task_dtype: bfloat16           # lm-eval tasks
     perplexity:
-      - {name: boolq-heldout, source: boolq-heldout, length: 512, windows: 32}
-    divergence: {text: boolq-heldout, windows: 12}
+      - {name: boolq-heldout, source: boolq-heldout, length: 512, windows: 24}
+    divergence: {text: boolq-heldout, windows: 8}
     tasks:
-      - {name: arc_easy, task: arc_easy_offline, metric: acc, chance: 0.25, limit: 200}
+      - {name: arc_easy, task: arc_easy_offline, metric: acc, chance: 0.25, limit: 100}
 
 A suite holds data only. `version` goes up whenever a score under the same name would mean something else.
 """
@@ -142,11 +142,11 @@ def suite_from_options(
 
 def _resized(suite: Suite, length: int | None, windows: int | None, limit: int | None) -> Suite:
     """The suite under a name of its own, with sizes replaced where one is given."""
-    plain = suite.model_dump()
-    for entry in plain["perplexity"]:
+    plain = suite.model_dump(exclude_unset=True)   # a default must not look as if it had been asked for
+    for entry in plain.get("perplexity", []):
         entry |= {key: value for key, value in (("length", length), ("windows", windows)) if value is not None}
-    if plain["divergence"] and windows is not None:
+    if plain.get("divergence") and windows is not None:
         plain["divergence"]["windows"] = windows
-    for entry in plain["tasks"] if limit is not None else ():
+    for entry in plain.get("tasks", []) if limit is not None else ():
         entry["limit"] = limit
     return Suite.parse(plain | {"name": "custom"}, "evaluation options")

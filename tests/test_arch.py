@@ -177,6 +177,7 @@ def test_interleaved_value_rows_of_two_heads():
     assert rows.tolist() == [4, 5, 10, 11]
 
 
+# FAILS: Probe._holds takes its generator from torch.manual_seed(1), which reseeds everybody's
 def test_discovery_reads_no_weights_and_leaves_the_random_state_alone():
     model = skeleton(tiny_config("llama"))
     state = torch.random.get_rng_state()
@@ -306,8 +307,8 @@ def test_experts_are_matched_to_the_tensors_that_make_them(tmp_path):
     """Twelve experts, each a tensor of its own in the checkpoint, fused in the order of their numbers."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=32, num_local_experts=12, num_experts_per_tok=2, max_position_embeddings=64,
+        "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=32, num_local_experts=12, num_experts_per_tok=2, max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)

@@ -19,7 +19,6 @@ from llmcompress.methods.rtn import RTN
 from llmcompress.weight import CompressedWeight
 
 PACKED = PackQuantized()
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHAPES = {  # out, in, group: odd rows, two words short of a group, one row, a row that no group divides
     "17x96-g32": (17, 96, 32), "17x192-g64": (17, 192, 64), "1x128-g128": (1, 128, 128), "5x100-row": (5, 100, "row"),
 }
@@ -59,14 +58,14 @@ def check_round_trip(fmt: str, method: IntMethod, shape: tuple[int, int], dtype:
         assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[fmt].stored_bytes(method, shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @kinds
 @all_bits
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_round_trip(fmt, case, bits, symmetric, dtype):
+def test_round_trip(fmt, case, bits, symmetric):
     rows, columns, group = case
-    check_round_trip(fmt, RTN(bits=bits, group_size=group, symmetric=symmetric), (rows, columns), dtype)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check_round_trip(fmt, RTN(bits=bits, group_size=group, symmetric=symmetric), (rows, columns), dtype)
 
 
 @kinds
@@ -94,11 +93,12 @@ def test_any_codes_and_zeros_come_back(rows, groups, bits, symmetric, seed):
     assert torch.equal(PACKED.unpack(PACKED.pack(weight, False), scheme_of(method), False), weight.values)
 
 
+# FAILS for 4 bits asymmetric: compressed-tensors 0.20 cannot unpack zero points of up to 8 rows, and we do not refuse
 @kinds
 @all_bits
 @pytest.mark.parametrize("rows", [1, 4, 8])
 def test_few_rows_come_back_or_are_refused(rows, bits, symmetric):
-    """The zero points of a linear with few outputs fit in one word, which the library's decompressor must be able to read."""
+    """Zero points that fit in one word per group: the library's own decompressor must be able to read them."""
     method = RTN(bits=bits, group_size=32, symmetric=symmetric)
     if PACKED.refuses(method, (rows, 64), False) is None:
         check_round_trip("pack-quantized", method, (rows, 64), torch.bfloat16)

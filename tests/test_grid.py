@@ -1,5 +1,6 @@
 """Integer grids: zero is on them, codes saturate, values are what the stored scale gives, and a search never loses."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -58,12 +59,11 @@ cases = st.builds(
 # what is on a grid
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("symmetric", [True, False], ids=ids)
 @pytest.mark.parametrize("bits", BITS, ids="{}bits".format)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_zero_is_on_every_grid(pattern, bits, symmetric, dtype):
-    for group in GROUPS:
+def test_zero_is_on_every_grid(pattern, bits, symmetric):
+    for group, dtype in itertools.product(GROUPS, DTYPES):
         grid = Case(weight(pattern), bits, group, symmetric, dtype).fit()
         assert not grid.decode(grid.encode(torch.zeros(3, COLUMNS))).any()
 
@@ -144,10 +144,11 @@ def test_known_grid():
     assert grid.encode(torch.tensor([[-9.0, -1.5, 1.5, 9.0]])).tolist() == [[0, 1, 3, 3]]
 
 
+# FAILS for [symmetric-1e+20]: no candidate has a finite error, and zero stays 0 instead of the middle code
 @pytest.mark.parametrize("size", [1e-30, 1e20], ids="{:g}".format)
 @pytest.mark.parametrize("symmetric", [True, False], ids=ids)
 def test_extreme_weights_keep_a_grid_that_holds_zero(size, symmetric):
-    """Scales that underflow fp16, errors whose square overflows float32: the grid must still be one that can be stored."""
+    """Scales that underflow float16, errors whose square overflows float32: still a grid that can be stored."""
     dtype = torch.float16 if size < 1 else torch.bfloat16
     grid = Case(weight("mixed", size=size), 4, 32, symmetric, dtype).fit()
     assert bool(grid.scale.isfinite().all())
@@ -210,6 +211,14 @@ def test_importance_moves_the_range():
     small_only = torch.ones(64)
     small_only[-1] = 0
     assert bool((case.fit(importance=small_only).scale < case.fit(search=False).scale).all())
+
+
+def test_ties_go_to_the_wider_range():
+    """Where no input ever arrives every range is as good, and the widest clips nothing."""
+    case = Case(weight("mixed"), 4, 32, False, torch.bfloat16)
+    nothing = case.fit(importance=torch.zeros(COLUMNS))
+    assert torch.equal(nothing.scale, case.fit(search=False).scale)
+    assert torch.equal(nothing.zero, case.fit(search=False).zero)
 
 
 # rows are independent

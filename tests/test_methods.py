@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def gram_matrix(features: int = IN, seed: int = 0, mix: float = 0.3) -> Tensor:
-    """Second moment of correlated inputs with loud channels; well conditioned, as there are eight tokens per feature."""
+    """Second moment of correlated inputs with loud channels; well conditioned, with eight tokens per feature."""
     x = normal(8 * features, features, seed=seed).double()
     x += mix * x @ normal(features, features, seed=seed + 1).double()
     x[:, :: features // 8] *= 4

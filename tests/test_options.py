@@ -19,7 +19,7 @@ class Outer(Options):
     damp: float = Field(0.01, gt=0)
     name: str = "x"
     inner: Inner | None = None
-    many: list[Inner] = []
+    many: list[Inner] = Field(default=[])
 
     @field_validator("name")
     @classmethod

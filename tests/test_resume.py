@@ -20,7 +20,9 @@ from llmcompress.run import run
 STEP = {"method": "gptq", "group_size": 32}
 FILES = [  # in the order in which a run of three blocks makes them
     "run.json",
-    *(name for i in range(3) for name in (f"model-{i + 1:05d}-of-00004.safetensors", f"hidden-{i:05d}.safetensors", f"block-{i:05d}.json")),
+    "model-00001-of-00004.safetensors", "hidden-00000.safetensors", "block-00000.json",
+    "model-00002-of-00004.safetensors", "hidden-00001.safetensors", "block-00001.json",
+    "model-00003-of-00004.safetensors", "hidden-00002.safetensors", "block-00002.json",
     "model-00004-of-00004.safetensors", "config.json", "model.safetensors.index.json", "recipe.yaml", "results.json",
     "llmcompress.json", "out",
 ]  # fmt: skip
@@ -178,7 +180,9 @@ def test_overwrite_starts_another_recipe_anew(partial, model, text, inside):
     assert not partial_folder(partial).exists()
 
 
-@pytest.mark.parametrize("change", [{"max_memory": "64GiB"}, {"evaluate": {"suite": "quick"}}], ids=["max_memory", "evaluate"])
+@pytest.mark.parametrize(
+    "change", [{"max_memory": "64GiB"}, {"evaluate": {"suite": "quick"}}], ids=["max_memory", "evaluate"]
+)
 def test_what_does_not_change_the_bytes_may_change(change, partial, model, text, uninterrupted, inside):
     run(recipe(model, text, STEP, **change), partial, evaluate=False)
     assert digests(partial) == uninterrupted

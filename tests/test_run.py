@@ -76,7 +76,8 @@ AWQ8 = {"method": "awq", "bits": 8, "group_size": 32, "grid_points": 8}
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("llama", "phi3", "gpt_neox") else pytest.param(kind, marks=pytest.mark.slow) for kind in PACKED]
+    "kind",
+    [kind if kind in ("llama", "phi3", "gpt_neox") else pytest.param(kind, marks=pytest.mark.slow) for kind in PACKED],
 )
 def test_packed_and_dense_output_of_one_recipe_are_the_same_model(kind, run_tiny):
     packed, results = run_tiny(kind, AWQ8)
@@ -145,7 +146,10 @@ GRIDS = [(2, 32, True), (3, 32, False), (4, "row", True), (4, 32, False), (8, "r
     ("method", "bits", "group", "symmetric"),
     [
         *[(method, *grid) for method, grid in zip(["rtn", "gptq", "awq", "hqq", "gptq"], GRIDS, strict=True)],
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in product(METHODS, (2, 3, 4, 8), (32, "row"), (True, False))],
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(METHODS, (2, 3, 4, 8), (32, "row"), (True, False))
+        ],
     ],
     ids=lambda value: {True: "symmetric", False: "asymmetric"}[value] if isinstance(value, bool) else str(value),
 )
@@ -216,7 +220,9 @@ def test_tied_head_is_stored_once(run_tiny):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("steps", [(AWQ8,), MIXED, (RTN | {"symmetric": False},)], ids=["one group", "two groups", "zeros"])
+@pytest.mark.parametrize(
+    "steps", [(AWQ8,), MIXED, (RTN | {"symmetric": False},)], ids=["one group", "two groups", "zeros"]
+)
 def test_config_holds_exactly_what_compressed_tensors_accepts(steps, run_tiny):
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -245,8 +251,16 @@ def test_files_of_a_finished_folder(run_tiny):
     folder, results = run_tiny("llama", AWQ8)
     assert not partial_folder(folder).exists()
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "recipe.yaml", "results.json",
-        "llmcompress.json", "README.md", "report.html", "model.safetensors.index.json",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "recipe.yaml",
+        "results.json",
+        "llmcompress.json",
+        "README.md",
+        "report.html",
+        "model.safetensors.index.json",
         *(f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)),
     }
     assert json.loads((folder / "results.json").read_text()) == results
@@ -260,14 +274,20 @@ def test_sizes_in_results_are_those_of_the_files(run_tiny):
     folder, results = run_tiny("llama", AWQ8)
     written = tensors(folder)
     for row in results["layers"]:
-        assert row["after_bytes"] == sum(t.nbytes for n, t in written.items() if n.startswith(row["name"] + ".")), row["name"]
+        assert row["after_bytes"] == sum(t.nbytes for n, t in written.items() if n.startswith(row["name"] + ".")), row[
+            "name"
+        ]
     assert results["size"]["after_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert sum(part["after_bytes"] for part in results["size"]["parts"]) == sum(t.nbytes for t in written.values())
 
 
 @pytest.mark.parametrize(
     "step",
-    [AWQ8, pytest.param({"method": "gptq", "group_size": 32}, marks=pytest.mark.slow), pytest.param(RTN, marks=pytest.mark.slow)],
+    [
+        AWQ8,
+        pytest.param({"method": "gptq", "group_size": 32}, marks=pytest.mark.slow),
+        pytest.param(RTN, marks=pytest.mark.slow),
+    ],
     ids=lambda step: step["method"],
 )
 def test_the_same_recipe_makes_the_same_bytes(step, run_tiny, tiny_folders, text, tmp_path, monkeypatch):

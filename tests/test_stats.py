@@ -93,5 +93,5 @@ def test_no_tokens_is_an_error_with_a_remedy(updates):
     gram = InputGram(4)
     for _ in range(updates):
         gram.update(torch.empty(0, 4))
-    with pytest.raises(CalibrationError, match="no tokens reached this layer.*`keep`"):
+    with pytest.raises(CalibrationError, match=r"no tokens reached this layer.*`keep`"):
         _ = gram.mean

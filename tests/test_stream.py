@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, tiny_config, tiny_model
 from torch import Tensor, nn
 
 from llmcompress import stream
-from llmcompress.arch import discover, match_names, skeleton
+from llmcompress.arch import discover, skeleton
 from llmcompress.errors import CalibrationError, FormatError
 from llmcompress.stream import StreamedModel, batches, collect, stream_blocks
 
@@ -48,10 +48,12 @@ class Reader:
         return {name: self.tensors[name].clone() for name in names}
 
 
-def streamed(kind: str, *, dtype: torch.dtype = torch.float32, damaged: dict[str, Tensor] | None = None) -> StreamedModel:
+def streamed(
+    kind: str, *, dtype: torch.dtype = torch.float32, damaged: dict[str, Tensor] | None = None
+) -> StreamedModel:
+    """A model that streams its weights from the stock one."""
     model, architecture = parts(kind)
     shell = skeleton(tiny_config(kind), dtype)
-    match_names(shell, dict(model.named_parameters()))
     return StreamedModel(shell, architecture, Reader(model, **damaged or {}), dtype=dtype, device=CPU)
 
 
@@ -196,14 +198,12 @@ def test_collect_only_what_is_asked_and_leave_no_hooks():
 @every
 def test_at_most_one_block_is_in_memory(kind):
     model = streamed(kind)
-    prefix = model.architecture.blocks
     assert not loaded(model)
     hidden = model.embed(tokens())
     assert not loaded(model)
     for block in stream_blocks(model, hidden):
         assert loaded(model) == {f"{block.name}.{name}" for name, _ in block.module.named_parameters()}
     assert not loaded(model)
-    assert {name for name, _ in model.model.named_parameters()} >= {f"{prefix}.0.{name}" for name, _ in model.blocks[0].named_parameters()}
 
 
 @every
@@ -260,6 +260,7 @@ def test_head_that_is_not_finite():
         model.logits(hidden)
 
 
+# FAILS: weights are checked before they are converted
 def test_weight_that_the_asked_dtype_cannot_hold():
     """1e5 is finite in the checkpoint and infinite in float16: it must not become a layer of infinities."""
     name = "model.layers.0.mlp.up_proj.weight"
@@ -276,6 +277,7 @@ def test_activations_that_overflow():
         run_through(streamed("llama", damaged=huge), tokens())
 
 
+# FAILS: the message names the parameter below the block, not where it is
 def test_weight_of_another_shape():
     name = "model.layers.1.mlp.down_proj.weight"
     model = streamed("llama", damaged={name: torch.zeros(96, 80)})

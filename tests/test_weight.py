@@ -66,9 +66,9 @@ def test_relative_error_is_that_of_the_outputs(seed):
 
 def test_relative_error_without_data_is_that_of_the_weight():
     w, v, _ = layer(0)
-    assert relative_error(w.float(), v.float()) == pytest.approx(float((w - v).norm() / w.norm()), rel=1e-5)
-    identity = torch.eye(20)
-    assert relative_error(w.float(), v.float(), identity) == pytest.approx(relative_error(w.float(), v.float()), rel=1e-5)
+    expected = pytest.approx(float((w - v).norm() / w.norm()), rel=1e-5)
+    assert relative_error(w.float(), v.float()) == expected
+    assert relative_error(w.float(), v.float(), torch.eye(20)) == expected
 
 
 def test_relative_error_of_the_same_weight_is_zero():

@@ -50,7 +50,7 @@ def proof_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Prove in this process for a while; all of `prove` but the new interpreter is real."""
 
     def here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        with torch.no_grad():   # the script switches gradients off for good
+        with torch.no_grad():  # the script switches gradients off for good
             found = reload.main(*command[3:])
         return subprocess.CompletedProcess(command, 0, json.dumps(found | {"imported_llmcompress": False}), "")
 

@@ -33,6 +33,8 @@ class PackQuantized:
             return "Conv1D weights have no packed form in stock libraries"
         if not isinstance(method, IntMethod):
             return "its result is not on an integer grid"
+        if not method.symmetric and words(shape[0], method.bits) < 2:
+            return f"{shape[0]} rows of zero points fit one word, which the compressed-tensors library cannot unpack"
         return None
 
     def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:

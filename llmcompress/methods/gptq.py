@@ -94,8 +94,10 @@ def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
     mean = float(diagonal.mean())
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
     factor, failed = torch.empty_like(damped), torch.zeros((), dtype=torch.int32, device=gram.device)
+    added = 0.0
     for attempt in range(DAMP_TRIES):
-        diagonal.add_(damp * 10**attempt * mean)
+        diagonal.add_((damp * 10**attempt - added) * mean)
+        added = damp * 10**attempt
         torch.linalg.cholesky_ex(damped, out=(factor, failed))
         if not failed:
             inverse = torch.cholesky_inverse(factor)

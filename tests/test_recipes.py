@@ -1,0 +1,55 @@
+"""Every recipe that ships is read, and planned where its model is installed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from llmcompress.catalog import DATASETS, MODELS
+from llmcompress.methods import IntMethod
+from llmcompress.plan import make_plan
+from llmcompress.recipe import load_recipe, recipe_paths
+from llmcompress.source import open_source
+from llmcompress.suite import load_suite
+
+ROOT = Path(__file__).parent.parent
+RECIPES = recipe_paths()
+
+
+def test_every_yaml_file_below_recipes_is_a_listed_recipe():
+    assert set(RECIPES.values()) == set((ROOT / "recipes").rglob("*.yaml"))
+    assert RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_valid_and_says_what_it_is(name):
+    recipe = load_recipe(RECIPES[name])
+    first, *_ = RECIPES[name].read_text().splitlines()
+    assert first.startswith("# ")
+    assert recipe.publish is None, "a recipe that ships must not publish under somebody's name"
+    if recipe.evaluate:
+        load_suite(recipe.evaluate.suite)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_can_be_planned(name):
+    recipe = load_recipe(RECIPES[name])
+    if recipe.model not in MODELS:
+        pytest.skip(f"{recipe.model} would have to be downloaded")
+    package = MODELS[recipe.model].file.package
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{recipe.model} needs the package {package}")
+    plan = make_plan(recipe, open_source(recipe.model))
+    assert plan.format_name != "dense" or recipe.output.format == "dense"
+    assert all(linear.step is not None for linear in plan.linears)
+    assert plan.predicted.output_bytes < plan.before_bytes
+    for step in plan.steps:
+        if isinstance(step.method, IntMethod):
+            assert f"w{step.method.bits}a16-{step.name}" in name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_uses_data_that_is_listed_or_on_the_hub(name):
+    recipe = load_recipe(RECIPES[name])
+    for source in recipe.calibration.sources() if recipe.calibration else ():
+        assert source.data in DATASETS or source.data.count("/") == 1

@@ -234,8 +234,8 @@ def checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     converted = tensor.to(dtype)
     if not bool(converted.isfinite().all()):
         raise FormatError(
-            f"{name}: the weights hold NaN, or values that {str(dtype).removeprefix('torch.')} cannot; try `dtype: "
-            "float32` in the recipe, and if that fails too the checkpoint is damaged: fetch or save it again"
+            f"{name}: the weights hold NaN or infinity in {str(dtype).removeprefix('torch.')}; try `dtype: float32` in "
+            "the recipe, and if that fails too the checkpoint is damaged: fetch or save it again"
         )
     return converted
 

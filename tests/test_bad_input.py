@@ -364,7 +364,9 @@ def test_too_little_memory_allowed(tiny_folders, text, refused, tmp_path):
     assert clean(tmp_path)
 
 
-@pytest.mark.parametrize("offline", ["1", "0"], ids=["HF_HUB_OFFLINE", "no route"])
+@pytest.mark.parametrize(
+    "offline", ["1", pytest.param("0", marks=pytest.mark.slow)], ids=["HF_HUB_OFFLINE", "no route"]
+)
 def test_no_network(offline, text, tmp_path):
     """In a process of its own, as huggingface_hub reads the environment once; port 9 answers nobody."""
     recipe = tmp_path / "recipe.yaml"

@@ -1,6 +1,7 @@
 """Whole runs of tiny models: what a stock reload computes is what the methods decided."""
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -116,24 +117,47 @@ def test_gpt2_is_written_dense_and_says_so(method, run_tiny):
     assert "weight_packed" not in "".join(tensors(folder))
 
 
-def test_checkpoint_without_the_base_models_prefix_and_with_old_buffers(tiny_folders, text, tmp_path, monkeypatch):
-    """As the first GPT-2 checkpoints on the Hub are: `h.0...` instead of `transformer.h.0...`, and a mask per block."""
-    from transformers import AutoModelForCausalLM
+def without_prefix(model: Path, folder: Path, prefix: str, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Copy a model as its base model alone would be saved: `h.0` for `transformer.h.0`; returns the tensors."""
+    shutil.copytree(model, folder)
+    stored = {name.removeprefix(prefix): value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(stored | more, folder / "model.safetensors", {"format": "pt"})
+    return stored | more
 
-    folder = tmp_path / "old"
-    model = AutoModelForCausalLM.from_pretrained(tiny_folders("gpt2"))
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes((tiny_folders("gpt2") / "tokenizer.json").read_bytes())
-    (folder / "tokenizer_config.json").write_bytes((tiny_folders("gpt2") / "tokenizer_config.json").read_bytes())
-    stored = load_file(folder / "model.safetensors")
-    stored = {name.removeprefix("transformer."): value for name, value in stored.items()}
-    stored |= {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril().bool() for i in range(2)}
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+
+def test_names_without_prefix_and_old_buffers_stay_as_they_are(tiny_folders, text, tmp_path, monkeypatch):
+    """As the first GPT-2 checkpoints on the Hub are, with an attention mask in every block."""
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 128, 128).tril().bool() for i in range(2)}
+    stored = without_prefix(tiny_folders("gpt2"), tmp_path / "old", "transformer.", **masks)
     with proof_inside(monkeypatch):
-        run(recipe(folder, text, RTN), tmp_path / "out")
+        run(recipe(tmp_path / "old", text, RTN), tmp_path / "out")
     written = tensors(tmp_path / "out")
     assert written.keys() == stored.keys()
-    assert torch.equal(written["h.1.attn.bias"], stored["h.1.attn.bias"])
+    assert torch.equal(written["h.1.attn.bias"], masks["h.1.attn.bias"])
+
+
+def test_config_names_modules_as_the_model_does_when_the_checkpoint_has_no_prefix(
+    tiny_folders, text, tmp_path, monkeypatch
+):
+    """Engines match `targets` and `ignore` with module names, which are not the names of the tensors here."""
+    without_prefix(tiny_folders("llama"), tmp_path / "bare", "model.")
+    keep = ["lm_head", "layers.0.mlp.down_proj"]
+    with proof_inside(monkeypatch):
+        run(recipe(tmp_path / "bare", text, *MIXED, keep=keep), tmp_path / "out")
+        run(recipe(tmp_path / "bare", text, *MIXED, keep=keep, output=DENSE), tmp_path / "dense")
+    assert_same_model(reloaded(tmp_path / "out"), reloaded(tmp_path / "dense"))
+
+
+def test_tokenizer_with_more_tokens_than_the_embedding_has_rows(tiny_folders, text, tmp_path, monkeypatch):
+    """The random tokens that prove a data-free result must be tokens of the model."""
+    from transformers import AutoTokenizer
+
+    model = shutil.copytree(tiny_folders("llama"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(50)])
+    tokenizer.save_pretrained(model)
+    with proof_inside(monkeypatch):
+        run(recipe(model, text, RTN), tmp_path / "out")
 
 
 # methods and grids

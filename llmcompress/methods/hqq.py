@@ -10,8 +10,8 @@ with the norm ||.||_p, p < 1, which forgives outliers, and split with an auxilia
     beta <- 1.01 beta
 
 The original moves only a fractional z. Stored formats hold integer zeros, for which that step alone nearly always
-rounds back to where it was; so here the scale moves as well (which also serves symmetric grids), and the best
-iterate by the p-norm error is kept.
+rounds back to where it was; so here the scale moves as well (which also serves symmetric grids). The start is the range
+with the least squared error, errors are measured in its steps, and the best iterate by the p-norm error is kept.
 """
 
 import torch
@@ -33,17 +33,19 @@ class HQQ(IntMethod):
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """Fit scale and zero to weight [out, in] float32; `gram` is not used."""
         group = self.group(weight.shape[1])
-        start = fit_range(weight, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=False)
+        start = fit_range(weight, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype)
         groups = weight.reshape(len(weight), -1, group)
         scale, zero = start.scale.float(), start.zero.float()
         for rows in row_chunks(groups):
-            scale[rows], zero[rows] = self._solve(groups[rows], scale[rows], zero[rows], dtype)
+            unit = scale[rows].clone()   # errors are measured in steps of the start, so that beta fits any weight
+            found, zero[rows] = self._solve(groups[rows] / unit[..., None], zero[rows], unit, dtype)
+            scale[rows] = found * unit
         grid = IntGrid(self.bits, group, self.symmetric, scale.to(dtype), zero.to(torch.int32))
         return CompressedWeight.on_grid(grid.encode(weight), grid)
 
-    def _solve(self, w: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Half-quadratic iterations on w [rows, groups, group] from scale, zero [rows, groups] float32."""
-        top, beta = 2**self.bits - 1, self.beta
+    def _solve(self, w: Tensor, zero: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Half-quadratic iterations on w [rows, groups, group] in units of `unit` [rows, groups], the stored scale of 1."""
+        top, beta, scale = 2**self.bits - 1, self.beta, torch.ones_like(unit)
         best, best_scale, best_zero = torch.full_like(scale, torch.inf), scale, zero
         for _ in range(self.iterations):
             code = (w / scale[..., None] + zero[..., None]).round_().clamp_(0, top)
@@ -54,7 +56,8 @@ class HQQ(IntMethod):
             best = torch.where(better, loss, best)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
             target = w - shrink(residual, beta, self.p)
-            scale = self._least_squares(target, steps, scale).to(dtype).float()
+            fitted = self._least_squares(target, steps, scale) * unit
+            scale = fitted.to(dtype).float() / unit   # what will be stored
             if not self.symmetric:
                 zero = (code - target / scale[..., None]).mean(-1).round_().clamp_(0, top)
             beta *= 1.01

@@ -68,10 +68,10 @@ class Link:
 class Architecture:
     """One decoder block, and where the blocks are."""
 
-    blocks: str                             # path of the blocks' ModuleList
+    blocks: str  # path of the blocks' ModuleList
     count: int
-    linears: dict[str, Linear]              # by module name below the block
-    shared: tuple[tuple[str, ...], ...]     # linears that get the same input, each linear exactly once
+    linears: dict[str, Linear]  # by module name below the block
+    shared: tuple[tuple[str, ...], ...]  # linears that get the same input, each linear exactly once
     links: tuple[Link, ...]
 
     def block(self, index: int) -> str:
@@ -86,7 +86,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_co
 
     with init_empty_weights(include_buffers=False), quiet_transformers():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()   # moving parameters to the meta device one by one has untied them
+    model.tie_weights()  # moving parameters to the meta device one by one has untied them
     return model.eval()
 
 
@@ -173,6 +173,7 @@ def lift(found: "FoundLink", block: nn.Module, linears: dict[str, Linear], heads
 
 # --- which rows of a producer make which columns of a consumer -------------------------------------------------------
 
+
 def whole(rows: int, columns: int, heads: Heads) -> Tensor | None:
     """Row i makes column i: norms, MLPs, attention without shared heads."""
     return torch.arange(columns) if rows == columns else None
@@ -216,6 +217,7 @@ ROW_MAPS: tuple[RowMap, ...] = (whole, second_half, value_heads, fused_value_hea
 
 # --- observing a tiny model -----------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True, slots=True)
 class FoundLink:
     """A link as found on the tiny model."""
@@ -247,7 +249,7 @@ class Probe:
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)
             tiny = tiny_config(config)
-            tiny._experts_implementation = "eager"   # grouped kernels take no float64
+            tiny._experts_implementation = "eager"  # grouped kernels take no float64
             model = AutoModelForCausalLM.from_config(tiny, attn_implementation="eager").double().eval()
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -286,7 +288,9 @@ class Probe:
     def _holds(self, link: Link) -> bool:
         """Whether rescaling by random factors leaves the block's output as it was, and half of it does not."""
         saved = copy.deepcopy(self.block.state_dict())
-        scale = 0.5 + torch.rand(int(link.rows.max()) + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        scale = 0.5 + torch.rand(
+            int(link.rows.max()) + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         try:
             scale_consumers(self.block, link, scale)
             half = self._distance()
@@ -305,7 +309,7 @@ class Probe:
         hooks = [self.block.register_forward_hook(lambda m, a, o: output.append(first(o).detach()))]
         for name, module in self.block.named_modules() if observe else ():
             weight = getattr(module, "weight", None)
-            if name in self.linears or (isinstance(weight, nn.Parameter) and weight.ndim == 1):   # linears and norms
+            if name in self.linears or (isinstance(weight, nn.Parameter) and weight.ndim == 1):  # linears and norms
                 hooks.append(module.register_forward_hook(self._note(name)))
         try:
             with torch.no_grad():
@@ -317,8 +321,10 @@ class Probe:
 
     def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         """A hook that keeps the tensors of a module alive, so that their addresses stay distinct."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.inputs[name], self.outputs[name] = args[0], output
+
         return hook
 
 
@@ -328,11 +334,23 @@ def tiny_config(config: Any) -> Any:
     kv = min(heads.kv, 2)
     query = kv * (heads.query // heads.kv)
     sizes = {
-        "num_hidden_layers": 1, "num_attention_heads": query, "num_key_value_heads": kv, "head_dim": 8,
-        "hidden_size": query * 8, "intermediate_size": query * 8 + 24, "ffn_dim": query * 8 + 24, "n_inner": None,
-        "word_embed_proj_dim": query * 8, "vocab_size": 32, "max_position_embeddings": 64,
-        "original_max_position_embeddings": 64, "sliding_window": 32, "num_local_experts": 4, "num_experts": 4,
-        "moe_intermediate_size": 16, "num_experts_per_tok": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": query,
+        "num_key_value_heads": kv,
+        "head_dim": 8,
+        "hidden_size": query * 8,
+        "intermediate_size": query * 8 + 24,
+        "ffn_dim": query * 8 + 24,
+        "n_inner": None,
+        "word_embed_proj_dim": query * 8,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 64,
+        "sliding_window": 32,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "num_experts_per_tok": 2,
     }
     for key, value in sizes.items():
         if getattr(tiny, key, None) is not None:
@@ -356,6 +374,7 @@ def plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- rescaling along a link ------------------------------------------------------------------------------------------
+
 
 @torch.no_grad()
 def scale_producer(block: nn.Module, link: Link, scale: Tensor) -> None:

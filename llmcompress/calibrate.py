@@ -31,14 +31,14 @@ CHARACTERS_PER_TOKEN = 32  # text read from big sources, per token needed: about
 class CalibrationOptions(Options):
     """Text that methods gather statistics on: `samples` windows of `length` tokens, packed, without padding."""
 
-    data: str | list[DataSource]       # a list is a weighted mix
-    name: str | None = None            # this and the next four: as in a source; not next to a list
+    data: str | list[DataSource]  # a list is a weighted mix
+    name: str | None = None  # this and the next four: as in a source; not next to a list
     revision: str | None = None
     split: str = "train"
     column: str | None = None
     weight: float = Field(1.0, gt=0)
     samples: int = Field(128, ge=1)
-    length: int = Field(512, ge=2)     # tokens per sample
+    length: int = Field(512, ge=2)  # tokens per sample
     seed: int = Field(0, ge=0)
 
     @field_validator("data", mode="before")
@@ -76,9 +76,9 @@ class CalibrationOptions(Options):
 class Calibration:
     """The tokens of a run, and where they came from."""
 
-    tokens: "Tensor"                   # [samples, length] int64
-    sha256: str                        # of the tokens as little-endian int64
-    sources: list[dict[str, Any]]      # {"data", "revision", "split", "rows"} as results.json has them
+    tokens: "Tensor"  # [samples, length] int64
+    sha256: str  # of the tokens as little-endian int64
+    sources: list[dict[str, Any]]  # {"data", "revision", "split", "rows"} as results.json has them
 
 
 def load_calibration(options: CalibrationOptions, tokenizer: Any) -> Calibration:

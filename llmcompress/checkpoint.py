@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.errors import ResumeError
@@ -72,9 +71,7 @@ class Checkpoint:
 
     def hidden(self, finished: int) -> Tensor:
         """Inputs of block number `finished`, as `finish_block` stored them."""
-        from safetensors.torch import load_file
-
-        return load_file(self._hidden(finished - 1))["hidden"]
+        return read_tensors(self._hidden(finished - 1))["hidden"]
 
     def records(self) -> list[dict[str, Any]]:
         """Records of the finished blocks, in order."""
@@ -92,7 +89,7 @@ class Checkpoint:
         write_json(self.partial / "model.safetensors.index.json", index)
 
     def complete(self, *, overwrite: bool) -> None:
-        """Give the folder its final name. With `overwrite`, what had that name is removed after the new one is ready."""
+        """Give the folder its final name. With `overwrite`, what had that name goes once the new one is ready."""
         shutil.rmtree(self.state)
         old = self.folder.with_name(self.folder.name + ".old")
         if self.folder.exists():
@@ -144,6 +141,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, {"format": "pt"})
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
 def write_json(path: Path, values: Any) -> None:
     """A JSON file, complete or absent."""
     with replacing(path) as temporary:
@@ -165,8 +169,3 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
     return dict(header)
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """torch dtype by its name."""
-    return getattr(torch, name)

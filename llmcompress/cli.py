@@ -23,13 +23,19 @@ if TYPE_CHECKING:
     from llmcompress.recipe import Recipe
 
 app = typer.Typer(
-    name="llmcompress", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None, help="Make Hugging Face causal LMs smaller, and prove that the result loads in stock engines.",
+    name="llmcompress",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make Hugging Face causal LMs smaller, and prove that the result loads in stock engines.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, or a name from `list recipes`.")]
 Model = Annotated[str | None, typer.Option(help="Use this model instead of the recipe's.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option, such as steps.0.bits=8.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option, such as steps.0.bits=8.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -131,7 +137,9 @@ def inspect_command(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_j
 def push_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="namespace/name on the Hub")],
-    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a repository that the push creates.")] = True,
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Visibility of a repository that the push creates.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -181,12 +189,15 @@ def version(value: bool) -> None:
 
 @app.callback()
 def options(
-    show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of no single command."""
 
 
 # --- shared by commands ----------------------------------------------------------------------------------------------
+
 
 def read_recipe(given: Path, model: str | None, changes: Sequence[str] | None) -> tuple["Recipe", Path]:
     """The recipe from a file or a listed name, with --model and --set applied; and its file."""
@@ -213,7 +224,9 @@ def local_folder(model: str) -> tuple[Path, str | None]:
     """Local folder and fingerprint of any model; a compressed folder is taken as it is."""
     from llmcompress.source import open_source
 
-    if (Path(model) / "config.json").is_file() and "quantization_config" in (Path(model) / "config.json").read_text("utf-8"):
+    if (Path(model) / "config.json").is_file() and "quantization_config" in (Path(model) / "config.json").read_text(
+        "utf-8"
+    ):
         return Path(model), None
     source = open_source(model).fetch()
     assert source.folder is not None

@@ -17,7 +17,6 @@ from llmcompress.methods import IntMethod
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
 from llmcompress.recipe import Step
-from llmcompress.stats import InputGram
 from llmcompress.stream import Block, collect
 from llmcompress.weight import CompressedWeight, relative_error
 
@@ -26,9 +25,9 @@ from llmcompress.weight import CompressedWeight, relative_error
 class BlockResult:
     """What became of a block."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)      # packed linears, by checkpoint name
-    layers: list[dict[str, Any]] = field(default_factory=list)    # rows of results.json
-    digests: dict[str, str] = field(default_factory=dict)         # module path -> sha256 of its values
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # packed linears, by checkpoint name
+    layers: list[dict[str, Any]] = field(default_factory=list)  # rows of results.json
+    digests: dict[str, str] = field(default_factory=dict)  # module path -> sha256 of its values
     notes: list[str] = field(default_factory=list)
 
 
@@ -47,7 +46,8 @@ class BlockCompressor:
         """Replace the weights of `block` by what the recipe's steps make of them."""
         result, steps = BlockResult(), self._steps(block)
         needing = [
-            group for group in self.architecture.shared
+            group
+            for group in self.architecture.shared
             if any(steps[name] is not None and steps[name].method.needs for name in group)
         ]
         grams = collect(block, needing) if needing else {}
@@ -84,7 +84,9 @@ class BlockCompressor:
             if wanting[0] is None or not wanting[0].method.rescales:
                 continue
             if reason := self._not_scaled(link, steps, wanting):
-                result.notes.append(f"{block.name}: {link.producer} -> {', '.join(link.consumers)} not scaled: {reason}")
+                result.notes.append(
+                    f"{block.name}: {link.producer} -> {', '.join(link.consumers)} not scaled: {reason}"
+                )
                 continue
             weights = [scales.apply(weight_of(block, name), name) for name in link.consumers]
             gram = inputs[link.consumers[0]]
@@ -93,8 +95,11 @@ class BlockCompressor:
             gram.div_(scale[index]).div_(scale[index][:, None])
             scales.add(block, link, scale)
         without = [
-            name for name, step in steps.items()
-            if step is not None and step.method.rescales and not any(name in link.consumers for link in self.architecture.links)
+            name
+            for name, step in steps.items()
+            if step is not None
+            and step.method.rescales
+            and not any(name in link.consumers for link in self.architecture.links)
         ]
         if without:
             result.notes.append(f"{block.name}: no module can absorb a scale for {', '.join(without)}; only clipped")
@@ -123,7 +128,13 @@ class BlockCompressor:
             self._store(block, step, name, weight, compressed, gram, result)
 
     def _store(
-        self, block: Block, step: Step, linear: str, weight: Tensor, compressed: CompressedWeight, gram: Tensor | None,
+        self,
+        block: Block,
+        step: Step,
+        linear: str,
+        weight: Tensor,
+        compressed: CompressedWeight,
+        gram: Tensor | None,
         result: BlockResult,
     ) -> None:
         """Put the values into the module, the packed tensors and the record into the result."""
@@ -135,13 +146,18 @@ class BlockCompressor:
         result.digests[f"{block.name}.{linear}"] = digest(module.weight)
         method = step.method
         grid = method.model_dump(include={"bits", "group_size", "symmetric"}) if isinstance(method, IntMethod) else {}
-        result.layers.append({
-            "name": name, "block": block.index, "method": step.name, **grid,
-            "before_bytes": weight.numel() * self.plan.dtype.itemsize,
-            "after_bytes": sum(tensor.nbytes for tensor in packed.values()),
-            "error": None if gram is None else relative_error(weight, compressed.values, gram),
-            "weight_error": relative_error(weight, compressed.values),
-        })
+        result.layers.append(
+            {
+                "name": name,
+                "block": block.index,
+                "method": step.name,
+                **grid,
+                "before_bytes": weight.numel() * self.plan.dtype.itemsize,
+                "after_bytes": sum(tensor.nbytes for tensor in packed.values()),
+                "error": None if gram is None else relative_error(weight, compressed.values, gram),
+                "weight_error": relative_error(weight, compressed.values),
+            }
+        )
 
 
 class Scales:

@@ -34,7 +34,8 @@ def transformers_verdict(grids: list[dict[str, Any]]) -> Verdict:
     if all(grid["symmetric"] for grid in grids):
         return Verdict("transformers", True, "5.15 and later, with the compressed-tensors package")
     return Verdict(
-        "transformers", True,
+        "transformers",
+        True,
         "5.15 and later, with the compressed-tensors package; 5.23.0 refuses asymmetric groups unless given "
         "quantization_config=CompressedTensorsConfig(dequantize=True)",
     )

@@ -19,7 +19,7 @@ def fused_sources(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str
     renamings, converters = transforms(model)
     known = dict(model.named_parameters())
     sources: dict[str, list[str]] = {}
-    for key in sorted(stored, key=natural):   # the order in which experts are stacked
+    for key in sorted(stored, key=natural):  # the order in which experts are stacked
         target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
         if target in known and target != key:
             sources.setdefault(target, []).append(key)

@@ -16,7 +16,7 @@ from llmcompress.errors import SourceError
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
-KEPT_ARRAY = 64                        # longer arrays (vocabulary, merges, scores) are counted, not kept
+KEPT_ARRAY = 64  # longer arrays (vocabulary, merges, scores) are counted, not kept
 
 BLOCKS = {                             # ggml type: name, elements per block, bytes per block
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2),
@@ -39,18 +39,18 @@ class GGUFTensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: int                          # ggml type, a key of BLOCKS
-    start: int                         # absolute position in the file
-    size: int                          # bytes in the file
+    kind: int  # ggml type, a key of BLOCKS
+    start: int  # absolute position in the file
+    size: int  # bytes in the file
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
     """The checked header of a file."""
 
-    metadata: dict[str, Any] = field(repr=False)            # long arrays stand as LongArray
-    tensors: dict[str, GGUFTensor] = field(repr=False)      # in the order of the file
-    data_start: int                                         # bytes before the data
+    metadata: dict[str, Any] = field(repr=False)  # long arrays stand as LongArray
+    tensors: dict[str, GGUFTensor] = field(repr=False)  # in the order of the file
+    data_start: int  # bytes before the data
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-CHUNK = 4_000_000                      # elements dequantized at a time: bounds memory at about 100 MB
+CHUNK = 4_000_000  # elements dequantized at a time: bounds memory at about 100 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Architecture:
     """What a GGUF architecture is called in transformers, and which tensors its blocks have beyond the common ones."""
 
     class_name: str
-    interleaved: bool = False          # rows of q and k are interleaved for rotary embedding
-    extra: tuple[str, ...] = ()        # tensors of a block that must be there
-    optional: tuple[str, ...] = ()     # all of them or none
+    interleaved: bool = False  # rows of q and k are interleaved for rotary embedding
+    extra: tuple[str, ...] = ()  # tensors of a block that must be there
+    optional: tuple[str, ...] = ()  # all of them or none
 
 
 ARCHITECTURES = {
@@ -64,9 +64,9 @@ class GGUFFile:
 
     path: Path
     metadata: dict[str, Any] = field(repr=False)
-    config: dict[str, Any]             # config.json
+    config: dict[str, Any]  # config.json
     tensors: dict[str, GGUFTensor] = field(repr=False)  # by Hugging Face name, in the order of the file
-    data_start: int                    # bytes of header
+    data_start: int  # bytes of header
 
     @property
     def license(self) -> str | None:
@@ -186,7 +186,7 @@ def _config(path: Path, arch: str, metadata: dict[str, Any], tensors: dict[str, 
         "hidden_act": "silu",
         "max_position_embeddings": read("context_length"),
         "rms_norm_eps": settings.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": theta,           # read by older libraries; rope_parameters by newer ones
+        "rope_theta": theta,  # read by older libraries; rope_parameters by newer ones
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": "output.weight" not in tensors,
         "dtype": "float32",
@@ -260,14 +260,14 @@ def _copy(tensor: GGUFTensor, source: GGUFFile, data: BinaryIO, out: BinaryIO) -
     interleaved = ARCHITECTURES[source.config["model_type"]].interleaved
     shuffled = interleaved and tensor.name.split(".")[-2] in ("attn_q", "attn_k")
     if shuffled and len(tensor.shape) == 1:
-        rows, columns = columns, 1     # a bias: its elements are what the rows are in a weight
+        rows, columns = columns, 1  # a bias: its elements are what the rows are in a weight
     unit = head if shuffled else 1
     step = max(1, CHUNK // (columns * unit)) * unit
     data.seek(tensor.start)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         values = _dequantize(data.read(tensor.size * count // rows), tensor.kind, count)  # [count, columns]
-        if shuffled:                   # rows of a head are stored as (pair, half); restore (half, pair)
+        if shuffled:  # rows of a head are stored as (pair, half); restore (half, pair)
             values = values.reshape(-1, head // 2, 2, columns).swapaxes(1, 2)
         out.write(values.astype("<f4", order="C", copy=False).tobytes())
     return rows * columns * 4

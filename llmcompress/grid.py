@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 SHRINK = tuple(1.0 - 0.025 * i for i in range(23))  # 1.0 .. 0.45 of the range that clips nothing
-CHUNK = 1 << 18                                     # weights searched at once: temporaries stay in the cache
+CHUNK = 1 << 18  # weights searched at once: temporaries stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class IntGrid:
     bits: int
     group: int
     symmetric: bool  # zero is the middle code everywhere and need not be stored
-    scale: Tensor    # [out, in // group] in the dtype of the checkpoint, > 0
-    zero: Tensor     # [out, in // group] int32, in 0 .. 2**bits - 1
+    scale: Tensor  # [out, in // group] in the dtype of the checkpoint, > 0
+    zero: Tensor  # [out, in // group] int32, in 0 .. 2**bits - 1
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero (float32) of every single weight: [out, in] each."""
@@ -53,8 +53,14 @@ class IntGrid:
 
 
 def fit_range(
-    w: Tensor, *, bits: int, group: int, symmetric: bool, dtype: torch.dtype,
-    search: bool = True, importance: Tensor | None = None,
+    w: Tensor,
+    *,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    search: bool = True,
+    importance: Tensor | None = None,
 ) -> IntGrid:
     """The grid for `w` [out, in]: one range per row and group, shrunk to the least error if `search`.
 
@@ -76,7 +82,7 @@ def _fit_chunk(
 ) -> tuple[Tensor, Tensor]:
     """`fit_range` for some rows, x [rows, groups, group]; scale and zero [rows, groups] float32."""
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    best_scale, best_zero = affine(low, high, bits, symmetric, dtype)   # the range that clips nothing
+    best_scale, best_zero = affine(low, high, bits, symmetric, dtype)  # the range that clips nothing
     if not search:
         return best_scale, best_zero
     best = group_error(x - snap(x, best_scale, best_zero, bits), importance)
@@ -100,8 +106,8 @@ def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.d
         scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 1)
     else:
         scale = (high - low) / top
-    scale = scale.to(dtype).float()                  # methods must see the scale that will be stored
-    scale = scale.where(scale > 0, 1)                # an all-zero group, or one that underflows `dtype`
+    scale = scale.to(dtype).float()  # methods must see the scale that will be stored
+    scale = scale.where(scale > 0, 1)  # an all-zero group, or one that underflows `dtype`
     if symmetric:
         return scale, torch.full_like(scale, 2 ** (bits - 1))
     return scale, (-low / scale).round_().clamp_(0, top)

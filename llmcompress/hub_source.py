@@ -30,13 +30,13 @@ def open_hub(repo: str, revision: str | None) -> ModelSource:
             info = HfApi().model_info(repo, revision=revision)
         except network_errors() as exc:
             if getattr(exc, "response", None) is not None:
-                raise                  # the Hub answered, and said no
+                raise  # the Hub answered, and said no
             return _open_cached(repo, revision, exc)
         names = {sibling.rfilename for sibling in info.siblings or ()}
         if "config.json" not in names:
             raise SourceError(f"{repo}: no config.json on the Hub at {info.sha}; expected a transformers model")
         path = Path(hf_hub_download(repo, "config.json", revision=revision))
-        commit = path.parent.name      # asking by branch makes the cache remember which commit the branch stood for
+        commit = path.parent.name  # asking by branch makes the cache remember which commit the branch stood for
         config = check_config(read_json(path), repo)
         try:
             headers = get_safetensors_metadata(repo, revision=commit)
@@ -114,7 +114,7 @@ def _open_cached(repo: str, revision: str | None, cause: Exception) -> ModelSour
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:                               # config.json stands for the rest: the headers tell if a shard is missing
+    try:  # config.json stands for the rest: the headers tell if a shard is missing
         folder = Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)).parent
     except LocalEntryNotFoundError:
         raise cause from None

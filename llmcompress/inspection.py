@@ -25,7 +25,7 @@ class Entry:
     name: str
     format: str
     shape: list[int]
-    bits: float        # stored bits per element, scales included
+    bits: float  # stored bits per element, scales included
     density: float
     bytes: int
 
@@ -75,8 +75,12 @@ def packed_entry(module: str, tensors: dict[str, Tensor], config: dict[str, Any]
         raise FormatError(f"{module}: its packed tensors do not fit its scheme {scheme['weights']}: {exc}") from None
     stored = sum(t.nbytes for t in tensors.values())
     return Entry(
-        module, PACKED.name, list(values.shape), 8 * stored / values.numel(),
-        int(values.count_nonzero()) / values.numel(), stored,
+        module,
+        PACKED.name,
+        list(values.shape),
+        8 * stored / values.numel(),
+        int(values.count_nonzero()) / values.numel(),
+        stored,
     )
 
 

@@ -52,7 +52,9 @@ def known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
     """Option names of the record at `path` below `cls`; the record itself for an empty path."""
     for part in path:
         field = cls.model_fields.get(str(part))
-        nested = [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)] if field else []
+        nested = (
+            [t for t in _members(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)] if field else []
+        )
         if not nested:
             break
         cls = nested[0]

@@ -3,60 +3,40 @@
 Made from config.json and the tensor index alone, so it is quick and can be made for a model that is not downloaded.
 It refuses what cannot work (groups that do not divide, targets that match nothing, too little memory or disk) and
 predicts output size, peak memory, disk and time. The run reports what it measured beside these numbers.
-
-Peak host memory is the largest of the run's three phases, each on top of the interpreter with its libraries:
-
-    embedding    embedding table + hidden states
-    compressing  block + hidden states + Gram matrices + the largest group of stacked weights, six times in float32
-                 + what one batch of tokens needs inside a block
-    proving      output head + hidden states of two samples + their logits
 """
 
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
 from llmcompress.methods import IntMethod
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.source import ModelSource, TensorInfo
 
-LIBRARIES = 640 * 2**20     # resident bytes of Python with torch and transformers imported and a model class built
-HEADER = 120                # bytes of one entry in a safetensors header, about
-BATCH_TOKENS = 4096         # tokens of one forward pass, as the stream takes them
 GROUPS = (128, 64, 32)
-CONV1D_MODELS = ("gpt2",)   # model types that keep weights as [in, out]; checked against the modules before a run
+CONV1D_MODELS = ("gpt2",)  # model types that keep weights as [in, out]; checked against the modules before a run
 DENSE_EXPERTS = "stock transformers takes the experts of a packed checkpoint for packed, and these are kept dense"
-PROOF_SAMPLES, PROOF_LENGTH = 2, 64  # random tokens that prove a data-free result
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedLinear:
     """What happens to one linear of a decoder block."""
 
-    name: str                # module path, as in the checkpoint
+    name: str  # module path, as in the checkpoint
     block: int
-    shape: tuple[int, int]   # [out, in]
-    step: int | None         # index into the recipe's steps; None: left alone
-    before_bytes: int        # dense, in the recipe's dtype
+    shape: tuple[int, int]  # [out, in]
+    step: int | None  # index into the recipe's steps; None: left alone
+    before_bytes: int  # dense, in the recipe's dtype
     after_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a run takes."""
-
-    peak_host_bytes: int
-    peak_device_bytes: int
-    disk_bytes: int
-    output_bytes: int        # all safetensors files
-    seconds: float           # up to the finished checkpoint; evaluation is not in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +47,14 @@ class Plan:
     source: ModelSource
     steps: list[Step]
     format_name: str
-    blocks: str              # path of the decoder blocks in the checkpoint, such as "model.layers"
-    count: int               # of blocks
+    blocks: str  # path of the decoder blocks in the checkpoint, such as "model.layers"
+    count: int  # of blocks
     transposed: bool
     linears: list[PlannedLinear]
-    kept: dict[str, str]     # linears left alone -> why
+    kept: dict[str, str]  # linears left alone -> why
     notes: list[str]
     before_bytes: int
     predicted: Cost
-    checks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def format(self) -> Format:
@@ -87,6 +66,11 @@ class Plan:
         """Of everything that is not packed."""
         dtype: torch.dtype = getattr(torch, self.recipe.dtype)
         return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks are computed."""
+        return device_of(self.recipe)
 
     @property
     def needs_data(self) -> bool:
@@ -101,20 +85,26 @@ class Plan:
     def tensors_of(self, block: int | None) -> list[TensorInfo]:
         """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
         prefix = f"{self.blocks}."
+
         def index(name: str) -> int | None:
             return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+
         return [info for info in self.source.tensors.values() if index(info.name) == block]
 
     def plain(self) -> dict[str, Any]:
         """For `--json`."""
         return {
-            "model": self.source.name, "revision": self.source.revision, "format": self.format_name,
-            "before_bytes": self.before_bytes, "predicted": asdict(self.predicted),
+            "model": self.source.name,
+            "revision": self.source.revision,
+            "format": self.format_name,
+            "before_bytes": self.before_bytes,
+            "predicted": asdict(self.predicted),
             "linears": [
                 asdict(linear) | {"method": None if linear.step is None else self.steps[linear.step].name}
                 for linear in self.linears
             ],
-            "kept": self.kept, "notes": self.notes,
+            "kept": self.kept,
+            "notes": self.notes,
         }
 
 
@@ -128,7 +118,9 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         )
     if recipe.calibration is None and any(step.method.needs for step in steps):
         needing = next(step.name for step in steps if step.method.needs)
-        raise PlanError(f"steps: method {needing!r} needs `calibration` data; add that block, or use a data-free method")
+        raise PlanError(
+            f"steps: method {needing!r} needs `calibration` data; add that block, or use a data-free method"
+        )
     blocks, count = find_block_path(source)
     transposed = source.config.get("model_type") in CONV1D_MODELS
     names = block_linears(source, blocks, transposed)
@@ -149,15 +141,24 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             after = FORMATS[format_name].stored_bytes(method, shape, dtype)
         linears.append(PlannedLinear(name, block_index(name, blocks), shape, step, dense, after))
     plan = Plan(
-        recipe, source, steps, format_name, blocks, count, transposed, linears,
+        recipe,
+        source,
+        steps,
+        format_name,
+        blocks,
+        count,
+        transposed,
+        linears,
         kept=kept_linears(names, assigned, source, recipe, blocks),
         notes=notes(source, format_name, recipe, transposed, experts),
-        before_bytes=0, predicted=Cost(0, 0, 0, 0, 0.0),
+        before_bytes=sum(prod(info.shape) for info in source.tensors.values()) * dtype.itemsize,
+        predicted=Cost(0, 0, 0, 0, 0.0),
     )
-    return with_costs(plan)
+    return replace(plan, predicted=predict(plan))
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
+
 
 def find_block_path(source: ModelSource) -> tuple[str, int]:
     """Path of the decoder blocks, and how many: numbered 0 .. num_hidden_layers - 1 without a gap."""
@@ -222,7 +223,9 @@ def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str
         for target in step.targets:
             if not any(matches(name, [target]) for name in assigned):
                 some = ", ".join(list(assigned)[:3])
-                raise PlanError(f"steps[{i}].targets: {target!r} matches no linear of the decoder blocks (such as {some})")
+                raise PlanError(
+                    f"steps[{i}].targets: {target!r} matches no linear of the decoder blocks (such as {some})"
+                )
         if i not in assigned.values():
             raise PlanError(f"steps[{i}]: `keep` {keep} leaves nothing for this step to do")
     return assigned
@@ -239,8 +242,12 @@ def check_group(name: str, columns: int, method: IntMethod, step: int) -> None:
 
 
 def choose_format(
-    recipe: Recipe, steps: list[Step], assigned: dict[str, int | None], names: dict[str, tuple[int, int]],
-    transposed: bool, experts: bool,
+    recipe: Recipe,
+    steps: list[Step],
+    assigned: dict[str, int | None],
+    names: dict[str, tuple[int, int]],
+    transposed: bool,
+    experts: bool,
 ) -> str:
     """The recipe's format, or for "auto" the first of pack-quantized and dense that takes every linear."""
     wanted = [recipe.output.format] if recipe.output.format != "auto" else ["pack-quantized", "dense"]
@@ -250,7 +257,9 @@ def choose_format(
             reason = f"output.format: {format_name!r} cannot hold this mixture of experts: {DENSE_EXPERTS}"
             continue
         for name, step in assigned.items():
-            refusal = None if step is None else FORMATS[format_name].refuses(steps[step].method, names[name], transposed)
+            refusal = (
+                None if step is None else FORMATS[format_name].refuses(steps[step].method, names[name], transposed)
+            )
             if refusal:
                 reason = f"{name}: cannot be stored as {format_name!r}: {refusal}"
                 break
@@ -263,14 +272,18 @@ def kept_linears(
     names: Iterable[str], assigned: dict[str, int | None], source: ModelSource, recipe: Recipe, blocks: str
 ) -> dict[str, str]:
     """Everything with a matrix that stays as it is, and why."""
-    kept = {name: "keep" if matches(name, recipe.keep) else "no step targets it" for name in names if assigned[name] is None}
+    kept = {
+        name: "keep" if matches(name, recipe.keep) else "no step targets it" for name in names if assigned[name] is None
+    }
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and module not in assigned and name.endswith(".weight"):
             kept[module] = "keep" if matches(module, recipe.keep) else "outside the decoder blocks"
     for pattern in recipe.keep:
         known = [*assigned, *kept, "lm_head"]
-        if not any(matches(name, [pattern]) for name in known) and not any(matches(n, [pattern]) for n in source.tensors):
+        if not any(matches(name, [pattern]) for name in known) and not any(
+            matches(n, [pattern]) for n in source.tensors
+        ):
             raise PlanError(f"keep: {pattern!r} matches nothing in {source.name}")
     return kept
 
@@ -290,111 +303,7 @@ def notes(source: ModelSource, format_name: str, recipe: Recipe, transposed: boo
     return found
 
 
-# --- costs -----------------------------------------------------------------------------------------------------------
-
-def with_costs(plan: Plan) -> Plan:
-    """The plan with its sizes and predictions."""
-    itemsize = plan.dtype.itemsize
-    elements = sum(numel(info) for info in plan.source.tensors.values())
-    before = elements * itemsize
-    saved = sum(linear.before_bytes - linear.after_bytes for linear in plan.linears)
-    output = before - saved + HEADER * (len(plan.source.tensors) + 3 * len(plan.linears))
-    hidden = hidden_bytes(plan)
-    cost = Cost(
-        peak_host_bytes=peak_memory(plan),
-        peak_device_bytes=0 if device_of(plan.recipe).type == "cpu" else peak_memory(plan) - LIBRARIES,
-        disk_bytes=output + 2 * hidden + plan.source.fetch_bytes,
-        output_bytes=output,
-        seconds=seconds(plan),
-    )
-    values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return Plan(**values | {"before_bytes": before, "predicted": cost})
-
-
-def numel(info: TensorInfo) -> int:
-    """Elements of a tensor."""
-    total = 1
-    for size in info.shape:
-        total *= size
-    return total
-
-
-def samples_and_length(plan: Plan) -> tuple[int, int]:
-    """Token windows that go through the blocks."""
-    options = plan.recipe.calibration
-    return (options.samples, options.length) if options and plan.needs_data else (PROOF_SAMPLES, PROOF_LENGTH)
-
-
-def hidden_bytes(plan: Plan) -> int:
-    """Hidden states of all samples."""
-    samples, length = samples_and_length(plan)
-    return samples * length * int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0))) * plan.dtype.itemsize
-
-
-def peak_memory(plan: Plan) -> int:
-    """Resident bytes at the worst moment; see the module's text."""
-    item = plan.dtype.itemsize
-    outside = [numel(info) * item for info in plan.tensors_of(None)]
-    table = max(outside, default=0)
-    hidden = hidden_bytes(plan)
-    first = [linear for linear in plan.linears if linear.block == 0]
-    block = sum(numel(info) for info in plan.tensors_of(0)) * item
-    samples, length = samples_and_length(plan)
-    tokens = min(samples * length, max(BATCH_TOKENS, length))
-    widths = sorted({linear.shape[1] for linear in first})
-    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(plan, linear)) if plan.needs_data else 0
-    stacked = max((6 * 4 * linear.shape[0] * linear.shape[1] for linear in first), default=0)
-    factor = 3 * 4 * max(widths, default=0) ** 2 if plan.needs_data else 0
-    inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
-    embedding = 2 * table + hidden
-    compressing = 2 * block + hidden + grams + max(stacked + factor, inside)
-    vocabulary = int(plan.source.config.get("vocab_size", 0))
-    proving = 2 * table + 2 * min(length, 512) * vocabulary * (item + 4)
-    return LIBRARIES + max(embedding, compressing, proving)
-
-
-def uses_gram(plan: Plan, linear: PlannedLinear) -> bool:
-    """Whether statistics are gathered for this linear."""
-    return linear.step is not None and plan.steps[linear.step].method.needs is not None
-
-
-def seconds(plan: Plan) -> float:
-    """Time of the run from its operation counts and this machine's speed, measured in a moment."""
-    samples, length = samples_and_length(plan)
-    tokens, elements = samples * length, sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
-    passes = 2 if plan.needs_data else 1
-    forward = 2.0 * elements * tokens * passes / speed(plan.dtype)
-    inputs = {(linear.block, linear.shape[1]) for linear in plan.linears if uses_gram(plan, linear)}
-    grams = sum(1.3 * tokens * columns**2 for _, columns in inputs) / speed(torch.float32)
-    return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, linear) for linear in plan.linears)
-
-
-def solve_seconds(plan: Plan, linear: PlannedLinear) -> float:
-    """Time of the method itself on one linear: its products with the Gram matrix, and passes over the weights."""
-    if linear.step is None:
-        return 0.0
-    rows, columns = linear.shape
-    name, method = plan.steps[linear.step].name, plan.steps[linear.step].method
-    products = {"gptq": 2.0, "awq": 2.0 * 2 * getattr(method, "grid_points", 0)}.get(name, 0.0)
-    touches = {"awq": 400.0}.get(name, 250.0)  # elementwise operations per weight of a range search
-    return products * rows * columns**2 / speed(torch.float32) + touches * rows * columns / 1.5e9
-
-
-_SPEEDS: dict[torch.dtype, float] = {}
-
-
-def speed(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product on this machine, measured once per process."""
-    import time
-
-    if dtype not in _SPEEDS:
-        a = torch.ones(512, 1024, dtype=dtype)
-        a @ a.T
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ a.T
-        _SPEEDS[dtype] = 3 * 2 * 512 * 512 * 1024 / (time.perf_counter() - start)
-    return _SPEEDS[dtype]
+# --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -421,7 +330,10 @@ def check_machine(plan: Plan, output: Path) -> None:
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if cost.disk_bytes > free:
-        raise PlanError(f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free)} are free; free some, or give another --output")
+        raise PlanError(
+            f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free)} are free; "
+            "free some, or give another --output"
+        )
 
 
 def gib(count: float) -> str:

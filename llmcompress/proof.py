@@ -1,24 +1,51 @@
 """Proof that a finished folder loads in stock libraries and computes what the methods decided.
 
-A clean Python process runs `reload.py`, which imports nothing of llmcompress. Two things are checked: every
-decompressed weight has the same bytes as the values the method chose, and logits on calibration tokens agree with those
-of the stream. The second tolerance follows from the dtype: each of 2 L additions to the residual stream is rounded with
-relative error up to eps, and independent errors add up to eps sqrt(2 L).
+A clean Python process runs `reload.py`, which imports nothing of llmcompress. Two things are checked:
+
+- every weight has the same bytes as the values the method chose, unpacked by the stock libraries;
+- logits on calibration tokens agree with those of the stream. The tolerance follows from the dtype: each of the 2 L
+  additions to the residual stream is rounded with relative error up to eps, and independent errors add up to
+  eps sqrt(2 L).
+
+Stock transformers unpacks the whole model into memory. Where that does not fit (the recipe's max_memory, or what the
+machine has free), the model is reloaded with only its first blocks, and compared with what the stream had after them;
+the weights of all other blocks are unpacked one by one.
 """
 
 import hashlib
 import json
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress.errors import FormatError
+from llmcompress.cost import LIBRARIES
+from llmcompress.errors import FormatError, PlanError
+from llmcompress.plan import Plan, gib
 
-POSITIONS = 64     # per sample, evenly spaced: logits of every position would be a gigabyte
+POSITIONS = 64  # per sample, evenly spaced: logits of every position would be a gigabyte
+
+
+def proof_blocks(plan: Plan) -> int:
+    """How many blocks the reloaded model can have within the memory bound; all of them where they fit."""
+    import psutil
+
+    item = plan.dtype.itemsize
+    budget = plan.recipe.max_memory or int(0.8 * psutil.virtual_memory().available)
+    outside = sum(prod(info.shape) for info in plan.tensors_of(None)) * item
+    block = sum(prod(info.shape) for info in plan.tensors_of(0)) * item
+    logits = POSITIONS * 8 * int(plan.source.config.get("vocab_size", 0)) * 4
+    fitting = int((budget - LIBRARIES - 1.2 * outside - logits) // (1.5 * block))  # packed and unpacked at once
+    if fitting < 1:
+        raise PlanError(
+            f"max_memory: stock transformers cannot reload even one block of this model within {gib(budget)}, so the "
+            f"result could not be proved; allow {gib(int(LIBRARIES + 1.2 * outside + logits + 1.5 * block))}"
+        )
+    return min(fitting, plan.count)
 
 
 def digest(values: Tensor) -> str:
@@ -32,32 +59,41 @@ def positions(length: int) -> Tensor:
     return torch.linspace(0, length - 1, count).round().long().unique()
 
 
-def write_expected(path: Path, tokens: Tensor, at: Tensor, logits: Tensor, digests: dict[str, str]) -> None:
-    """What the reloaded model must reproduce: logits [n, m, vocabulary] of tokens [n, length] at positions `at`."""
+def write_expected(
+    path: Path, tokens: Tensor, at: Tensor, logits: Tensor, digests: dict[str, str], blocks: str
+) -> None:
+    """What the reloaded model must reproduce: logits [n, m, vocabulary] of tokens [n, length] at positions `at`.
+
+    digests: module path -> digest of its weight.  blocks: module path of the decoder blocks.
+    """
     from safetensors.torch import save_file
 
     tensors = {"tokens": tokens.contiguous(), "positions": at, "logits": logits.contiguous()}
-    save_file(tensors, path, {"digests": json.dumps(digests)})
+    save_file(tensors, path, {"digests": json.dumps(digests), "blocks": blocks})
 
 
 def prove(folder: Path, expected: Path, *, dtype: torch.dtype, blocks: int) -> dict[str, Any]:
-    """Reload `folder` in a clean process and compare; the proof for results.json. Raises FormatError if it fails."""
+    """Reload `folder` with its first `blocks` blocks in a clean process and compare; the proof for results.json.
+
+    Raises FormatError if it cannot be loaded, or computes something else.
+    """
     script = Path(__file__).with_name("reload.py")
-    command = [sys.executable, "-I", str(script), str(folder.absolute()), str(expected.absolute())]
+    command = [sys.executable, "-I", str(script), str(folder.absolute()), str(expected.absolute()), str(blocks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode} and no message"])[-1]
         raise FormatError(f"{folder}: stock transformers cannot load the result: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     tolerance = torch.finfo(dtype).eps * (2 * blocks) ** 0.5
     different, rms = found.pop("weights_different"), found["relative_rms"]
     if different:
         raise FormatError(
-            f"{folder}: {len(different)} weights differ after reloading in {found['engine']}, the first is {different[0]}"
+            f"{folder}: {len(different)} weights differ after reloading in {found['engine']}, the first is "
+            f"{different[0]}"
         )
     if found.pop("imported_llmcompress"):
         raise FormatError(f"{folder}: the process that should prove stock loading imported llmcompress")
-    if not rms <= tolerance:   # also refuses NaN
+    if not rms <= tolerance:  # also refuses NaN
         raise FormatError(
             f"{folder}: logits after reloading in {found['engine']} differ by {rms:.2g} (relative RMS) from what was "
             f"compressed, {tolerance:.2g} is what {str(dtype).removeprefix('torch.')} explains"

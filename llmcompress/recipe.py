@@ -29,14 +29,24 @@ from llmcompress.formats import FORMATS
 from llmcompress.methods import METHODS, Method
 from llmcompress.options import Options
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
-         "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 class Output(Options):
     """How the result is stored."""
 
-    format: str = "auto"                # a key of FORMATS; "auto": the smallest that stock engines load
+    format: str = "auto"  # a key of FORMATS; "auto": the smallest that stock engines load
 
     @field_validator("format")
     @classmethod
@@ -49,7 +59,7 @@ class Output(Options):
 class Evaluate(Options):
     """Scores taken on the reloaded checkpoint and on the base model."""
 
-    suite: str = "quick"                # a name from `list suites`, or the path of a suite's YAML file
+    suite: str = "quick"  # a name from `list suites`, or the path of a suite's YAML file
 
 
 class Publish(Options):
@@ -64,8 +74,8 @@ class Step:
     """One method and the linears it is for."""
 
     method: Method
-    name: str                           # its key in METHODS
-    targets: tuple[str, ...] = ("*",)   # globs on module names
+    name: str  # its key in METHODS
+    targets: tuple[str, ...] = ("*",)  # globs on module names
 
     def matches(self, module: str) -> bool:
         """Whether the step is for the linear at this module path."""
@@ -76,14 +86,14 @@ class Recipe(Options):
     """The whole recipe, as plain values; `parsed_steps` are its steps as methods."""
 
     model: str
-    revision: str | None = None         # of a Hub model; resolved to a commit in the manifest
+    revision: str | None = None  # of a Hub model; resolved to a commit in the manifest
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    device: str = "auto"                # cuda when there is one, else cpu
-    max_memory: int | None = None       # bytes of host memory the run may use; written as 8GiB
+    device: str = "auto"  # cuda when there is one, else cpu
+    max_memory: int | None = None  # bytes of host memory the run may use; written as 8GiB
     trust_remote_code: bool = False
     calibration: CalibrationOptions | None = None
     steps: list[dict[str, Any]] = Field(min_length=1)
-    keep: list[str] = ["lm_head"]       # globs on module names left alone on purpose
+    keep: list[str] = ["lm_head"]  # globs on module names left alone on purpose
     output: Output = Output()
     evaluate: Evaluate | None = None
     publish: Publish | None = None

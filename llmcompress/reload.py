@@ -1,17 +1,19 @@
-"""Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED`.
+"""Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS`.
 
-Imports transformers, which imports compressed-tensors, and nothing of llmcompress. Loads FOLDER as any user would and
-compares, with what the run decided (EXPECTED, a safetensors file):
+Imports transformers and compressed-tensors, and nothing of llmcompress. Loads FOLDER with its first BLOCKS decoder
+blocks as any user would and compares, with what the run decided (EXPECTED, a safetensors file):
 
     tokens [n, length] int64, positions [m] int64, logits [n, m, vocabulary]
-    metadata "digests": JSON, module path -> sha256 of the weight's bytes
+    metadata "digests": JSON, module path -> sha256 of the weight's bytes; "blocks": module path of the blocks
 
-Prints one JSON object.
+Weights of later blocks are unpacked one by one with the compressed-tensors library. Prints one JSON object.
 """
 
 import hashlib
 import json
+import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,27 +21,75 @@ import transformers
 from safetensors import safe_open
 
 
-def main(folder: str, expected: str) -> dict[str, Any]:
+def main(folder: str, expected: str, blocks: int) -> dict[str, Any]:
     """Load, run, compare."""
     torch.set_grad_enabled(False)
     with safe_open(expected, "pt") as file:
         tokens, positions, wanted = (file.get_tensor(name) for name in ("tokens", "positions", "logits"))
-        digests = json.loads(file.metadata()["digests"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted.dtype, local_files_only=True).eval()
+        digests, path = json.loads(file.metadata()["digests"]), file.metadata()["blocks"] + "."
+    model = load(folder, blocks, wanted.dtype)
     found = torch.cat([model(row[None], use_cache=False).logits[:, positions] for row in tokens])
-    different = [name for name, digest in digests.items() if digest != sha256(model.get_submodule(name).weight)]
+    different, rest = [], {}
+    for name, digest in digests.items():
+        if int(name.removeprefix(path).split(".", 1)[0]) >= blocks:
+            rest[name] = digest
+        elif digest != sha256(model.get_submodule(name).weight):
+            different.append(name)
+    different += stored_differently(Path(folder), rest)
     difference = found.float() - wanted.float()
     return {
         "engine": f"transformers {transformers.__version__}",
         "compressed_tensors": version("compressed_tensors"),
+        "blocks": blocks,
         "tokens": found.shape[0] * found.shape[1],
         "max_abs_difference": float(difference.abs().max()),
         "relative_rms": float(difference.norm() / wanted.float().norm()),
         "top1_agreement": float((found.argmax(-1) == wanted.argmax(-1)).float().mean()),
         "weights": len(digests),
         "weights_different": different,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "imported_llmcompress": "llmcompress" in sys.modules,
     }
+
+
+def load(folder: str, blocks: int, dtype: torch.dtype) -> Any:
+    """The model as stock transformers loads it, cut after `blocks` blocks."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    if blocks < config.num_hidden_layers:
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:blocks]
+        config.num_hidden_layers = blocks
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    return model.eval()
+
+
+def stored_differently(folder: Path, digests: dict[str, str]) -> list[str]:
+    """Those of `digests` whose stored weight, unpacked, has another digest."""
+    if not digests:
+        return []
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))["weight_map"]
+    quantization = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
+    return [
+        name for name, digest in digests.items() if sha256(unpacked(folder, name, weight_map, quantization)) != digest
+    ]
+
+
+def unpacked(
+    folder: Path, module: str, weight_map: dict[str, str], quantization: dict[str, Any] | None
+) -> torch.Tensor:
+    """One weight, read from its file; modules and tensors have the same names wherever a model is this large."""
+    tensors = {}
+    for name in (n for n in weight_map if n.startswith(f"{module}.weight")):
+        with safe_open(folder / weight_map[name], "pt") as file:
+            tensors[name.removeprefix(f"{module}.")] = file.get_tensor(name)
+    if "weight" in tensors:
+        return tensors["weight"]
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    groups = list(quantization["config_groups"].values()) if quantization else []
+    group = next(g for g in groups if module in g["targets"] or "Linear" in g["targets"])
+    return PackedQuantizationCompressor.decompress(tensors, QuantizationScheme.model_validate(group))["weight"]
 
 
 def sha256(tensor: torch.Tensor) -> str:
@@ -53,4 +103,4 @@ def version(module: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(*sys.argv[1:])) + "\n")
+    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))) + "\n")

@@ -117,8 +117,12 @@ def show(value: float | None, unit: str) -> Markup:
     if unit == "seconds":
         return show_seconds(value)
     scale, form = {
-        "count": (1, ",.0f"), "percent": (100, ".1f"), "points": (100, "+.1f"),
-        "fixed": (1, ".2f"), "ratio": (1, ".3f"), "significant": (1, ".3g"),
+        "count": (1, ",.0f"),
+        "percent": (100, ".1f"),
+        "points": (100, "+.1f"),
+        "fixed": (1, ".2f"),
+        "ratio": (1, ".3f"),
+        "significant": (1, ".3g"),
     }[unit]
     return Markup(f"{scale * value:{form}}{'%' if unit == 'percent' else ''}")
 
@@ -263,6 +267,7 @@ def summary_table(results: dict[str, Any]) -> Table:
 
 def schemes(layers: list[dict[str, Any]]) -> str:
     """What was done to the linears, in words, each distinct way once."""
+
     def words(layer: dict[str, Any]) -> str:
         if layer.get("bits") is None:  # a method without a grid
             return str(layer["method"])
@@ -270,6 +275,7 @@ def schemes(layers: list[dict[str, Any]]) -> str:
         shape = f"groups of {show(group, 'count')}" if isinstance(group, int) and group > 0 else "one group per row"
         kind = "symmetric" if layer["symmetric"] else "asymmetric"
         return f"{layer['method']} to {show(layer['bits'], 'count')} bits ({kind}, {shape})"
+
     return " and ".join(dict.fromkeys(map(words, layers)))
 
 
@@ -353,13 +359,20 @@ def dots(items: list[dict[str, Any]], unit: str) -> dict[str, Any] | None:
     if not any(end for pair in ends for end in pair):
         return None
     axis = Axis.around(places)
-    return {"ticks": axis.labels(unit), "rows": [
-        {"label": item["name"], "chance": None if chance is None else axis.at(chance), "points": [
-            {"ends": None if end is None else [axis.at(v) for v in end], "text": spread(score, unit)}
-            for score, end in zip(pair, pair_ends, strict=True)
-        ]}
-        for item, chance, pair, pair_ends in zip(items, chances, scores, ends, strict=True)
-    ]}
+    return {
+        "ticks": axis.labels(unit),
+        "rows": [
+            {
+                "label": item["name"],
+                "chance": None if chance is None else axis.at(chance),
+                "points": [
+                    {"ends": None if end is None else [axis.at(v) for v in end], "text": spread(score, unit)}
+                    for score, end in zip(pair, pair_ends, strict=True)
+                ],
+            }
+            for item, chance, pair, pair_ends in zip(items, chances, scores, ends, strict=True)
+        ],
+    }
 
 
 def whisker(score: dict[str, Any] | None) -> tuple[float, float, float] | None:
@@ -447,7 +460,8 @@ def hub_datasets(calibration: dict[str, Any] | None) -> list[str]:
     """Names of the calibration data that are datasets on the Hub: `owner/name` at a commit, which no local file has."""
     sources = calibration["sources"] if calibration else []
     return [
-        source["data"] for source in sources
+        source["data"]
+        for source in sources
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source["data"])
         and re.fullmatch(r"[0-9a-f]{40}", source["revision"] or "")
     ]
@@ -459,9 +473,15 @@ def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
     publish = results["recipe"].get("publish") or {}
     where = one_line(publish.get("repo_id") or results["name"])
     return {
-        "r": results, "recipe": recipe, "rows": comparison(results), "predictions": predictions(results),
-        "schemes": schemes(results["layers"]), "kept": kept_by_reason(results["kept"]), "loads": loads,
-        "python_name": Markup(json.dumps(where)), "shell_name": Markup(shlex.quote(where)),
+        "r": results,
+        "recipe": recipe,
+        "rows": comparison(results),
+        "predictions": predictions(results),
+        "schemes": schemes(results["layers"]),
+        "kept": kept_by_reason(results["kept"]),
+        "loads": loads,
+        "python_name": Markup(json.dumps(where)),
+        "shell_name": Markup(shlex.quote(where)),
     }
 
 

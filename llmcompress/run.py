@@ -7,44 +7,60 @@ Until the last rename everything lives in DIR.partial; a killed run continues fr
 """
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress import plan as planning
+from llmcompress import cost
 from llmcompress.arch import discover, match_names, quiet_transformers, skeleton
 from llmcompress.calibrate import load_calibration
-from llmcompress.checkpoint import Checkpoint, read_json, replacing, write_json
+from llmcompress.checkpoint import Checkpoint, read_json, read_tensors, replacing, write_json, write_tensors
 from llmcompress.compress import BlockCompressor, BlockResult
-from llmcompress.engines import verdicts
 from llmcompress.errors import PlanError, ResumeError
 from llmcompress.fused import fuse
 from llmcompress.plan import Plan, check_machine, device_of, make_plan
 from llmcompress.progress import Progress, Silent, staged
-from llmcompress.proof import positions, prove, write_expected
+from llmcompress.proof import positions, proof_blocks, prove, write_expected
 from llmcompress.recipe import Recipe
 from llmcompress.report import write_report
+from llmcompress.results import PACKAGES, Clock, Outcome, collect_results, manifest, peak_bytes, version
 from llmcompress.source import ModelSource, open_source
 from llmcompress.stream import StreamedModel, stream_blocks
 
-PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval")
-COMPUTING = PACKAGES[:5]   # those whose version can change the bytes of a result
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-                   "*.tiktoken", "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*")
+COMPUTING = PACKAGES[:5]  # those whose version can change the bytes of a result
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +68,7 @@ class Data:
     """Tokens that go through the blocks, [samples, length] int64, and where they are from."""
 
     tokens: Tensor
-    record: dict[str, Any] | None   # None: random tokens, which only prove the result
+    record: dict[str, Any] | None  # None: random tokens, which only prove the result
 
 
 def run(
@@ -74,16 +90,19 @@ def run(
     job = Job(plan, source, data, tokenizer, output, progress)
     checkpoint = job.open(overwrite=overwrite)
     with clock.stage("compress"):
-        layers, notes = job.compress(checkpoint)
+        job.compress(checkpoint)
     peak = peak_bytes()
     with clock.stage("prove"):
         progress.stage("proving that it loads", 1)
-        proof = prove(checkpoint.partial, checkpoint.state / "expected", dtype=plan.dtype, blocks=plan.count)
+        proof = prove(checkpoint.partial, checkpoint.state / "expected", dtype=plan.dtype, blocks=job.proof_blocks)
     with clock.stage("evaluate"):
         scores = job.scores(checkpoint.partial) if evaluate and recipe.evaluate else None
-    results = job.results(checkpoint, layers, notes, proof, scores, clock, peak)
+    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+    results = collect_results(
+        Outcome(plan, checkpoint, parameters, data.record, proof, scores, clock, peak, plan.source.fetch_bytes)
+    )
     write_json(checkpoint.partial / "results.json", results)
-    write_json(checkpoint.partial / "llmcompress.json", manifest(results, checkpoint))
+    write_json(checkpoint.partial / "llmcompress.json", manifest(results, checkpoint.fingerprint))
     write_report(checkpoint.partial)
     checkpoint.complete(overwrite=overwrite)
     if recipe.publish:
@@ -122,12 +141,15 @@ def load_data(plan: Plan) -> tuple[Data, Any]:
     options = plan.recipe.calibration
     if not plan.needs_data or options is None:
         random = torch.Generator().manual_seed(0)
-        shape = (planning.PROOF_SAMPLES, planning.PROOF_LENGTH)
+        shape = (cost.PROOF_SAMPLES, cost.PROOF_LENGTH)
         return Data(torch.randint(len(tokenizer), shape, generator=random), None), tokenizer
     found = load_calibration(options, tokenizer)
     record = {
-        "sources": found.sources, "samples": len(found.tokens), "length": found.tokens.shape[1],
-        "tokens": found.tokens.numel(), "sha256": found.sha256,
+        "sources": found.sources,
+        "samples": len(found.tokens),
+        "length": found.tokens.shape[1],
+        "tokens": found.tokens.numel(),
+        "sha256": found.sha256,
     }
     return Data(found.tokens, record), tokenizer
 
@@ -151,6 +173,7 @@ class Job:
         device = device_of(plan.recipe)
         self.stream = StreamedModel(self.model, self.architecture, self._read, dtype=plan.dtype, device=device)
         self.outside = self._outside_shards()
+        self.proof_blocks = proof_blocks(plan)
 
     def open(self, *, overwrite: bool) -> Checkpoint:
         """The folder that is being written."""
@@ -164,14 +187,16 @@ class Job:
         for key in ("evaluate", "publish", "max_memory"):
             recipe.pop(key, None)
         parts = {
-            "model": self.source.fingerprint, "recipe": recipe, "format": self.plan.format_name,
+            "model": self.source.fingerprint,
+            "recipe": recipe,
+            "format": self.plan.format_name,
             "tokens": hashlib.sha256(self.data.tokens.numpy().tobytes()).hexdigest(),
             "versions": {name: version(name) for name in COMPUTING},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def compress(self, checkpoint: Checkpoint) -> tuple[list[dict[str, Any]], list[str]]:
-        """All blocks, then all else; rows of results.json and notes."""
+    def compress(self, checkpoint: Checkpoint) -> None:
+        """All blocks, then all else."""
         done = len(checkpoint.records())
         self.progress.stage("compressing", self.plan.count)
         compressor = BlockCompressor(self.plan, self.architecture, self.stored)
@@ -184,7 +209,7 @@ class Job:
         pending: tuple[int, BlockResult, float] | None = None
         start = time.monotonic()
         for block in stream_blocks(self.stream, hidden, done):
-            if pending:   # its outputs are in `hidden` only now that the stream has replayed it
+            if pending:  # its outputs are in `hidden` only now that the stream has replayed it
                 self._finish(checkpoint, hidden, *pending)
             self.progress.advance(block.index, block.name)
             result = compressor(block)
@@ -195,15 +220,19 @@ class Job:
         self.progress.advance(self.plan.count)
         self._write_outside(checkpoint)
         records = checkpoint.records()
-        self._write_expected(checkpoint, hidden, records)
+        self._write_expected(checkpoint, records)
         self._write_small_files(checkpoint, records)
-        return [row for record in records for row in record["layers"]], [n for record in records for n in record["notes"]]
 
     def _finish(self, checkpoint: Checkpoint, hidden: Tensor, index: int, result: BlockResult, start: float) -> None:
         record = {
-            "layers": result.layers, "notes": result.notes, "digests": result.digests,
-            "seconds": time.monotonic() - start, "peak_bytes": peak_bytes(),
+            "layers": result.layers,
+            "notes": result.notes,
+            "digests": result.digests,
+            "seconds": time.monotonic() - start,
+            "peak_bytes": peak_bytes(),
         }
+        if index == self.proof_blocks - 1:
+            write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden[: cost.PROOF_SAMPLES].clone()})
         checkpoint.finish_block(index, hidden, record)
 
     def _write_block(self, checkpoint: Checkpoint, index: int, result: BlockResult) -> None:
@@ -213,7 +242,11 @@ class Job:
         tensors = dict(result.tensors)
         for parameter, value in module.named_parameters():
             sources = self.stored[f"{name}.{parameter}"]
-            if len(sources) == 1 and sources[0] not in done and tuple(value.shape) == self.source.tensors[sources[0]].shape:
+            if (
+                len(sources) == 1
+                and sources[0] not in done
+                and tuple(value.shape) == self.source.tensors[sources[0]].shape
+            ):
                 tensors[sources[0]] = value.to(self.plan.dtype)
                 done.add(sources[0])
         rest = [info.name for info in self.plan.tensors_of(index) if info.name not in done]
@@ -225,7 +258,7 @@ class Job:
             checkpoint.write_shard(number, self._as_stored(names))
 
     def _as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors as the checkpoint has them: those of parameters in the recipe's dtype, others (old buffers) untouched."""
+        """Tensors of the checkpoint: parameters in the recipe's dtype, others (old buffers) untouched."""
         parameters = {tensor for sources in self.stored.values() for tensor in sources}
         tensors: dict[str, Tensor] = {}
         for name in names:
@@ -245,13 +278,14 @@ class Job:
             size += info.bytes
         return shards
 
-    def _write_expected(self, checkpoint: Checkpoint, hidden: Tensor, records: list[dict[str, Any]]) -> None:
-        """Logits that the reloaded model must reproduce."""
+    def _write_expected(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
+        """Logits that the reloaded model must reproduce, with its first `proof_blocks` blocks."""
+        hidden = read_tensors(checkpoint.state / "proof.safetensors")["hidden"]
         at = positions(hidden.shape[1])
-        logits = torch.cat([self.stream.logits(row[None])[:, at] for row in hidden[: planning.PROOF_SAMPLES]])
+        logits = torch.cat([self.stream.logits(row[None])[:, at] for row in hidden])
         digests = {name: value for record in records for name, value in record["digests"].items()}
-        tokens = self.data.tokens[: planning.PROOF_SAMPLES]
-        write_expected(checkpoint.state / "expected", tokens, at, logits, digests)
+        tokens = self.data.tokens[: len(hidden)]
+        write_expected(checkpoint.state / "expected", tokens, at, logits, digests, self.architecture.blocks)
 
     def _write_small_files(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
         """Config, index, tokenizer and recipe."""
@@ -294,55 +328,13 @@ class Job:
         assert self.plan.recipe.evaluate is not None
         suite = load_suite(self.plan.recipe.evaluate.suite)
         return evaluate(
-            folder, suite, base=self.source.folder, base_fingerprint=self.source.fingerprint,
-            trust_remote_code=self.plan.recipe.trust_remote_code, progress=staged(self.progress),
+            folder,
+            suite,
+            base=self.source.folder,
+            base_fingerprint=self.source.fingerprint,
+            trust_remote_code=self.plan.recipe.trust_remote_code,
+            progress=staged(self.progress),
         )
-
-    def results(
-        self, checkpoint: Checkpoint, layers: list[dict[str, Any]], notes: list[str], proof: dict[str, Any],
-        scores: dict[str, Any] | None, clock: "Clock", peak: int,
-    ) -> dict[str, Any]:
-        """Everything that the card and the report may show."""
-        plan, source = self.plan, self.source
-        config = read_json(checkpoint.partial / "config.json")
-        records = checkpoint.records()
-        output = sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors"))
-        compress_seconds = sum(record["seconds"] for record in records)
-        stages = clock.stages | {"compress": max(clock.stages["compress"], compress_seconds)}
-        measured = {
-            "peak_host_bytes": max([peak, *(record["peak_bytes"] for record in records)]),
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            "disk_bytes": disk_bytes(checkpoint.partial) + source.fetch_bytes,
-            "output_bytes": output,
-            "seconds": sum(stages[name] for name in ("source", "calibrate", "compress")),
-        }
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return {
-            "schema": 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "name": self.output.name,
-            "base_model": {
-                "id": source.name, "hub_id": source.hub_id, "revision": source.revision, "license": source.license,
-                "model_type": config.get("model_type"), "parameters": parameters,
-            },
-            "recipe": plan.recipe.plain(),
-            "format": plan.format_name,
-            "calibration": self.data.record,
-            "size": {
-                "before_bytes": plan.before_bytes, "after_bytes": output, "ratio": output / plan.before_bytes,
-                "parts": parts(plan, layers),
-            },
-            "layers": layers,
-            "kept": [{"name": name, "reason": reason} for name, reason in plan.kept.items()],
-            "notes": list(dict.fromkeys(plan.notes + notes)),
-            "plan": {"predicted": asdict(plan.predicted), "measured": measured},
-            "timing": {"total_seconds": sum(stages.values()), "stages": stages},
-            "proof": proof,
-            "engines": verdicts(config),
-            "scores": scores,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "machine": machine(),
-        }
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by their names in the model."""
@@ -350,7 +342,8 @@ class Job:
         tensors = self.source.load({t for found in sources.values() for t in found}, dtype=self.plan.dtype)
         shapes = {name: tuple(self.model.get_parameter(name).shape) for name in sources}
         return {
-            name: tensors[found[0]] if tuple(tensors[found[0]].shape) == shapes[name]
+            name: tensors[found[0]]
+            if tuple(tensors[found[0]].shape) == shapes[name]
             else fuse(self.model, name, {tensor: tensors[tensor] for tensor in found})
             for name, found in sources.items()
         }
@@ -373,13 +366,6 @@ class Job:
             )
 
 
-def manifest(results: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """llmcompress.json: what made the folder, for `inspect` and for anyone who wants to make it again."""
-    keys = ("schema", "created", "name", "base_model", "recipe", "format", "calibration", "layers", "kept", "notes",
-            "plan", "proof", "engines", "versions", "machine")
-    return {"fingerprint": checkpoint.fingerprint} | {key: results[key] for key in keys}
-
-
 def publish(recipe: Recipe, folder: Path, progress: Progress) -> None:
     """Push the finished folder where the recipe says."""
     from llmcompress.hub import push
@@ -387,84 +373,3 @@ def publish(recipe: Recipe, folder: Path, progress: Progress) -> None:
     assert recipe.publish is not None
     progress.stage("publishing", 1)
     progress.note("published: " + push(folder, recipe.publish.repo_id, private=recipe.publish.private))
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
-
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
-PARTS = (("attention", ("attn", "attention")), ("mlp", ("mlp", "fc1", "fc2", "ffn")), ("embeddings", ("emb", "wte", "wpe", "lm_head")),
-         ("norms", ("norm", "ln_")))
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what happens inside."""
-        start = time.monotonic()
-        yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - start
-
-
-def parts(plan: Plan, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Bytes before and after by part of the model."""
-    after = {row["name"] + ".weight": row["after_bytes"] for row in layers}
-    sizes: dict[str, list[int]] = {}
-    for info in plan.source.tensors.values():
-        dense = planning.numel(info) * plan.dtype.itemsize
-        size = sizes.setdefault(part_of(info.name), [0, 0])
-        size[0] += dense
-        size[1] += after.get(info.name, dense)
-    return [{"part": name, "before_bytes": before, "after_bytes": now} for name, (before, now) in sizes.items()]
-
-
-def part_of(tensor: str) -> str:
-    """Which part of a model a tensor belongs to, by its name; norms first, as they sit inside the others."""
-    for name, marks in (PARTS[3], *PARTS[:3]):
-        if any(mark in tensor for mark in marks):
-            return name
-    return "other"
-
-
-def peak_bytes() -> int:
-    """Highest resident memory of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def disk_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def version(package: str) -> str | None:
-    """Installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def machine() -> dict[str, Any]:
-    """The machine that the measurements are from."""
-    import psutil
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total, "gpu": gpu}
-
-
-def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

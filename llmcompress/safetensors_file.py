@@ -23,7 +23,7 @@ ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-MAX_HEADER = 100_000_000               # bytes; the limit of the safetensors library
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str                         # as safetensors writes it, such as "BF16"
-    file: str                          # file name within the folder
+    dtype: str  # as safetensors writes it, such as "BF16"
+    file: str  # file name within the folder
     bytes: int
 
 

@@ -44,22 +44,22 @@ CONVERT_PICKLE = (
     "pickle files can run code when they are read, so they are refused; in an environment you trust, load the model "
     "with transformers and save_pretrained it, or use the converter at https://huggingface.co/spaces/safetensors/convert"
 )
-GGUF_LAYOUT = b"1"                     # raise when write_checkpoint changes what it writes
+GGUF_LAYOUT = b"1"  # raise when write_checkpoint changes what it writes
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """A model, found but not read. `folder` is None until `fetch` has made the weights local."""
 
-    name: str                          # as given
-    hub_id: str | None                 # the model on the Hub that this is, or was made from
-    revision: str | None               # commit on the Hub
-    fingerprint: str                   # names the weights, see the module's text
+    name: str  # as given
+    hub_id: str | None  # the model on the Hub that this is, or was made from
+    revision: str | None  # commit on the Hub
+    fingerprint: str  # names the weights, see the module's text
     config: dict[str, Any] = field(repr=False)
     license: str | None
     tensors: dict[str, TensorInfo] = field(repr=False)  # by checkpoint name; for GGUF, as `fetch` will write them
-    local: bool                        # nothing has to be downloaded
-    folder: Path | None = None         # holds config, safetensors and tokenizer
+    local: bool  # nothing has to be downloaded
+    folder: Path | None = None  # holds config, safetensors and tokenizer
     gguf: "GGUFFile | None" = field(default=None, repr=False)
 
     @property
@@ -291,7 +291,7 @@ def _convert_gguf(found: "GGUFFile", fingerprint: str, size: int, progress: Prog
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():        # converted before, or by another process while we waited
+            if folder.is_dir():  # converted before, or by another process while we waited
                 return folder
             shutil.rmtree(partial, ignore_errors=True)
             _check_space(folder.parent, size)

@@ -40,7 +40,7 @@ class InputGram:
         if self.tokens == 0:
             raise CalibrationError("no tokens reached this layer; give more calibration text, or list it in `keep`")
         mean = self.total / self.tokens
-        for start in range(0, len(mean), PANEL):   # panel by panel: mirroring must not cost another matrix
+        for start in range(0, len(mean), PANEL):  # panel by panel: mirroring must not cost another matrix
             here = slice(start, start + PANEL)
             mean[here, here] = mean[here, here].triu() + mean[here, here].triu(1).T
             mean[start + PANEL :, here] = mean[here, start + PANEL :].T

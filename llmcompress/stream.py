@@ -34,9 +34,9 @@ class Block:
     """A decoder block with its weights loaded, and what it is called with."""
 
     index: int
-    name: str                 # module path
+    name: str  # module path
     module: nn.Module
-    hidden: Tensor            # [samples, length, width]: the inputs of this block
+    hidden: Tensor  # [samples, length, width]: the inputs of this block
     arguments: dict[int, Arguments]  # by batch size: what it is called with besides the hidden states
 
     def forward(self, rows: slice) -> Tensor:
@@ -101,6 +101,7 @@ class StreamedModel:
         The model's own forward runs with every block returning its input, so that the final norm, the head and
         whatever the model does to its logits are its own.
         """
+
         def outputs(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return hidden.to(self.device)
 
@@ -117,6 +118,7 @@ class StreamedModel:
                 self.arguments[index][len(tokens)] = (args, kwargs)
                 seen.append(x)
                 return x
+
             return forward
 
         body = getattr(self.model, self.model.base_model_prefix)

@@ -23,7 +23,9 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
         row = kinds.setdefault((kind, linear.shape, linear.step), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
-    table = make_table(f"{plan.source.name} as {plan.format_name}", "linear", "number", "out x in", "method", "before", "after")
+    table = make_table(
+        f"{plan.source.name} as {plan.format_name}", "linear", "number", "out x in", "method", "before", "after"
+    )
     for (kind, shape, step), (count, before, after) in kinds.items():
         method = "left alone" if step is None else describe(plan.steps[step].name, plan.steps[step].method)
         add(table, kind, str(count), f"{shape[0]} x {shape[1]}", method, gib(before), gib(after))
@@ -31,14 +33,17 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
     yield from ([two_columns("Left alone", plan.kept.items())] if plan.kept else [])
     yield from ([two_columns("Notes", [("", note) for note in plan.notes])] if plan.notes else [])
     cost = plan.predicted
-    yield two_columns("Prediction", [
-        ("model before", f"{gib(plan.before_bytes)} in {plan.recipe.dtype}"),
-        ("result", gib(cost.output_bytes)),
-        ("peak host memory", gib(cost.peak_host_bytes)),
-        ("peak device memory", gib(cost.peak_device_bytes)),
-        ("disk", gib(cost.disk_bytes)),
-        ("time, evaluation aside", f"about {cost.seconds:.0f} s"),
-    ])
+    yield two_columns(
+        "Prediction",
+        [
+            ("model before", f"{gib(plan.before_bytes)} in {plan.recipe.dtype}"),
+            ("result", gib(cost.output_bytes)),
+            ("peak host memory", gib(cost.peak_host_bytes)),
+            ("peak device memory", gib(cost.peak_device_bytes)),
+            ("disk", gib(cost.disk_bytes)),
+            ("time, evaluation aside", f"about {cost.seconds:.0f} s"),
+        ],
+    )
 
 
 def describe(name: str, method: Any) -> str:
@@ -73,12 +78,16 @@ def spread(score: dict[str, float] | None, unit: float, digits: int) -> str:
 
 def inspection_tables(found: dict[str, Any]) -> Iterator[Table]:
     """Tensors and engines of `inspect`."""
-    table = make_table(f"{found['folder']}: {gib(found['bytes'])}", "tensor", "format", "shape", "bits", "density", "bytes")
+    table = make_table(
+        f"{found['folder']}: {gib(found['bytes'])}", "tensor", "format", "shape", "bits", "density", "bytes"
+    )
     for row in found["tensors"]:
         shape = " x ".join(str(size) for size in row["shape"])
         add(table, row["name"], row["format"], shape, f"{row['bits']:.2f}", f"{row['density']:.3f}", str(row["bytes"]))
     yield table
-    yield two_columns("Engines", [(f"{e['engine']}: {'yes' if e['loads'] else 'no'}", e["why"]) for e in found["engines"]])
+    yield two_columns(
+        "Engines", [(f"{e['engine']}: {'yes' if e['loads'] else 'no'}", e["why"]) for e in found["engines"]]
+    )
 
 
 def push_table(uploads: Sequence[Upload], repo_id: str) -> Table:
@@ -93,11 +102,16 @@ def listing(what: str) -> list[dict[str, Any]]:
     """Rows of `list`: a name and what it is."""
     if what in ("recipes", "suites"):
         paths = recipe_paths() if what == "recipes" else suite_paths()
-        return [{"name": name, "description": first_comment(path.read_text("utf-8")), "file": str(path)} for name, path in paths.items()]
+        return [
+            {"name": name, "description": first_comment(path.read_text("utf-8")), "file": str(path)}
+            for name, path in paths.items()
+        ]
     if what == "methods":
         return [
             {
-                "name": name, "description": first_line(method), "data": "calibration" if method.needs else "none",
+                "name": name,
+                "description": first_line(method),
+                "data": "calibration" if method.needs else "none",
                 "options": {k: f.default for k, f in method.model_fields.items()},
             }
             for name, method in METHODS.items()
@@ -112,7 +126,10 @@ def listing_table(what: str, rows: list[dict[str, Any]]) -> Table:
     """`list` as a table."""
     table = make_table(what, *(rows[0].keys() if rows else ["name"]))
     for row in rows:
-        add(table, *(", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in row.values()))
+        add(
+            table,
+            *(", ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x) for x in row.values()),
+        )
     return table
 
 

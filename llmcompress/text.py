@@ -36,11 +36,11 @@ class DataSource(Options):
     """One source of text: a name from `list datasets`, a .txt, .raw, .jsonl or .parquet file, or a Hub dataset."""
 
     data: str
-    name: str | None = None            # configuration of a Hub dataset
-    revision: str | None = None        # of a Hub dataset; resolved to a commit
-    split: str = "train"               # of a Hub dataset; a listed one has its own default
-    column: str | None = None          # default: "text", else "messages" through the chat template
-    weight: float = Field(1.0, gt=0)   # share of the samples, relative to the other sources of a mix
+    name: str | None = None  # configuration of a Hub dataset
+    revision: str | None = None  # of a Hub dataset; resolved to a commit
+    split: str = "train"  # of a Hub dataset; a listed one has its own default
+    column: str | None = None  # default: "text", else "messages" through the chat template
+    weight: float = Field(1.0, gt=0)  # share of the samples, relative to the other sources of a mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Text:
     rows: list[str]
     joiner: str
     revision: str | None = None
-    split: str | None = None           # None: the source has none
-    complete: bool = True              # False: `characters` cut it short
+    split: str | None = None  # None: the source has none
+    complete: bool = True  # False: `characters` cut it short
 
     @property
     def joined(self) -> str:
@@ -63,8 +63,8 @@ class Text:
 class _Column:
     """One column of a source, not rendered yet."""
 
-    values: Sequence[Any]              # str, or a list of messages
-    joiner: str | None = None          # None: by the kind of the values
+    values: Sequence[Any]  # str, or a list of messages
+    joiner: str | None = None  # None: by the kind of the values
     revision: str | None = None
     split: str | None = None
 
@@ -205,8 +205,8 @@ def two_parts(rows: Sequence[str]) -> list[int]:
     Groups of overlapping rows go to the parts in turn. Runs of words are compared by a checksum; where two happen to
     have the same one, two groups become one, which does no harm.
     """
-    group = list(range(len(rows)))     # each row points at an earlier row of its group, or at itself
-    seen: dict[int, int] = {}          # checksum of a run of words -> the first row that has it
+    group = list(range(len(rows)))  # each row points at an earlier row of its group, or at itself
+    seen: dict[int, int] = {}  # checksum of a run of words -> the first row that has it
 
     def first(row: int) -> int:
         while group[row] != row:

@@ -17,9 +17,9 @@ from llmcompress.grid import IntGrid
 class CompressedWeight:
     """One weight matrix after a method."""
 
-    values: Tensor                # [out, in] in the dtype of the checkpoint: what the layer computes with
-    codes: Tensor | None = None   # [out, in] uint8: position of each value on `grid`
-    grid: IntGrid | None = None   # how codes become values
+    values: Tensor  # [out, in] in the dtype of the checkpoint: what the layer computes with
+    codes: Tensor | None = None  # [out, in] uint8: position of each value on `grid`
+    grid: IntGrid | None = None  # how codes become values
 
     @classmethod
     def on_grid(cls, codes: Tensor, grid: IntGrid) -> "CompressedWeight":
@@ -45,9 +45,9 @@ class CompressedWeight:
                 CompressedWeight(
                     values=self.values[here],
                     codes=None if self.codes is None else self.codes[here],
-                    grid=None if self.grid is None else replace(
-                        self.grid, scale=self.grid.scale[here], zero=self.grid.zero[here]
-                    ),
+                    grid=None
+                    if self.grid is None
+                    else replace(self.grid, scale=self.grid.scale[here], zero=self.grid.zero[here]),
                 )
             )
             start += count

@@ -6,8 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 128, "max_position_embeddings": 128,
-         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SIZES = {
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 GQA = {"num_key_value_heads": 2, "intermediate_size": 160, "head_dim": 16}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

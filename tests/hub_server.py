@@ -42,7 +42,7 @@ class User:
 
     name: str
     role: str = "write"
-    orgs: dict[str, str] = field(default_factory=dict)                # name: role in the organization
+    orgs: dict[str, str] = field(default_factory=dict)  # name: role in the organization
     scoped: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (entity type, entity name): permissions
 
     def may_write(self, repo_id: str) -> bool:

@@ -33,7 +33,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATED = ("mlp.gate_proj", "mlp.up_proj")
 LLAMA_SHARED = (QKV, ("self_attn.o_proj",), GATED, ("mlp.down_proj",))
-GQA = tuple(range(16)) * 3 + tuple(range(16, 32)) * 3   # value head 0 feeds query heads 0 to 2, head 1 feeds 3 to 5
+GQA = tuple(range(16)) * 3 + tuple(range(16, 32)) * 3  # value head 0 feeds query heads 0 to 2, head 1 feeds 3 to 5
 
 
 def same(n: int, start: int = 0) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ EXPECTED = {  # blocks, linears that share an input, links
     ),
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
-    "gpt2": (    # GELU: nothing moves from c_fc to c_proj
+    "gpt2": (  # GELU: nothing moves from c_fc to c_proj
         "transformer.h",
         (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
         {
@@ -88,12 +88,14 @@ EXPECTED = {  # blocks, linears that share an input, links
         {
             "input_layernorm": (("attention.query_key_value",), same(96), False),
             "attention.query_key_value": (
-                ("attention.dense",), sum((same(16, 48 * head + 32) for head in range(6)), ()), False
+                ("attention.dense",),
+                sum((same(16, 48 * head + 32) for head in range(6)), ()),
+                False,
             ),
             "post_attention_layernorm": (("mlp.dense_h_to_4h",), same(96), False),
         },
     ),
-    "opt": (     # ReLU lets positive factors through: fc1 -> fc2 is a link
+    "opt": (  # ReLU lets positive factors through: fc1 -> fc2 is a link
         "model.decoder.layers",
         (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)),
         {
@@ -155,13 +157,21 @@ def test_linears_have_their_shapes(kind):
 HEADS = {
     "multi-query": ("llama", {"num_key_value_heads": 1}, "self_attn.v_proj", tuple(range(16)) * 6),
     "every head its own": ("llama", {"num_key_value_heads": 6}, "self_attn.v_proj", same(96)),
-    "two query heads each": ("llama", {"num_key_value_heads": 3}, "self_attn.v_proj",
-                             sum((same(16, 16 * head) * 2 for head in range(3)), ())),
+    "two query heads each": (
+        "llama",
+        {"num_key_value_heads": 3},
+        "self_attn.v_proj",
+        sum((same(16, 16 * head) * 2 for head in range(3)), ()),
+    ),
     "odd head size": ("llama", {"head_dim": 20}, "self_attn.v_proj", (*same(20) * 3, *same(20, 20) * 3)),
     "fused, multi-query": ("phi3", {"num_key_value_heads": 1}, "self_attn.qkv_proj", same(16, 112) * 6),
     "fused, every head its own": ("phi3", {"num_key_value_heads": 6}, "self_attn.qkv_proj", same(96, 192)),
-    "fused, as many rows as a fused MLP": ("phi3", {"num_key_value_heads": 3}, "self_attn.qkv_proj",
-                                           sum((same(16, 144 + 16 * head) * 2 for head in range(3)), ())),
+    "fused, as many rows as a fused MLP": (
+        "phi3",
+        {"num_key_value_heads": 3},
+        "self_attn.qkv_proj",
+        sum((same(16, 144 + 16 * head) * 2 for head in range(3)), ()),
+    ),
 }
 
 
@@ -278,7 +288,7 @@ def test_names_match_as_they_are():
     model = tiny_model("llama")
     stored = [name for name, _ in model.named_parameters()]
     assert match_names(model, [*stored, "model.rotary_emb.inv_freq"]) == {name: [name] for name in stored}
-    assert "lm_head.weight" not in stored    # tied
+    assert "lm_head.weight" not in stored  # tied
 
 
 def test_names_without_the_prefix_of_the_base_model():
@@ -307,8 +317,16 @@ def test_experts_are_matched_to_the_tensors_that_make_them(tmp_path):
     """Twelve experts, each a tensor of its own in the checkpoint, fused in the order of their numbers."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "mixtral", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=32, num_local_experts=12, num_experts_per_tok=2, max_position_embeddings=64,
+        "mixtral",
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=32,
+        num_local_experts=12,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
     )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)

@@ -309,7 +309,7 @@ def test_big_source_is_not_read_to_the_end(tmp_path, tokenizer, monkeypatch):
     rows = [{"text": f"{n:04d}" * 25} for n in range(1000)]
     path = str(write_jsonl(tmp_path / "big.jsonl", rows))
     found = load_calibration(options(data=path, samples=2, length=20), tokenizer)
-    assert found.sources[0]["rows"] == 13                              # 2 windows x 20 tokens x 32 characters
+    assert found.sources[0]["rows"] == 13  # 2 windows x 20 tokens x 32 characters
     text = load_text(DataSource(data=path), tokenizer, characters=2000, seed=3)
     assert text.rows == sorted(text.rows)
     assert len(text.rows) == 20
@@ -384,7 +384,7 @@ def test_parts_share_no_run_of_words():
     words = [f"w{i}" for i in range(40)]
     rows = [" ".join(words[:20]), "Something else.", " ".join(words[8:30]), "Another one.", " ".join(words[18:40])]
     parts = two_parts(rows)
-    assert parts[0] == parts[2] == parts[4]     # 0 and 2 share w8..w19, 2 and 4 share w18..w29
+    assert parts[0] == parts[2] == parts[4]  # 0 and 2 share w8..w19, 2 and 4 share w18..w29
     assert parts == [0, 1, 0, 0, 0]
 
 

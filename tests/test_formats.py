@@ -20,7 +20,10 @@ from llmcompress.weight import CompressedWeight
 
 PACKED = PackQuantized()
 SHAPES = {  # out, in, group: odd rows, two words short of a group, one row, a row that no group divides
-    "17x96-g32": (17, 96, 32), "17x192-g64": (17, 192, 64), "1x128-g128": (1, 128, 128), "5x100-row": (5, 100, "row"),
+    "17x96-g32": (17, 96, 32),
+    "17x192-g64": (17, 192, 64),
+    "1x128-g128": (1, 128, 128),
+    "5x100-row": (5, 100, "row"),
 }
 kinds = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 all_bits = pytest.mark.parametrize("bits", [2, 3, 4, 8], ids="{}bits".format)
@@ -79,7 +82,10 @@ def test_round_trip_of_every_method(fmt, name, bits, symmetric):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    rows=st.integers(9, 40), groups=st.integers(1, 4), bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans(),
+    rows=st.integers(9, 40),
+    groups=st.integers(1, 4),
+    bits=st.sampled_from([2, 3, 4, 8]),
+    symmetric=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_any_codes_and_zeros_come_back(rows, groups, bits, symmetric, seed):
@@ -113,7 +119,8 @@ def test_packed_layout():
     grid = IntGrid(4, 32, True, torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 8, dtype=torch.int32))
     tensors = PACKED.pack(CompressedWeight.on_grid(codes, grid), False)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
-        "weight_packed": (torch.int32, (1, 4)), "weight_scale": (torch.bfloat16, (1, 1)),
+        "weight_packed": (torch.int32, (1, 4)),
+        "weight_scale": (torch.bfloat16, (1, 1)),
         "weight_shape": (torch.int64, (2,)),
     }
     assert [word % 2**32 for word in tensors["weight_packed"][0].tolist()] == [0x76543210, 0xFEDCBA98] * 2
@@ -173,7 +180,7 @@ def test_config_is_what_the_library_defines(bits, group_size, symmetric):
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
     assert config["quantization_status"] == "compressed"
     assert config["ignore"] == ["lm_head", "a.v"]
-    group, = parsed.config_groups.values()
+    (group,) = parsed.config_groups.values()
     assert group.targets == ["Linear"]
     assert group.input_activations is None
     assert group.output_activations is None
@@ -202,7 +209,7 @@ def test_config_says_nothing_of_sparsity(symmetric):
 
 def test_linears_on_different_grids_get_groups_of_their_own():
     four, eight = RTN(bits=4), RTN(bits=8, group_size="row")
-    gptq = METHODS["gptq"].parse({"bits": 4}, "")       # another method, the same grid as `four`
+    gptq = METHODS["gptq"].parse({"bits": 4}, "")  # another method, the same grid as `four`
     methods = {"m.0.q": four, "m.0.down": eight, "m.1.q": gptq, "m.1.down": eight}
     config = json.loads(json.dumps(PACKED.config(methods, ["lm_head"])))
     groups = {

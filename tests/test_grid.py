@@ -51,8 +51,13 @@ def weight(pattern: str, seed: int = 0, size: float = 1.0, rows: int = 3) -> Ten
 
 cases = st.builds(
     lambda pattern, seed, exponent, *kind: Case(weight(pattern, seed, 10.0**exponent), *kind),
-    st.sampled_from(PATTERNS), st.integers(0, 1000), st.integers(-3, 2), st.sampled_from(BITS),
-    st.sampled_from(GROUPS), st.booleans(), st.sampled_from(DTYPES),
+    st.sampled_from(PATTERNS),
+    st.integers(0, 1000),
+    st.integers(-3, 2),
+    st.sampled_from(BITS),
+    st.sampled_from(GROUPS),
+    st.booleans(),
+    st.sampled_from(DTYPES),
 )
 
 
@@ -88,7 +93,7 @@ def test_codes_are_in_range_and_survive_a_round_trip(case):
     codes = grid.encode(case.w)
     assert codes.dtype == torch.uint8
     assert int(codes.max()) < 2**case.bits
-    if case.bits < 8 or case.symmetric or case.dtype != torch.bfloat16:   # bfloat16 tells 128 steps apart, not 255
+    if case.bits < 8 or case.symmetric or case.dtype != torch.bfloat16:  # bfloat16 tells 128 steps apart, not 255
         assert torch.equal(grid.encode(grid.decode(codes)), codes)
 
 

@@ -83,6 +83,7 @@ def sha256(path: Path) -> str:
 
 # What would go
 
+
 def test_plan_lists_the_checkpoint_with_sizes_and_leaves_out_what_is_temporary(folder, hub):
     uploads = plan_push(folder)
     assert [upload.path for upload in uploads] == SENT
@@ -140,10 +141,18 @@ def test_missing_and_unfinished_folders_are_refused(tmp_path, folder):
 
 # Rights
 
-@pytest.mark.parametrize(("token", "repo_id"), [
-    ("hf_write", "me/tiny"), ("hf_write", "ME/tiny"), ("hf_write", "acme/tiny"), ("hf_fine", "acme/tiny"),
-    ("hf_one", "me/old"),
-], ids=["own", "other-case", "organization", "fine-grained", "fine-grained-one-repo"])
+
+@pytest.mark.parametrize(
+    ("token", "repo_id"),
+    [
+        ("hf_write", "me/tiny"),
+        ("hf_write", "ME/tiny"),
+        ("hf_write", "acme/tiny"),
+        ("hf_fine", "acme/tiny"),
+        ("hf_one", "me/old"),
+    ],
+    ids=["own", "other-case", "organization", "fine-grained", "fine-grained-one-repo"],
+)
 def test_rights_are_granted_and_nothing_is_created(hub, folder, monkeypatch, token, repo_id):
     hub.add_repo("me/old", folder)
     monkeypatch.setenv("HF_TOKEN", token)
@@ -152,17 +161,29 @@ def test_rights_are_granted_and_nothing_is_created(hub, folder, monkeypatch, tok
     assert {method for method, _ in hub.requests} == {"GET"}
 
 
-@pytest.mark.parametrize(("token", "repo_id", "message"), [
-    ("hf_gone", "me/tiny", "refused the token .401: Invalid user token. The token from HF_TOKEN"),
-    ("hf_read", "me/tiny", "the token is read-only; make a token with write access at http"),
-    ("hf_write", "google/tiny", "belongs to 'me', who is not a member .organizations: acme, museum.; use me/"),
-    ("hf_write", "museum/tiny", "'me' may only read there; ask an admin"),
-    ("hf_fine", "me/tiny", "fine-grained token has no write permission on its repositories"),
-    ("hf_fine", "me/old", "may not write here .403: You don't have write access to me/old"),
-    ("hf_one", "me/tiny", "fine-grained token has no write permission"),
-    ("hf_other", "me/tiny", "belongs to 'other'"),
-], ids=["refused", "read-only", "foreign-namespace", "read-role", "fine-other-namespace", "fine-existing-repo",
-        "fine-one-repo", "foreign-user"])
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        ("hf_gone", "me/tiny", "refused the token .401: Invalid user token. The token from HF_TOKEN"),
+        ("hf_read", "me/tiny", "the token is read-only; make a token with write access at http"),
+        ("hf_write", "google/tiny", "belongs to 'me', who is not a member .organizations: acme, museum.; use me/"),
+        ("hf_write", "museum/tiny", "'me' may only read there; ask an admin"),
+        ("hf_fine", "me/tiny", "fine-grained token has no write permission on its repositories"),
+        ("hf_fine", "me/old", "may not write here .403: You don't have write access to me/old"),
+        ("hf_one", "me/tiny", "fine-grained token has no write permission"),
+        ("hf_other", "me/tiny", "belongs to 'other'"),
+    ],
+    ids=[
+        "refused",
+        "read-only",
+        "foreign-namespace",
+        "read-role",
+        "fine-other-namespace",
+        "fine-existing-repo",
+        "fine-one-repo",
+        "foreign-user",
+    ],
+)
 def test_rights_are_refused_with_what_to_do_and_nothing_is_created(hub, folder, monkeypatch, token, repo_id, message):
     hub.add_repo("me/old", folder)
     before = contents(folder)
@@ -222,6 +243,7 @@ def test_default_endpoint_is_the_clients_own(hub):
 
 # Uploading
 
+
 @pytest.mark.parametrize("part_bytes", [None, 100_000], ids=["basic", "multipart"])
 def test_push_delivers_every_byte_in_one_commit(hub, folder, part_bytes):
     hub.part_bytes = part_bytes
@@ -230,7 +252,7 @@ def test_push_delivers_every_byte_in_one_commit(hub, folder, part_bytes):
     repo = hub.repos["me/tiny"]
     assert hub.files("me/tiny") == sent(folder)
     assert url == f"{hub.url}/me/tiny/commit/{repo.head}"
-    assert len(repo.commits) == 2                       # the empty repository's and ours
+    assert len(repo.commits) == 2  # the empty repository's and ours
     assert {path for path, file in repo.commits[repo.head].items() if file.lfs} == set(SHARDS)
     assert sorted(hub.stored) == sorted(sha256(folder / name) for name in SHARDS)
     total = sum(upload.bytes for upload in plan_push(folder))
@@ -302,7 +324,7 @@ def test_cut_connection_leaves_the_folder_intact_and_the_next_push_sends_the_res
         push(folder, "me/tiny", progress=cut_after_first_shard, endpoint=hub.url)
     assert contents(folder) == before
     assert hub.stored == [sha256(folder / SHARDS[0])]
-    assert hub.files("me/tiny") == {}                   # never half a model
+    assert hub.files("me/tiny") == {}  # never half a model
     assert hub.asked("PUT", sha256(folder / SHARDS[1])) > 1
 
     hub.cut_after = None
@@ -324,13 +346,17 @@ def test_short_interruption_is_bridged_by_the_client(hub, folder, monkeypatch):
     assert hub.asked("PUT", sha256(folder / SHARDS[0])) == 2
 
 
-@pytest.mark.parametrize(("part", "status", "message"), [
-    ("/repos/create", 500, "answered 500: asked to fail"),
-    ("/preupload/", 503, "answered 503: asked to fail"),
-    ("/objects/batch", 403, "may not write here .403: asked to fail"),
-    ("/lfs/", 507, "answered 507: asked to fail"),
-    ("/commit/", 429, "asks for patience .429: asked to fail"),
-], ids=["create", "preupload", "batch", "put", "commit"])
+@pytest.mark.parametrize(
+    ("part", "status", "message"),
+    [
+        ("/repos/create", 500, "answered 500: asked to fail"),
+        ("/preupload/", 503, "answered 503: asked to fail"),
+        ("/objects/batch", 403, "may not write here .403: asked to fail"),
+        ("/lfs/", 507, "answered 507: asked to fail"),
+        ("/commit/", 429, "asks for patience .429: asked to fail"),
+    ],
+    ids=["create", "preupload", "batch", "put", "commit"],
+)
 def test_failure_at_any_step_is_one_message_and_the_same_command_continues(hub, folder, part, status, message):
     before = contents(folder)
     hub.fail = {part: status}
@@ -341,7 +367,7 @@ def test_failure_at_any_step_is_one_message_and_the_same_command_continues(hub, 
     hub.fail = {}
     push(folder, "me/tiny", endpoint=hub.url)
     assert hub.files("me/tiny") == sent(folder)
-    assert sorted(hub.stored) == sorted(sha256(folder / name) for name in SHARDS)   # each blob arrived exactly once
+    assert sorted(hub.stored) == sorted(sha256(folder / name) for name in SHARDS)  # each blob arrived exactly once
 
 
 def test_card_with_broken_front_matter_is_refused_by_the_hub(hub, folder):

@@ -119,7 +119,7 @@ def test_second_fetch_downloads_no_weights(hub, folder, open_model):
     first = open_model("me/model", fetch=True)
     hub.served.clear()
     assert open_model("me/model", fetch=True)["folder"] == first["folder"]
-    assert all(hub.served[name] <= 100_001 for name in SHARDS)   # the header again, nothing more
+    assert all(hub.served[name] <= 100_001 for name in SHARDS)  # the header again, nothing more
 
 
 def test_broken_download_goes_on_where_it_stopped(hub, folder, open_model):
@@ -144,14 +144,17 @@ def test_fetched_model_opens_without_the_hub(hub, folder, open_model):
     assert "could not be read" in open_model("me/another")["error"]
 
 
-@pytest.mark.parametrize(("access", "token", "message"), [
-    ("gated", "", "this model is gated; accept its terms at"),
-    ("gated", "hf_other", "this model is gated; accept its terms at"),
-    ("gated", "hf_me", None),
-    ("private", "", "no such model on the Hub.*log in with"),
-    ("private", "hf_other", "no such model on the Hub.*log in with"),
-    ("private", "hf_me", None),
-])
+@pytest.mark.parametrize(
+    ("access", "token", "message"),
+    [
+        ("gated", "", "this model is gated; accept its terms at"),
+        ("gated", "hf_other", "this model is gated; accept its terms at"),
+        ("gated", "hf_me", None),
+        ("private", "", "no such model on the Hub.*log in with"),
+        ("private", "hf_other", "no such model on the Hub.*log in with"),
+        ("private", "hf_me", None),
+    ],
+)
 def test_gated_and_private_models_need_the_right_token(hub, folder, open_model, access, token, message):
     hub.add_repo("me/model", folder, **{access: True})
     found = open_model("me/model", fetch=True, token=token)
@@ -161,12 +164,16 @@ def test_gated_and_private_models_need_the_right_token(hub, folder, open_model, 
         assert re.search(message, found["error"])
 
 
-@pytest.mark.parametrize(("model", "revision", "message"), [
-    ("me/missing", None, "no such model on the Hub"),
-    ("me/model", "v9", "no revision 'v9' of it"),
-    ("me/model", "0" * 40, f"no revision '{'0' * 40}' of it"),
-    ("me/pickles", None, "only pickle weights there (pytorch_model.bin)"),
-], ids=["model", "branch", "commit", "pickles"])
+@pytest.mark.parametrize(
+    ("model", "revision", "message"),
+    [
+        ("me/missing", None, "no such model on the Hub"),
+        ("me/model", "v9", "no revision 'v9' of it"),
+        ("me/model", "0" * 40, f"no revision '{'0' * 40}' of it"),
+        ("me/pickles", None, "only pickle weights there (pytorch_model.bin)"),
+    ],
+    ids=["model", "branch", "commit", "pickles"],
+)
 def test_what_cannot_be_opened_says_why(hub, folder, open_model, tmp_path, model, revision, message):
     hub.add_repo("me/model", folder)
     pickles = write_model(tmp_path / "pickles", value=1)

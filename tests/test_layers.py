@@ -18,7 +18,7 @@ ROOT = PACKAGE.parent
 
 LAYERS = [  # a module imports from its own layer and from those above it in this list
     "errors options catalog engines progress quiet reload",
-    "grid stats weight safetensors_file gguf_header",              # tensor maths and file headers
+    "grid stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats",
     "source gguf_source hub_source text calibrate arch fused stream checkpoint proof",
     "recipe",
@@ -179,8 +179,10 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.keyword) and node.arg in RISKS and on(node.value):
             yield f"line {node.value.lineno}: {node.arg}=True"
         if isinstance(node, ast.arguments):
-            defaults = [*zip(reversed(node.posonlyargs + node.args), reversed(node.defaults), strict=False),
-                        *zip(node.kwonlyargs, node.kw_defaults, strict=True)]
+            defaults = [
+                *zip(reversed(node.posonlyargs + node.args), reversed(node.defaults), strict=False),
+                *zip(node.kwonlyargs, node.kw_defaults, strict=True),
+            ]
             for argument, default in defaults:
                 if argument.arg == "trust_remote_code" and on(default):
                     yield f"line {argument.lineno}: trust_remote_code is on by default"
@@ -193,19 +195,37 @@ def test_sources_run_no_foreign_code(path):
     assert list(unsafe(ast.parse(path.read_text(encoding="utf-8")))) == []
 
 
-@pytest.mark.parametrize("source", [
-    "import pickle", "from dill import loads", "def f():\n    import pickle.x", "eval('1')", "exec(x)",
-    "torch.load('x')", "yaml.load(x)", "load(f, trust_remote_code=True)", "def f(trust_remote_code=True): pass",
-    "def f(a, *, b, trust_remote_code: bool = True): pass", "class A:\n    trust_remote_code: bool = True",
-    "run(x, shell=True)",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "def f():\n    import pickle.x",
+        "eval('1')",
+        "exec(x)",
+        "torch.load('x')",
+        "yaml.load(x)",
+        "load(f, trust_remote_code=True)",
+        "def f(trust_remote_code=True): pass",
+        "def f(a, *, b, trust_remote_code: bool = True): pass",
+        "class A:\n    trust_remote_code: bool = True",
+        "run(x, shell=True)",
+    ],
+)
 def test_unsafe_code_is_seen(source):
     assert len(list(unsafe(ast.parse(source)))) == 1
 
 
-@pytest.mark.parametrize("source", [
-    "model.eval()", "re.compile('x')", "yaml.safe_load(x)", "load(f, trust_remote_code=trust)",
-    "def f(*, trust_remote_code: bool = False): pass", "class A:\n    trust_remote_code: bool = False",
-])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model.eval()",
+        "re.compile('x')",
+        "yaml.safe_load(x)",
+        "load(f, trust_remote_code=trust)",
+        "def f(*, trust_remote_code: bool = False): pass",
+        "class A:\n    trust_remote_code: bool = False",
+    ],
+)
 def test_safe_code_is_not_reported(source):
     assert not list(unsafe(ast.parse(source)))

@@ -91,7 +91,7 @@ def test_zero_weights_stay_zero(name, symmetric):
     weight = normal(3, IN)
     weight[:, 64:] = 0
     if name == "gptq":
-        gram = torch.eye(IN)     # so that no error moves into the zeros
+        gram = torch.eye(IN)  # so that no error moves into the zeros
     assert not method.compress(weight, gram, BF16).values[:, 64:].any()
 
 
@@ -110,8 +110,8 @@ def test_rtn_takes_the_nearest_point(search, symmetric):
     weight = normal(4, IN)
     result = RTN(bits=3, range=search, symmetric=symmetric).compress(weight, None, FP32)
     scale, zero = (t.double()[..., None] for t in (result.grid.scale, result.grid.zero))
-    points = (torch.arange(8) - zero) * scale                                           # [out, groups, 8]
-    distance = (weight.double().reshape(4, -1, 64, 1) - points[:, :, None]).abs()       # [out, groups, 64, 8]
+    points = (torch.arange(8) - zero) * scale  # [out, groups, 8]
+    distance = (weight.double().reshape(4, -1, 64, 1) - points[:, :, None]).abs()  # [out, groups, 64, 8]
     chosen = distance.gather(-1, result.codes.long().reshape(4, -1, 64, 1))[..., 0]
     assert bool((chosen <= distance.amin(-1) + 1e-6).all())
 
@@ -146,7 +146,7 @@ def positions(weight: Tensor, gram: Tensor, codes: Tensor, grid: IntGrid, damp: 
         error = (w[:, j] - (codes[:, j] - zero[:, j]) * scale[:, j]) / inverse[j, j]
         w -= error[:, None] * inverse[j]
         inverse -= inverse[:, j, None] * inverse[j] / inverse[j, j]
-        inverse[j, j] = 1   # never used again; its row is zero otherwise
+        inverse[j, j] = 1  # never used again; its row is zero otherwise
     return at
 
 
@@ -390,14 +390,17 @@ def p_errors(w: Tensor, grid: IntGrid, p: float) -> Tensor:
 
 @settings(max_examples=15, deadline=None)
 @given(
-    seed=st.integers(0, 1000), bits=st.sampled_from(BITS), symmetric=st.booleans(), power=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+    bits=st.sampled_from(BITS),
+    symmetric=st.booleans(),
+    power=st.integers(1, 3),
     group_size=st.sampled_from([32, 64, "row"]),
 )
 def test_hqq_is_never_worse_than_its_start(seed, bits, symmetric, power, group_size):
     w = normal(4, IN, seed=seed) ** power
     method = HQQ(bits=bits, symmetric=symmetric, group_size=group_size)
     grid = method.compress(w, None, BF16).grid
-    start = fit_range(w, bits=bits, group=grid.group, symmetric=symmetric, dtype=BF16, search=False)
+    start = fit_range(w, bits=bits, group=grid.group, symmetric=symmetric, dtype=BF16)
     assert bool((p_errors(w, grid, method.p) <= p_errors(w, start, method.p) * (1 + 1e-4)).all())
 
 
@@ -405,14 +408,14 @@ def test_hqq_is_never_worse_than_its_start(seed, bits, symmetric, power, group_s
 def test_hqq_improves_heavy_tails(symmetric):
     w = normal(16, IN) ** 3
     grid = HQQ(symmetric=symmetric).compress(w, None, BF16).grid
-    start = fit_range(w, bits=4, group=64, symmetric=symmetric, dtype=BF16, search=False)
+    start = fit_range(w, bits=4, group=64, symmetric=symmetric, dtype=BF16)
     assert float(p_errors(w, grid, 0.7).sum()) < float(p_errors(w, start, 0.7).sum())
 
 
-def test_hqq_one_iteration_is_minmax_rounding():
+def test_hqq_one_iteration_is_rounding_with_searched_ranges():
     w = normal(4, IN)
     one = HQQ(iterations=1).compress(w, None, BF16)
-    assert torch.equal(one.values, RTN(range="minmax").compress(w, None, BF16).values)
+    assert torch.equal(one.values, RTN(range="mse").compress(w, None, BF16).values)
 
 
 # dtype extremes

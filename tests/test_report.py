@@ -44,42 +44,86 @@ steps:
 output: {format: pack-quantized}
 """
 LINEARS = {  # path in a block: rows, columns, typical relative output error
-    "self_attn.q_proj": (576, 576, 0.09), "self_attn.k_proj": (192, 576, 0.07), "self_attn.v_proj": (192, 576, 0.15),
-    "self_attn.o_proj": (576, 576, 0.17), "mlp.gate_proj": (1536, 576, 0.12), "mlp.up_proj": (1536, 576, 0.14),
+    "self_attn.q_proj": (576, 576, 0.09),
+    "self_attn.k_proj": (192, 576, 0.07),
+    "self_attn.v_proj": (192, 576, 0.15),
+    "self_attn.o_proj": (576, 576, 0.17),
+    "mlp.gate_proj": (1536, 576, 0.12),
+    "mlp.up_proj": (1536, 576, 0.14),
     "mlp.down_proj": (576, 1536, 0.19),
 }
-TASKS = {"arc_easy": (0.25, 0.605), "piqa": (0.5, 0.678), "hellaswag": (0.25, 0.421), "winogrande": (0.5, 0.523),
-         "lambada": (0.0, 0.398)}
+TASKS = {
+    "arc_easy": (0.25, 0.605),
+    "piqa": (0.5, 0.678),
+    "hellaswag": (0.25, 0.421),
+    "winogrande": (0.5, 0.523),
+    "lambada": (0.0, 0.398),
+}
 
 
 def sample_layers(blocks: int, rng: random.Random) -> list[dict[str, Any]]:
     """The linears of `blocks` decoder blocks, with errors as GPTQ leaves them."""
     return [
-        {"name": f"model.layers.{block}.{path}", "block": block, "method": "gptq", "bits": 4, "group_size": 64,
-         "symmetric": True,
-         "before_bytes": rows * columns * 2, "after_bytes": rows * columns // 2 + rows * columns // 64 * 2,
-         "error": typical * rng.uniform(0.8, 1.25) * (0.6 + 0.5 * math.exp(-block / 4)),
-         "weight_error": rng.uniform(0.08, 0.12)}
-        for block in range(blocks) for path, (rows, columns, typical) in LINEARS.items()
+        {
+            "name": f"model.layers.{block}.{path}",
+            "block": block,
+            "method": "gptq",
+            "bits": 4,
+            "group_size": 64,
+            "symmetric": True,
+            "before_bytes": rows * columns * 2,
+            "after_bytes": rows * columns // 2 + rows * columns // 64 * 2,
+            "error": typical * rng.uniform(0.8, 1.25) * (0.6 + 0.5 * math.exp(-block / 4)),
+            "weight_error": rng.uniform(0.08, 0.12),
+        }
+        for block in range(blocks)
+        for path, (rows, columns, typical) in LINEARS.items()
     ]
 
 
 def sample_scores(rng: random.Random) -> dict[str, Any]:
     """Scores of the suite `quick` on a small model and its int4 form."""
+
     def task(name: str, chance: float, base: float) -> dict[str, Any]:
         lost = rng.uniform(0.004, 0.03)
-        return {"name": name, "task": f"{name}_offline", "metric": "acc", "items": 203, "fewshot": 0, "chance": chance,
-                "base": {"value": base, "stderr": 0.0343}, "compressed": {"value": base - lost, "stderr": 0.0346},
-                "difference": -lost, "difference_stderr": 0.0117, "recovery": 1 - lost / base,
-                "recovery_stderr": 0.0191}
+        return {
+            "name": name,
+            "task": f"{name}_offline",
+            "metric": "acc",
+            "items": 203,
+            "fewshot": 0,
+            "chance": chance,
+            "base": {"value": base, "stderr": 0.0343},
+            "compressed": {"value": base - lost, "stderr": 0.0346},
+            "difference": -lost,
+            "difference_stderr": 0.0117,
+            "recovery": 1 - lost / base,
+            "recovery_stderr": 0.0191,
+        }
+
     return {
-        "suite": {"name": "quick", "version": 1}, "dtype": "float32", "seconds": 402.7,
-        "perplexity": [{"name": "boolq-heldout", "length": 512, "windows": 48, "tokens": 24528,
-                        "ratio": 1.0832, "ratio_stderr": 0.0063,
-                        "base": {"value": 21.364, "nll": 3.0617, "stderr": 0.4127},
-                        "compressed": {"value": 23.1415, "nll": 3.1416, "stderr": 0.4581}}],
-        "divergence": {"kl": 0.08312, "kl_stderr": 0.00147, "top1_agreement": 0.8613, "tokens": 24528,
-                       "name": "boolq-heldout"},
+        "suite": {"name": "quick", "version": 1},
+        "dtype": "float32",
+        "seconds": 402.7,
+        "perplexity": [
+            {
+                "name": "boolq-heldout",
+                "length": 512,
+                "windows": 48,
+                "tokens": 24528,
+                "ratio": 1.0832,
+                "ratio_stderr": 0.0063,
+                "base": {"value": 21.364, "nll": 3.0617, "stderr": 0.4127},
+                "compressed": {"value": 23.1415, "nll": 3.1416, "stderr": 0.4581},
+            }
+        ],
+        "divergence": {
+            "kl": 0.08312,
+            "kl_stderr": 0.00147,
+            "top1_agreement": 0.8613,
+            "tokens": 24528,
+            "name": "boolq-heldout",
+        },
         "tasks": [task(name, *values) for name, values in TASKS.items()],
     }
 
@@ -88,38 +132,94 @@ def sample_results(blocks: int = 30, seed: int = 0) -> dict[str, Any]:
     """A results.json as a run of w4a16-gptq on a small Llama leaves it."""
     rng = random.Random(seed)
     return {
-        "schema": 1, "created": "2026-11-22T03:00:00Z", "name": "smollm2-135m-w4a16-gptq",
-        "base_model": {"id": "smollm2-135m", "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "revision": None,
-                       "license": "apache-2.0", "model_type": "llama", "parameters": 134515008},
-        "recipe": yaml.safe_load(RECIPE), "format": "pack-quantized",
-        "calibration": {"sources": [{"data": "HuggingFaceH4/ultrachat_200k",
-                                     "revision": "8049631c405ae6576f93f445c6b8166f76f5505a", "rows": 197}],
-                        "samples": 128, "length": 512, "tokens": 65536,
-                        "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"},
-        "size": {"before_bytes": 269060552, "after_bytes": 113142088, "ratio": 0.4205, "parts": [
-            {"part": "embeddings", "before_bytes": 56623104, "after_bytes": 56623104},
-            {"part": "attention", "before_bytes": 53084160, "after_bytes": 14100480},
-            {"part": "mlp", "before_bytes": 159252480, "after_bytes": 42301440},
-            {"part": "norms", "before_bytes": 70272, "after_bytes": 70272},
-            {"part": "other", "before_bytes": 0, "after_bytes": 0}]},
-        "layers": sample_layers(blocks, rng), "kept": [{"name": "lm_head", "reason": "in keep"}],
+        "schema": 1,
+        "created": "2026-11-22T03:00:00Z",
+        "name": "smollm2-135m-w4a16-gptq",
+        "base_model": {
+            "id": "smollm2-135m",
+            "hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "revision": None,
+            "license": "apache-2.0",
+            "model_type": "llama",
+            "parameters": 134515008,
+        },
+        "recipe": yaml.safe_load(RECIPE),
+        "format": "pack-quantized",
+        "calibration": {
+            "sources": [
+                {
+                    "data": "HuggingFaceH4/ultrachat_200k",
+                    "revision": "8049631c405ae6576f93f445c6b8166f76f5505a",
+                    "rows": 197,
+                }
+            ],
+            "samples": 128,
+            "length": 512,
+            "tokens": 65536,
+            "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+        },
+        "size": {
+            "before_bytes": 269060552,
+            "after_bytes": 113142088,
+            "ratio": 0.4205,
+            "parts": [
+                {"part": "embeddings", "before_bytes": 56623104, "after_bytes": 56623104},
+                {"part": "attention", "before_bytes": 53084160, "after_bytes": 14100480},
+                {"part": "mlp", "before_bytes": 159252480, "after_bytes": 42301440},
+                {"part": "norms", "before_bytes": 70272, "after_bytes": 70272},
+                {"part": "other", "before_bytes": 0, "after_bytes": 0},
+            ],
+        },
+        "layers": sample_layers(blocks, rng),
+        "kept": [{"name": "lm_head", "reason": "in keep"}],
         "notes": ["The output head is the embedding matrix and stays as it is."],
-        "plan": {"predicted": {"peak_host_bytes": 1181116006, "peak_device_bytes": 0, "disk_bytes": 381681664,
-                               "output_bytes": 113090000, "seconds": 251.0},
-                 "measured": {"peak_host_bytes": 1106247680, "peak_device_bytes": 0, "disk_bytes": 371195904,
-                              "output_bytes": 113142088, "seconds": 283.4}},
-        "timing": {"total_seconds": 712.4, "stages": {"source": 4.1, "calibrate": 2.6, "compress": 276.5,
-                                                      "prove": 12.8, "evaluate": 402.9}},
-        "proof": {"passed": True, "engine": "transformers 5.22.2", "compressed_tensors": "0.20.0", "tokens": 1024,
-                  "max_abs_difference": 0.0000314, "relative_rms": 0.00000182, "tolerance": 0.001,
-                  "top1_agreement": 1.0},
-        "engines": [{"engine": "transformers", "loads": True, "why": "needs compressed-tensors"},
-                    {"engine": "vLLM", "loads": True, "why": ""},
-                    {"engine": "GGUF converters", "loads": False,
-                     "why": "they read no compressed-tensors folder; write dense output for them"}],
+        "plan": {
+            "predicted": {
+                "peak_host_bytes": 1181116006,
+                "peak_device_bytes": 0,
+                "disk_bytes": 381681664,
+                "output_bytes": 113090000,
+                "seconds": 251.0,
+            },
+            "measured": {
+                "peak_host_bytes": 1106247680,
+                "peak_device_bytes": 0,
+                "disk_bytes": 371195904,
+                "output_bytes": 113142088,
+                "seconds": 283.4,
+            },
+        },
+        "timing": {
+            "total_seconds": 712.4,
+            "stages": {"source": 4.1, "calibrate": 2.6, "compress": 276.5, "prove": 12.8, "evaluate": 402.9},
+        },
+        "proof": {
+            "passed": True,
+            "engine": "transformers 5.22.2",
+            "compressed_tensors": "0.20.0",
+            "tokens": 1024,
+            "max_abs_difference": 0.0000314,
+            "relative_rms": 0.00000182,
+            "tolerance": 0.001,
+            "top1_agreement": 1.0,
+        },
+        "engines": [
+            {"engine": "transformers", "loads": True, "why": "needs compressed-tensors"},
+            {"engine": "vLLM", "loads": True, "why": ""},
+            {
+                "engine": "GGUF converters",
+                "loads": False,
+                "why": "they read no compressed-tensors folder; write dense output for them",
+            },
+        ],
         "scores": sample_scores(rng),
-        "versions": {"llmcompress": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.22.2",
-                     "compressed-tensors": "0.20.0"},
+        "versions": {
+            "llmcompress": "0.1.0",
+            "python": "3.11.7",
+            "torch": "2.13.0+cpu",
+            "transformers": "5.22.2",
+            "compressed-tensors": "0.20.0",
+        },
         "machine": {"cpu": "AMD EPYC 7B13", "cores": 2, "memory_bytes": 16777216000, "gpu": None},
     }
 
@@ -170,8 +270,16 @@ def experts(results: dict[str, Any]) -> None:
 
 
 VARIANTS: list[Callable[[dict[str, Any]], None]] = [
-    lambda results: None, without_scores, without_base, without_data, some_without_data, one_block, eighty_blocks,
-    nothing_compressed, outlier, experts,
+    lambda results: None,
+    without_scores,
+    without_base,
+    without_data,
+    some_without_data,
+    one_block,
+    eighty_blocks,
+    nothing_compressed,
+    outlier,
+    experts,
 ]
 
 
@@ -254,10 +362,22 @@ def test_the_check_of_numbers_finds_what_is_not_in_the_results():
 def test_numbers_that_matter_are_shown_on_both():
     made = sample_results()
     for text in (page_text(report_page(made, RECIPE)), card_text(model_card(made, RECIPE))):
-        for number in ("256.6 MiB", "107.9 MiB", "0.420", "21.36 ± 0.41", "23.14 ± 0.46", "1.083 ± 0.006",
-                       "0.0831 ± 0.00147",
-                       "86.1%", "60.5% ± 3.4%",
-                       "1.10 GiB", "1.03 GiB", "4 min 11 s", "4 min 43 s", "3.14e-05"):
+        for number in (
+            "256.6 MiB",
+            "107.9 MiB",
+            "0.420",
+            "21.36 ± 0.41",
+            "23.14 ± 0.46",
+            "1.083 ± 0.006",
+            "0.0831 ± 0.00147",
+            "86.1%",
+            "60.5% ± 3.4%",
+            "1.10 GiB",
+            "1.03 GiB",
+            "4 min 11 s",
+            "4 min 43 s",
+            "3.14e-05",
+        ):
             assert number in text
 
 
@@ -270,16 +390,28 @@ def test_templates_refuse_numbers_that_skipped_show():
                 template.render(x=number)
 
 
-@pytest.mark.parametrize(("value", "unit", "text"), [
-    (None, "bytes", "–"), (0, "bytes", "0 B"), (1023, "bytes", "1023 B"), (1536, "bytes", "1.5 KiB"),
-    (2**20, "bytes", "1.0 MiB"),
-    (3 * 2**30, "bytes", "3.00 GiB"), (0, "seconds", "0.0 s"), (59.94, "seconds", "59.9 s"),
-    (59.96, "seconds", "1 min 00 s"),
-    (3599.7, "seconds", "1 h 00 min"), (5000, "seconds", "1 h 23 min"), (0.3456, "percent", "34.6%"),
-    (-0.0123, "points", "-1.2"),
-    (0.0123, "points", "+1.2"), (134515008, "count", "134,515,008"), (1e-5, "significant", "1e-05"),
-    (float("nan"), "fixed", "not finite"),
-])
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (None, "bytes", "–"),
+        (0, "bytes", "0 B"),
+        (1023, "bytes", "1023 B"),
+        (1536, "bytes", "1.5 KiB"),
+        (2**20, "bytes", "1.0 MiB"),
+        (3 * 2**30, "bytes", "3.00 GiB"),
+        (0, "seconds", "0.0 s"),
+        (59.94, "seconds", "59.9 s"),
+        (59.96, "seconds", "1 min 00 s"),
+        (3599.7, "seconds", "1 h 00 min"),
+        (5000, "seconds", "1 h 23 min"),
+        (0.3456, "percent", "34.6%"),
+        (-0.0123, "points", "-1.2"),
+        (0.0123, "points", "+1.2"),
+        (134515008, "count", "134,515,008"),
+        (1e-5, "significant", "1e-05"),
+        (float("nan"), "fixed", "not finite"),
+    ],
+)
 def test_show(value, unit, text):
     assert show(value, unit) == text
 
@@ -290,18 +422,27 @@ def test_show(value, unit, text):
 def test_front_matter_is_what_the_hub_reads():
     data = ModelCard(model_card(sample_results(), RECIPE)).data.to_dict()
     assert data == {
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "base_model_relation": "quantized",
-        "license": "apache-2.0", "library_name": "transformers", "pipeline_tag": "text-generation",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "quantized",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "tags": ["llmcompress", "compressed-tensors", "gptq"],
         "datasets": ["HuggingFaceH4/ultrachat_200k"],
     }
 
 
-@pytest.mark.parametrize("source", [
-    {"data": "boolq-calibration", "revision": None}, {"data": "boolq-calibration", "revision": "0.9.0"},
-    {"data": "data/wiki.txt", "revision": None}, {"data": "/data/wiki.txt", "revision": "a" * 40},
-    {"data": "../wiki.txt", "revision": "a" * 40},
-], ids=lambda source: f"{source['data']}-{source['revision']}")
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"data": "boolq-calibration", "revision": None},
+        {"data": "boolq-calibration", "revision": "0.9.0"},
+        {"data": "data/wiki.txt", "revision": None},
+        {"data": "/data/wiki.txt", "revision": "a" * 40},
+        {"data": "../wiki.txt", "revision": "a" * 40},
+    ],
+    ids=lambda source: f"{source['data']}-{source['revision']}",
+)
 def test_data_that_are_not_on_the_hub_are_not_named_as_datasets(source):
     made = sample_results()
     made["calibration"]["sources"] = [source | {"rows": 5}]
@@ -327,8 +468,10 @@ def test_card_says_how_to_load_only_where_it_loads():
     assert "AutoModelForCausalLM" in (card := model_card(made, RECIPE))
     assert "vllm serve" in card
     note = "on transformers 5.23.0 pass CompressedTensorsConfig(dequantize=True)"
-    made["engines"] = [{"engine": "transformers", "loads": True, "why": note},
-                       {"engine": "vLLM", "loads": False, "why": "asymmetric"}]
+    made["engines"] = [
+        {"engine": "transformers", "loads": True, "why": note},
+        {"engine": "vLLM", "loads": False, "why": "asymmetric"},
+    ]
     card = model_card(made, RECIPE)
     assert note in card
     assert "vllm serve" not in card
@@ -351,10 +494,17 @@ def front_matter_of(card: str) -> dict[str, Any]:
 
 PLAIN = "Plainword"
 HOSTILE = [
-    "<script>alert()</script>", "a | b", "a\n\n---\nlicense: mit\n---\n# b", "\"'`$(rm -rf ~)`",
+    "<script>alert()</script>",
+    "a | b",
+    "a\n\n---\nlicense: mit\n---\n# b",
+    "\"'`$(rm -rf ~)`",
     "](javascript:alert) ![x](http://x)",
-    "**bold** __x__ ~~x~~ \\| \\", "{{ name }} {% raw %}", "```\n<img src=x onerror=alert()>", "- # > + =",
-    "</title></svg></style>", "\x00\x1b[31m[red]é漢",
+    "**bold** __x__ ~~x~~ \\| \\",
+    "{{ name }} {% raw %}",
+    "```\n<img src=x onerror=alert()>",
+    "- # > + =",
+    "</title></svg></style>",
+    "\x00\x1b[31m[red]é漢",
 ]
 
 
@@ -468,21 +618,36 @@ def test_each_linear_is_one_mark_with_its_name_and_error():
     assert "Relative weight error" not in page
 
 
-@pytest.mark.parametrize(("variant", "figures"), [
-    (without_data, ["Relative weight error"]), (some_without_data, ["Relative output error", "Relative weight error"]),
-    (nothing_compressed, []),
-], ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(
+    ("variant", "figures"),
+    [
+        (without_data, ["Relative weight error"]),
+        (some_without_data, ["Relative output error", "Relative weight error"]),
+        (nothing_compressed, []),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
 def test_methods_without_data_have_a_picture_of_their_own(variant, figures):
     made = sample_results()
     variant(made)
     assert re.findall(r"<figcaption><h2>(Relative \w+ error)", report_page(made, RECIPE)) == figures
 
 
-@pytest.mark.parametrize(("values", "log"), [
-    ([0.0], False), ([3.2], False), ([-1.0, 4.0], False), ([0.0, 0.317], False), ([1e-9, 2e-9], False),
-    ([21.3, 23.9], False),
-    ([3.2], True), ([0.0004, 0.2], True), ([1e-9, 1e-6], True),
-], ids=str)
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        ([0.0], False),
+        ([3.2], False),
+        ([-1.0, 4.0], False),
+        ([0.0, 0.317], False),
+        ([1e-9, 2e-9], False),
+        ([21.3, 23.9], False),
+        ([3.2], True),
+        ([0.0004, 0.2], True),
+        ([1e-9, 1e-6], True),
+    ],
+    ids=str,
+)
 def test_axis_holds_its_values_and_has_ticks(values, log):
     axis = Axis.around(values, log=log)
     assert all(-1e-9 <= axis.at(v) <= 1 + 1e-9 for v in values)
@@ -517,11 +682,17 @@ def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("results.json", "{", "not valid JSON"), ("results.json", '{"schema": 7}', "expected schema 1, found 7"),
-    ("results.json", '{"schema": 1}', "run the recipe again"), ("results.json", None, "cannot be read"),
-    ("recipe.yaml", None, "cannot be read"),
-], ids=["broken", "other-schema", "no-fields", "no-results", "no-recipe"])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("results.json", "{", "not valid JSON"),
+        ("results.json", '{"schema": 7}', "expected schema 1, found 7"),
+        ("results.json", '{"schema": 1}', "run the recipe again"),
+        ("results.json", None, "cannot be read"),
+        ("recipe.yaml", None, "cannot be read"),
+    ],
+    ids=["broken", "other-schema", "no-fields", "no-results", "no-recipe"],
+)
 def test_a_folder_that_is_no_finished_run_is_refused(folder, name, text, message):
     (folder / name).unlink()
     if text is not None:

@@ -14,8 +14,8 @@ from llmcompress.arch import discover, skeleton
 from llmcompress.errors import CalibrationError, FormatError
 from llmcompress.stream import StreamedModel, batches, collect, stream_blocks
 
-SAMPLES, LENGTH = 5, 24    # longer than the sliding window of 16
-BATCH = 2                  # so that the last batch is a remainder of one
+SAMPLES, LENGTH = 5, 24  # longer than the sliding window of 16
+BATCH = 2  # so that the last batch is a remainder of one
 CPU = torch.device("cpu")
 every = pytest.mark.parametrize("kind", ARCHITECTURES)
 
@@ -124,7 +124,7 @@ def test_continuing_in_the_middle():
     hidden = first.embed(tokens())
     blocks = stream_blocks(first, hidden)
     next(blocks)
-    next(blocks)              # block 0 is done now
+    next(blocks)  # block 0 is done now
     stored = hidden.clone()
     again = streamed("gemma2")
     again.prepare(tokens())
@@ -215,8 +215,9 @@ def test_every_block_parameter_is_read_once(kind):
     assert sorted(inside) == sorted(expected)
 
 
-@pytest.mark.parametrize(("kind", "head"), [("qwen2", "lm_head.weight"), ("llama", "model.embed_tokens.weight")],
-                         ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("kind", "head"), [("qwen2", "lm_head.weight"), ("llama", "model.embed_tokens.weight")], ids=["untied", "tied"]
+)
 def test_logits_read_the_head_and_not_the_embedding_table(kind, head):
     model = streamed(kind)
     hidden = run_through(model, tokens())

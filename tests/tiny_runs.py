@@ -6,13 +6,15 @@ runs leave it out.
 """
 
 import hashlib
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,9 +52,13 @@ def proof_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Prove in this process for a while; all of `prove` but the new interpreter is real."""
 
     def here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        with torch.no_grad():  # the script switches gradients off for good
-            found = reload.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, json.dumps(found | {"imported_llmcompress": False}), "")
+        script = command.index(str(Path(reload.__file__)))
+        stdout = io.StringIO()
+        with monkeypatch.context() as patch, redirect_stdout(stdout), torch.no_grad():  # it switches gradients off
+            patch.setattr(sys, "argv", command[script:])
+            runpy.run_path(command[script], run_name="__main__")
+        found = json.loads(stdout.getvalue()) | {"imported_llmcompress": False}
+        return subprocess.CompletedProcess(command, 0, json.dumps(found), "")
 
     with monkeypatch.context() as patch:
         patch.setattr(proof, "subprocess", SimpleNamespace(run=here))

@@ -67,7 +67,9 @@ class PackQuantized:
         from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
         from compressed_tensors.quantization import QuantizationScheme
 
-        return PackedQuantizationCompressor.decompress(dict(tensors), QuantizationScheme.model_validate(scheme))["weight"]
+        return PackedQuantizationCompressor.decompress(dict(tensors), QuantizationScheme.model_validate(scheme))[
+            "weight"
+        ]
 
     def config(self, methods: Mapping[str, Method], ignore: list[str]) -> dict[str, Any] | None:
         """One config group per distinct grid; a single one targets every Linear that is not ignored."""

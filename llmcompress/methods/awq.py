@@ -46,7 +46,12 @@ class AWQ(IntMethod):
             raise ValueError("awq needs the Gram matrix of its inputs")
         group = self.group(weight.shape[1])
         grid = fit_range(
-            weight, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=self.clip,
+            weight,
+            bits=self.bits,
+            group=group,
+            symmetric=self.symmetric,
+            dtype=dtype,
+            search=self.clip,
             importance=diagonal_blocks(gram, group) if self.clip else None,
         )
         return CompressedWeight.on_grid(grid.encode(weight), grid)
@@ -87,9 +92,7 @@ class AWQ(IntMethod):
         group, total = self.group(w.shape[1]), 0.0
         for rows in row_chunks(w):
             scaled = w[rows] * scale
-            grid = fit_range(
-                scaled, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=False
-            )
+            grid = fit_range(scaled, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=False)
             snapped = snap(scaled.reshape(len(scaled), -1, group), grid.scale.float(), grid.zero.float(), self.bits)
             total += float(quadratic((snapped.reshape(scaled.shape) - scaled) / scale, gram))
         return total

@@ -19,7 +19,7 @@ class Method(Options):
     """
 
     needs: ClassVar[type[InputGram] | None] = None  # statistics gathered for `compress`; None for data-free methods
-    rescales: ClassVar[bool] = False                # True: `link_scale` is asked before `compress`, for every link
+    rescales: ClassVar[bool] = False  # True: `link_scale` is asked before `compress`, for every link
 
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32 or None -> the weight as a checkpoint of `dtype` holds it."""

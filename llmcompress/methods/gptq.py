@@ -25,8 +25,8 @@ from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
 
 DAMP_TRIES = 4  # each ten times the last
-ROWS = 4096     # output rows swept together
-BLOCK = 64      # columns updated together when the group is the whole row; else the group itself
+ROWS = 4096  # output rows swept together
+BLOCK = 64  # columns updated together when the group is the whole row; else the group itself
 
 
 class GPTQ(IntMethod):
@@ -42,16 +42,21 @@ class GPTQ(IntMethod):
         if gram is None:
             raise ValueError("gptq needs the Gram matrix of its inputs")
         diagonal = gram.diagonal()
-        dead = diagonal == 0              # inputs that were always zero: any weight is right, zero is cheap
+        dead = diagonal == 0  # inputs that were always zero: any weight is right, zero is cheap
         group = self.group(weight.shape[1])
         order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
         factor = inverse_factor(gram, order, self.damp)
         parts = []
-        for rows in weight.split(ROWS):   # rows are independent: this bounds memory, nothing else
+        for rows in weight.split(ROWS):  # rows are independent: this bounds memory, nothing else
             alive = rows.masked_fill(dead, 0)
             grid = fit_range(
-                alive, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype,
-                search=self.range == "mse", importance=diagonal,
+                alive,
+                bits=self.bits,
+                group=group,
+                symmetric=self.symmetric,
+                dtype=dtype,
+                search=self.range == "mse",
+                importance=diagonal,
             )
             codes = sweep(alive, grid, order, factor, block=group if self.group_size != "row" else BLOCK)
             parts.append(CompressedWeight.on_grid(codes, grid))
@@ -63,7 +68,7 @@ def sweep(weight: Tensor, grid: IntGrid, order: Tensor, u: Tensor, block: int) -
 
     Works on the transpose, so that a column of the weight is one contiguous row.
     """
-    scale, zero = (t.T[order].contiguous() for t in grid.columns())   # [in, out]
+    scale, zero = (t.T[order].contiguous() for t in grid.columns())  # [in, out]
     w = weight.T[order].contiguous()
     top = 2**grid.bits - 1
     codes = torch.empty_like(w, dtype=torch.uint8)

@@ -37,7 +37,7 @@ class HQQ(IntMethod):
         groups = weight.reshape(len(weight), -1, group)
         scale, zero = start.scale.float(), start.zero.float()
         for rows in row_chunks(groups):
-            unit = scale[rows].clone()   # errors are measured in steps of the start, so that beta fits any weight
+            unit = scale[rows].clone()  # errors are measured in steps of the start, so that beta fits any weight
             found, zero[rows] = self._solve(groups[rows] / unit[..., None], zero[rows], unit, dtype)
             scale[rows] = found * unit
         grid = IntGrid(self.bits, group, self.symmetric, scale.to(dtype), zero.to(torch.int32))
@@ -57,7 +57,7 @@ class HQQ(IntMethod):
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
             target = w - shrink(residual, beta, self.p)
             fitted = self._least_squares(target, steps, scale) * unit
-            scale = fitted.to(dtype).float() / unit   # what will be stored
+            scale = fitted.to(dtype).float() / unit  # what will be stored
             if not self.symmetric:
                 zero = (code - target / scale[..., None]).mean(-1).round_().clamp_(0, top)
             beta *= 1.01
@@ -67,7 +67,7 @@ class HQQ(IntMethod):
     def _least_squares(target: Tensor, steps: Tensor, scale: Tensor) -> Tensor:
         """argmin over s of ||target - s steps||², per group; the old scale where that is not a positive number."""
         fitted = (target * steps).sum(-1) / steps.square().sum(-1)
-        return fitted.where(fitted > 0, scale)     # also false for the 0 / 0 of an all-zero group
+        return fitted.where(fitted > 0, scale)  # also false for the 0 / 0 of an all-zero group
 
 
 def shrink(x: Tensor, beta: float, p: float) -> Tensor:

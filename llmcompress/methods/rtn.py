@@ -24,7 +24,11 @@ class RTN(IntMethod):
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """Round weight [out, in] float32; `gram` is not used."""
         grid = fit_range(
-            weight, bits=self.bits, group=self.group(weight.shape[1]), symmetric=self.symmetric, dtype=dtype,
+            weight,
+            bits=self.bits,
+            group=self.group(weight.shape[1]),
+            symmetric=self.symmetric,
+            dtype=dtype,
             search=self.range == "mse",
         )
         return CompressedWeight.on_grid(grid.encode(weight), grid)

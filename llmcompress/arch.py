@@ -142,7 +142,7 @@ def match_names(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str]]
 
 
 def discover(model: nn.Module) -> Architecture:
-    """The architecture of `model` (a skeleton will do). Raises PlanError where blocks are unlike or cannot be probed."""
+    """The architecture of `model` (a skeleton will do). Raises PlanError where blocks are unlike."""
     path, blocks = find_blocks(model)
     linears = block_linears(blocks[0])
     for index, block in enumerate(blocks):
@@ -378,7 +378,7 @@ def plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def scale_producer(block: nn.Module, link: Link, scale: Tensor) -> None:
-    """Divide the producer's rows by scale [max(rows) + 1], bias included, in place; computed in the dtype of `scale`."""
+    """Divide the producer's rows by scale [max(rows) + 1], bias included, in place, in the precision of `scale`."""
     module = block.get_submodule(link.producer)
     factor = row_factors(link, scale, rows_of(module))
     if isinstance(getattr(module, "bias", None), Tensor):

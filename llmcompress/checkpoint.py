@@ -11,6 +11,7 @@ Everything is renamed into place only when its bytes are on disk, in the order s
 block counts as done exactly when its record exists. `.state` is removed before the final rename.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,8 @@ from torch import Tensor
 from llmcompress.errors import ResumeError
 
 STATE = ".state"
+MANIFEST = "llmcompress.json"
+NO_SPACE = "os error 28"  # how the safetensors library spells ENOSPC
 
 
 class Checkpoint:
@@ -45,16 +48,16 @@ class Checkpoint:
         Raises ResumeError if the partial folder belongs to a different run; `overwrite` starts that anew.
         """
         if self.partial.exists():
-            found = read_json(self.state / "run.json")
-            if found.get("fingerprint") == self.fingerprint:
+            found = read_json(self.state / "run.json").get("fingerprint")
+            if found == self.fingerprint or self.finished():
                 return self._finished_blocks()
-            if not overwrite:
+            if self._finished_blocks() and not overwrite:
                 raise ResumeError(
                     f"{self.partial}: holds an unfinished run of another model, data, recipe or version (fingerprint "
-                    f"{str(found.get('fingerprint'))[:12]}, this run is {self.fingerprint[:12]}); "
+                    f"{str(found)[:12]}, this run is {self.fingerprint[:12]}); "
                     "give --overwrite to start anew, or another --output"
                 )
-            shutil.rmtree(self.partial)
+            shutil.rmtree(self.partial)  # another run, but one that had not finished a single block
         self.state.mkdir(parents=True)
         write_json(self.state / "run.json", {"fingerprint": self.fingerprint})
         return 0
@@ -88,17 +91,28 @@ class Checkpoint:
         index = {"metadata": {"total_size": total, **metadata}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.partial / "model.safetensors.index.json", index)
 
+    def finished(self) -> bool:
+        """Whether a run was killed in `complete`, so that only the final name is missing."""
+        made = read_json(self.partial / MANIFEST).get("fingerprint")
+        return made == self.fingerprint and not self.state.exists()
+
     def complete(self, *, overwrite: bool) -> None:
-        """Give the folder its final name. With `overwrite`, what had that name goes once the new one is ready."""
-        shutil.rmtree(self.state)
-        old = self.folder.with_name(self.folder.name + ".old")
+        """Give the folder its final name. With `overwrite`, what had that name goes once the new one is ready.
+
+        A kill between any two of these steps leaves a folder that `finished` knows.
+        """
+        if self.folder.exists() and not overwrite:
+            raise ResumeError(f"{self.folder}: appeared while the run was going; the result is in {self.partial}")
+        old, state = (self.folder.with_name(self.folder.name + suffix) for suffix in (".old", ".state"))
+        shutil.rmtree(state, ignore_errors=True)
+        if self.state.exists():
+            self.state.rename(state)
         if self.folder.exists():
-            if not overwrite:
-                raise ResumeError(f"{self.folder}: appeared while the run was going; the result is in {self.partial}")
             shutil.rmtree(old, ignore_errors=True)
             self.folder.rename(old)
         self.partial.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(state, ignore_errors=True)
 
     def shard_name(self, number: int) -> str:
         """File name of shard `number` (from 0)."""
@@ -128,8 +142,12 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as exc:
         temporary.unlink(missing_ok=True)
+        if getattr(exc, "errno", None) == errno.ENOSPC or NO_SPACE in str(exc):
+            raise ResumeError(
+                f"{path}: the disk is full; free some space and give the same command again, it continues"
+            ) from exc
         raise
 
 

@@ -71,7 +71,7 @@ def packed_entry(module: str, tensors: dict[str, Tensor], config: dict[str, Any]
     scheme = scheme_of(module, config)
     try:
         values = PACKED.unpack(tensors, scheme, transposed=False)
-    except (KeyError, RuntimeError, ValueError, IndexError) as exc:
+    except (KeyError, RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as exc:
         raise FormatError(f"{module}: its packed tensors do not fit its scheme {scheme['weights']}: {exc}") from None
     stored = sum(t.nbytes for t in tensors.values())
     return Entry(
@@ -106,7 +106,10 @@ def scheme_of(module: str, config: dict[str, Any]) -> dict[str, Any]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, in the order of their names; those that an index names must be there."""
     index = folder / "model.safetensors.index.json"
-    named = set(read_object(index)["weight_map"].values()) if index.exists() else set()
+    weight_map = read_object(index).get("weight_map") if index.exists() else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError(f"{index}: its weight_map does not name files; the index is damaged")
+    named = set(weight_map.values())
     files = sorted({path.name for path in folder.glob("*.safetensors")} | named)
     missing = [name for name in files if not (folder / name).exists()]
     if missing or not files:

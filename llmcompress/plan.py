@@ -121,6 +121,8 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         raise PlanError(
             f"steps: method {needing!r} needs `calibration` data; add that block, or use a data-free method"
         )
+    device_of(recipe)
+    check_length(recipe, source)
     blocks, count = find_block_path(source)
     transposed = source.config.get("model_type") in CONV1D_MODELS
     names = block_linears(source, blocks, transposed)
@@ -157,12 +159,24 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     return replace(plan, predicted=predict(plan))
 
 
+def check_length(recipe: Recipe, source: ModelSource) -> None:
+    """Samples must not be longer than the positions that the model knows."""
+    limit = source.config.get("max_position_embeddings", source.config.get("n_positions"))
+    if recipe.calibration and isinstance(limit, int) and recipe.calibration.length > limit:
+        raise PlanError(
+            f"calibration.length: {recipe.calibration.length} tokens, but {source.name} knows {limit} positions; "
+            f"use at most {limit}"
+        )
+
+
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def find_block_path(source: ModelSource) -> tuple[str, int]:
     """Path of the decoder blocks, and how many: numbered 0 .. num_hidden_layers - 1 without a gap."""
     count = source.config.get("num_hidden_layers", source.config.get("n_layer"))
+    if not isinstance(count, int) or count < 1:
+        raise PlanError(f"{source.name}: config.json says num_hidden_layers is {count!r}, expected a positive number")
     numbers: dict[str, set[int]] = {}
     for name in source.tensors:
         for found in re.finditer(r"\.?(?<![^.])(\d+)\.", name):
@@ -314,6 +328,8 @@ def device_of(recipe: Recipe) -> torch.device:
         device = torch.device(recipe.device)
     except RuntimeError:
         raise PlanError(f"device: {recipe.device!r} is not a device; try auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise PlanError(f"device: {recipe.device!r} is not supported; try auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PlanError("device: cuda was asked for and torch finds no CUDA device; use `device: cpu`")
     return device
@@ -328,6 +344,8 @@ def check_machine(plan: Plan, output: Path) -> None:
             "use fewer calibration samples or shorter ones, or raise max_memory"
         )
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not place.is_dir():
+        raise PlanError(f"{output}: cannot be made, {place} is a file; give another --output")
     free = shutil.disk_usage(place).free
     if cost.disk_bytes > free:
         raise PlanError(

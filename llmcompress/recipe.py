@@ -89,7 +89,7 @@ class Recipe(Options):
     revision: str | None = None  # of a Hub model; resolved to a commit in the manifest
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     device: str = "auto"  # cuda when there is one, else cpu
-    max_memory: int | None = None  # bytes of host memory the run may use; written as 8GiB
+    max_memory: int | None = Field(None, gt=0)  # bytes of host memory the run may use; written as 8GiB
     trust_remote_code: bool = False
     calibration: CalibrationOptions | None = None
     steps: list[dict[str, Any]] = Field(min_length=1)
@@ -144,7 +144,7 @@ def parse_step(values: dict[str, Any], where: str) -> Step:
     """One step from its plain values."""
     options = dict(values)
     name = options.pop("method", None)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name), METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise RecipeError(f"{where}.method: unknown method {name!r}{hint} (known: {', '.join(METHODS)})")
@@ -162,10 +162,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
     place: Any = values
     *path, last = key.split(".")
     for part in path:
-        if isinstance(place, list):
-            place = place[list_index(place, part, key)]
-        else:
-            place = place.setdefault(part, {})
+        place = place[list_index(place, part, key)] if isinstance(place, list) else place.setdefault(part, {})
         if not isinstance(place, dict | list):
             raise RecipeError(f"--set {key}: {part!r} holds {place!r}, which has no options below it")
     if isinstance(place, list):

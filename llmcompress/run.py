@@ -10,7 +10,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from torch import Tensor
 from llmcompress import cost
 from llmcompress.arch import discover, match_names, quiet_transformers, skeleton
 from llmcompress.calibrate import load_calibration
-from llmcompress.checkpoint import Checkpoint, read_json, read_tensors, replacing, write_json, write_tensors
+from llmcompress.checkpoint import MANIFEST, Checkpoint, read_json, read_tensors, replacing, write_json, write_tensors
 from llmcompress.compress import BlockCompressor, BlockResult
-from llmcompress.errors import PlanError, ResumeError
+from llmcompress.errors import LLMCompressError, PlanError, ResumeError, SourceError
 from llmcompress.fused import fuse
 from llmcompress.plan import Plan, check_machine, device_of, make_plan
 from llmcompress.progress import Progress, Silent, staged
@@ -80,8 +81,7 @@ def run(
     Raises a subclass of LLMCompressError for everything the user can mend; then nothing has the name `output`.
     """
     progress, clock = progress or Silent(), Clock()
-    if output.exists() and not overwrite:
-        raise ResumeError(f"{output}: exists; give --overwrite to replace it when the run is done, or another --output")
+    check_output(output, overwrite)
     with clock.stage("source"):
         plan, source = prepare(recipe, output, progress)
     with clock.stage("calibrate"):
@@ -89,6 +89,10 @@ def run(
         data, tokenizer = load_data(plan)
     job = Job(plan, source, data, tokenizer, output, progress)
     checkpoint = job.open(overwrite=overwrite)
+    if checkpoint.finished():
+        results = read_json(checkpoint.partial / "results.json")
+        checkpoint.complete(overwrite=overwrite)
+        return results
     with clock.stage("compress"):
         job.compress(checkpoint)
     peak = peak_bytes()
@@ -102,12 +106,25 @@ def run(
         Outcome(plan, checkpoint, parameters, data.record, proof, scores, clock, peak, plan.source.fetch_bytes)
     )
     write_json(checkpoint.partial / "results.json", results)
-    write_json(checkpoint.partial / "llmcompress.json", manifest(results, checkpoint.fingerprint))
+    write_json(checkpoint.partial / MANIFEST, manifest(results, checkpoint.fingerprint))
     write_report(checkpoint.partial)
     checkpoint.complete(overwrite=overwrite)
     if recipe.publish:
         publish(recipe, output, progress)
     return results
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """The final name must be free, or with `overwrite` hold a folder that a run has made."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise ResumeError(f"{output}: exists; give --overwrite to replace it when the run is done, or another --output")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+        raise ResumeError(
+            f"{output}: was not made by llmcompress (it holds no {MANIFEST}), so --overwrite does not remove it; "
+            "give another --output"
+        )
 
 
 def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, ModelSource]:
@@ -134,7 +151,7 @@ def load_data(plan: Plan) -> tuple[Data, Any]:
     from transformers import AutoTokenizer
 
     source = plan.source.fetch()
-    with quiet_transformers():
+    with quiet_transformers(), stock_errors(source, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, local_files_only=True, trust_remote_code=plan.recipe.trust_remote_code
         )
@@ -142,7 +159,8 @@ def load_data(plan: Plan) -> tuple[Data, Any]:
     if not plan.needs_data or options is None:
         random = torch.Generator().manual_seed(0)
         shape = (cost.PROOF_SAMPLES, cost.PROOF_LENGTH)
-        return Data(torch.randint(len(tokenizer), shape, generator=random), None), tokenizer
+        known = min(len(tokenizer), int(plan.source.config.get("vocab_size", len(tokenizer))))
+        return Data(torch.randint(known, shape, generator=random), None), tokenizer
     found = load_calibration(options, tokenizer)
     record = {
         "sources": found.sources,
@@ -152,6 +170,20 @@ def load_data(plan: Plan) -> tuple[Data, Any]:
         "sha256": found.sha256,
     }
     return Data(found.tokens, record), tokenizer
+
+
+@contextmanager
+def stock_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Say in one message what transformers makes of files that somebody else wrote."""
+    try:
+        yield
+    except LLMCompressError:
+        raise
+    except Exception as exc:  # it raises whatever its many loaders happen to: the cause is kept and shown
+        raise SourceError(
+            f"{source.name}: {what}: {' '.join(str(exc).split())[:300] or type(exc).__name__}; check the files in "
+            f"{source.folder}, or fetch the model again"
+        ) from exc
 
 
 class Job:
@@ -165,8 +197,9 @@ class Job:
         self.plan, self.source, self.data, self.tokenizer = plan, source, data, tokenizer
         self.output, self.progress = output, progress
         trust = plan.recipe.trust_remote_code
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust)
-        self.model = skeleton(config, plan.dtype, trust_remote_code=trust)
+        with stock_errors(source, "transformers cannot build a model from its config.json"):
+            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust)
+            self.model = skeleton(config, plan.dtype, trust_remote_code=trust)
         self.architecture = discover(self.model)
         self.stored = match_names(self.model, source.tensors)
         self._check_against_plan()
@@ -307,17 +340,21 @@ class Job:
         config.pop("torch_dtype", None)
         config["dtype"] = self.plan.recipe.dtype
         rows = [row["name"] for record in records for row in record["layers"]]
-        methods = {name: step.method for name in rows if (step := self.plan.step_of(name))}
+        module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
+        methods = {alias: s.method for name in rows if (s := self.plan.step_of(name)) for alias in {name, module[name]}}
         quantization = self.plan.format.config(methods, self._ignored(set(rows)))
         return config | ({"quantization_config": quantization} if quantization else {})
 
     def _ignored(self, compressed: set[str]) -> list[str]:
-        """Checkpoint names of all linears that stay as they are, the output head included."""
+        """All linears that stay as they are, the output head included.
+
+        By the names that engines match them with: the module's (transformers), the checkpoint's (vLLM).
+        """
         names = []
         for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 stored = self.stored.get(f"{name}.weight", [f"{name}.weight"])[0].removesuffix(".weight")
-                names += [stored] if stored not in compressed else []
+                names += [] if stored in compressed else [stored] if stored == name else [name, stored]
         return names
 
     def scores(self, folder: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class StreamedModel:
         for name in names:
             assign(self.model, name, checked(name, tensors.pop(name), self.dtype).to(self.device))
         self.model.tie_weights()
-        for name, buffer in self.model.named_buffers():
+        for buffer in self.model.buffers():
             buffer.data = buffer.data.to(self.device)
         try:
             with torch.no_grad():
@@ -184,7 +184,8 @@ def stream_blocks(model: StreamedModel, hidden: Tensor, start: int = 0) -> Itera
         if not bool(hidden.isfinite().all()):
             raise CalibrationError(
                 f"{block.name}: its output holds NaN or infinity on the calibration data; the model overflows "
-                f"{str(model.dtype).removeprefix('torch.')} (try `dtype: bfloat16` or `float32`) or its weights are damaged"
+                f"{str(model.dtype).removeprefix('torch.')} (try `dtype: bfloat16` or `float32`), or its weights are "
+                "damaged"
             )
 
 

@@ -2,7 +2,7 @@
 
 Transformers and vLLM load it. Per linear [out, in] with b bits and groups of g columns:
 
-    weight_packed      int32  [out, ceil(in b / 32)]         codes - 2^(b-1) as two's complement, dense, lowest bits first
+    weight_packed      int32  [out, ceil(in b / 32)]         the codes, dense, lowest bits first
     weight_scale       dtype  [out, in / g]                  [out, 1] for whole rows
     weight_zero_point  int32  [ceil(out b / 32), in / g]     asymmetric grids only, packed along the rows
     weight_shape       int64  [2]                            (out, in)
@@ -50,7 +50,8 @@ class PackQuantized:
         from compressed_tensors.compressors.pack_quantized import pack_to_int32
 
         codes, grid = weight.codes, weight.grid
-        assert codes is not None and grid is not None
+        if codes is None or grid is None:
+            raise ValueError("pack-quantized stores codes on a grid, and this weight has none")
         middle = 2 ** (grid.bits - 1)
         tensors = {
             "weight_packed": pack_to_int32((codes.to(torch.int16) - middle).to(torch.int8), grid.bits),

@@ -37,6 +37,7 @@ class AWQ(IntMethod):
     grid_points: int = Field(20, ge=1, le=200, description="values of r between 0 and 1")
     duo: bool = Field(True, description="also try scales that look at the weights")
     clip: bool = Field(True, description="search the range of each group")
+    search_rows: int = Field(512, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
     needs: ClassVar[type[InputGram] | None] = InputGram
     rescales: ClassVar[bool] = True
 
@@ -65,6 +66,7 @@ class AWQ(IntMethod):
         returns: s [rows] float32 > 0, identity among the candidates.
         """
         stacked = torch.cat(weights)
+        stacked = stacked[:: -(-len(stacked) // self.search_rows)]  # a scale is shared by all rows: a sample is enough
         rows = int(index.max()) + 1
         best, best_scale = float("inf"), torch.ones(rows, device=gram.device)
         for scale in self._candidates(stacked, gram, index, rows):

@@ -44,7 +44,7 @@ class HQQ(IntMethod):
         return CompressedWeight.on_grid(grid.encode(weight), grid)
 
     def _solve(self, w: Tensor, zero: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Half-quadratic iterations on w [rows, groups, group] in units of `unit` [rows, groups], the stored scale of 1."""
+        """Half-quadratic iterations on w [rows, groups, group], in units of `unit` [rows, groups]; scale and zero."""
         top, beta, scale = 2**self.bits - 1, self.beta, torch.ones_like(unit)
         best, best_scale, best_zero = torch.full_like(scale, torch.inf), scale, zero
         for _ in range(self.iterations):

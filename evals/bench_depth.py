@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ALLOWED = 0.10   # of the smaller depth's peak
+ALLOWED = 0.10  # of the smaller depth's peak
 
 
 def main() -> int:
@@ -30,8 +30,10 @@ def main() -> int:
     print("| layers | peak of the run | predicted | peak of its children | time |\n|---|---|---|---|---|")
     for report in (shallow, deep):
         predicted = report["plan"]["predicted"]["peak_host_bytes"]
-        print(f"| {report['layers']} | {gib(report['run_peak_bytes'])} | {gib(predicted)} | "
-              f"{gib(report['children_peak_bytes'])} | {report['seconds']:.0f} s |")
+        print(
+            f"| {report['layers']} | {gib(report['run_peak_bytes'])} | {gib(predicted)} | "
+            f"{gib(report['children_peak_bytes'])} | {report['seconds']:.0f} s |"
+        )
     good = abs(ratio - 1) <= ALLOWED
     print(f"\nRatio {ratio:.3f}: {'within' if good else 'NOT within'} {ALLOWED:.0%}.")
     if args.output:

@@ -41,16 +41,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
-        "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
     },
     "smollm2-135m": {
-        "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "num_hidden_layers": 30,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
     },
 }
 SEED = 0
-CHUNK = 1 << 24          # weights drawn at once: 64 MiB in float32
+CHUNK = 1 << 24  # weights drawn at once: 64 MiB in float32
 POLL_SECONDS = 0.1
 
 
@@ -58,14 +68,14 @@ POLL_SECONDS = 0.1
 class Usage:
     """Resident memory of a process and of everything below it, in bytes."""
 
-    run: int = 0                                                # VmHWM of the process itself
-    children: dict[int, int] = field(default_factory=dict)      # VmHWM of each process below it, by id
-    together: int = 0                                           # largest sum of VmRSS at one moment
+    run: int = 0  # VmHWM of the process itself
+    children: dict[int, int] = field(default_factory=dict)  # VmHWM of each process below it, by id
+    together: int = 0  # largest sum of VmRSS at one moment
 
 
 def main() -> int:
     args = arguments().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))   # so that the scratch folder is removed then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the scratch folder is removed then too
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     args.scratch.mkdir(parents=True, exist_ok=True)
     check_disk(args.scratch, shape)
@@ -162,8 +172,14 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
     index = {"metadata": {"total_size": model_bytes(shape)}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     config = shape | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
-        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 8192, "bos_token_id": 0,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 0,
         "eos_token_id": 0,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
@@ -177,7 +193,7 @@ def write_shard(path: Path, tensors: dict[str, list[int]], generator: Any) -> No
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
-    text += b" " * (-len(text) % 8)   # tensors start aligned to 8 bytes
+    text += b" " * (-len(text) % 8)  # tensors start aligned to 8 bytes
     with path.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for shape in tensors.values():
@@ -224,13 +240,11 @@ def write_tokenizer(folder: Path, text: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=[end], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train([str(text)], trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end).save_pretrained(
+        folder
+    )
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -239,7 +253,7 @@ def write_tokenizer(folder: Path, text: Path) -> None:
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run the recipe in a fresh process, watch its memory, and put everything in one record."""
     recipe = folder / "recipe.yaml"
-    recipe.write_text(json.dumps(recipe_of(folder, args), indent=1))   # JSON is YAML
+    recipe.write_text(json.dumps(recipe_of(folder, args), indent=1))  # JSON is YAML
     output = folder / "result"
     command = [sys.executable, "-m", "llmcompress", "run", str(recipe), "--output", str(output), "--no-eval", "--json"]
     log = folder / "run.log"
@@ -252,13 +266,23 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     results = json.loads((output / "results.json").read_text()) if code == 0 else {}
     bound = None if args.max_memory == "none" else gibibytes(args.max_memory)
     return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "shape": args.shape,
-        "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"], "recipe": recipe_of(folder, args),
-        "exit_code": code, "seconds": seconds, "max_memory_bytes": bound, "run_peak_bytes": usage.run,
-        "children_peak_bytes": max(usage.children.values(), default=0), "together_peak_bytes": usage.together,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(),
+        "shape": args.shape,
+        "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
+        "recipe": recipe_of(folder, args),
+        "exit_code": code,
+        "seconds": seconds,
+        "max_memory_bytes": bound,
+        "run_peak_bytes": usage.run,
+        "children_peak_bytes": max(usage.children.values(), default=0),
+        "together_peak_bytes": usage.together,
         "under_max_memory": None if bound is None else usage.run <= bound,
-        "model_bytes": tree_bytes(folder / "model"), "result_bytes": tree_bytes(output) if code == 0 else None,
-        "plan": results.get("plan"), "timing": results.get("timing"), "versions": results.get("versions"),
+        "model_bytes": tree_bytes(folder / "model"),
+        "result_bytes": tree_bytes(output) if code == 0 else None,
+        "plan": results.get("plan"),
+        "timing": results.get("timing"),
+        "versions": results.get("versions"),
     }
 
 
@@ -335,13 +359,17 @@ def table(report: dict[str, Any]) -> str:
         ("peak of all at one moment", None, report["together_peak_bytes"]),
         ("size of the result", predicted.get("output_bytes"), measured.get("output_bytes")),
     ]
-    times = [("time up to the checkpoint", predicted.get("seconds"), measured.get("seconds")),
-             ("time of the whole process", None, report["seconds"])]
+    times = [
+        ("time up to the checkpoint", predicted.get("seconds"), measured.get("seconds")),
+        ("time of the whole process", None, report["seconds"]),
+    ]
     lines = [
         f"{report['date']}, {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
         f"{report['shape']} with {report['layers']} layers, {report['model_bytes'] / 1e9:.2f} GB, "
         f"{report['recipe']['steps'][0]['method']}, exit code {report['exit_code']}.",
-        "", "| | predicted | measured |", "|---|---|---|",
+        "",
+        "| | predicted | measured |",
+        "|---|---|---|",
         *(f"| {name} | {gib(before)} | {gib(after)} |" for name, before, after in rows),
         *(f"| {name} | {seconds_text(before)} | {seconds_text(after)} |" for name, before, after in times),
     ]
@@ -373,8 +401,11 @@ def tree_bytes(folder: Path) -> int:
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
 
 
 def say(message: str) -> None:

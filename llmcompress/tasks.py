@@ -29,14 +29,14 @@ SEED = 1234  # of few-shot sampling and anything else that lm-eval draws
 class TaskScore:
     """One model on one task."""
 
-    name: str            # the entry's name
-    task: str            # lm-eval's name
-    metric: str          # "acc", or "metric,filter" where lm-eval post-processes answers
+    name: str  # the entry's name
+    task: str  # lm-eval's name
+    metric: str  # "acc", or "metric,filter" where lm-eval post-processes answers
     fewshot: int
     value: float
     stderr: float | None  # None where the score is not a mean over items
-    hashes: list[str]    # of each item and its prompt
-    items: list[float]   # the metric of each item; empty where it has no number per item
+    hashes: list[str]  # of each item and its prompt
+    items: list[float]  # the metric of each item; empty where it has no number per item
 
 
 def run_tasks(

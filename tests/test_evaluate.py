@@ -288,9 +288,7 @@ def test_other_tokenizer_is_not_comparable(make_folder: Callable[..., Path], tex
     other.add_tokens(["ab", "bc", "cd", "ef", "st"])
     text_file.write_text("abcdefst" * 50)
     with pytest.raises(EvaluationError, match="tokenize the same text differently"):
-        evaluate(
-            make_folder("model"), text_suite(text_file), base=make_folder("base", tokenizer=other), device="cpu"
-        )
+        evaluate(make_folder("model"), text_suite(text_file), base=make_folder("base", tokenizer=other), device="cpu")
 
 
 def test_other_vocabulary_has_no_divergence() -> None:

@@ -20,10 +20,10 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "errors options catalog engines progress quiet reload",
     "grid stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats",
-    "source gguf_source hub_source text calibrate arch fused stream checkpoint proof",
+    "source gguf_source hub_source text calibrate arch fused stream checkpoint",
     "recipe",
-    "plan suite perplexity offline_tasks tasks evaluate inspection report hub",
-    "compress run tables",
+    "plan cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
+    "compress results run tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -51,6 +51,7 @@ class Linear:
     transposed: bool  # the module keeps [in, out] (transformers' Conv1D)
 
 
+Module = Any  # an nn.Module; what attributes a model has, no type checker can know
 RowMap = Callable[[int, int, Heads], Tensor | None]
 
 
@@ -79,7 +80,7 @@ class Architecture:
         return f"{self.blocks}.{index}"
 
 
-def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Module:
     """The model of `config` with its parameters on the meta device and its buffers real; costs no weight memory."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -90,7 +91,7 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_co
     return model.eval()
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: Module) -> tuple[str, Module]:
     """The ModuleList of decoder blocks and its path: the one whose length is num_hidden_layers."""
     count = model.config.num_hidden_layers
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
@@ -102,7 +103,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda item: item[0].count("."))  # the outermost: experts may be as many as layers
 
 
-def block_linears(block: nn.Module) -> dict[str, Linear]:
+def block_linears(block: Module) -> dict[str, Linear]:
     """Every linear of a block, by its name below it."""
     from transformers.pytorch_utils import Conv1D
 
@@ -115,7 +116,7 @@ def block_linears(block: nn.Module) -> dict[str, Linear]:
     return linears
 
 
-def match_names(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str]]:
+def match_names(model: Module, stored: Iterable[str]) -> dict[str, list[str]]:
     """Where each parameter of the model is in a checkpoint: parameter name -> the tensors that make it.
 
     Nearly always one tensor of the same name. Older checkpoints leave out the prefix of the base model, and
@@ -141,7 +142,7 @@ def match_names(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str]]
     return names
 
 
-def discover(model: nn.Module) -> Architecture:
+def discover(model: Module) -> Architecture:
     """The architecture of `model` (a skeleton will do). Raises PlanError where blocks are unlike."""
     path, blocks = find_blocks(model)
     linears = block_linears(blocks[0])
@@ -157,7 +158,7 @@ def discover(model: nn.Module) -> Architecture:
     return Architecture(path, len(blocks), linears, probe.shared(), tuple(links))
 
 
-def lift(found: "FoundLink", block: nn.Module, linears: dict[str, Linear], heads: Heads) -> Link:
+def lift(found: "FoundLink", block: Module, linears: dict[str, Linear], heads: Heads) -> Link:
     """A link that was found on the tiny model, with the row map of the full one."""
     columns = linears[found.consumers[0]].in_features
     producer = linears.get(found.producer)
@@ -231,7 +232,7 @@ class FoundLink:
 class Probe:
     """A tiny float64 model of the same class, its first block, and what went in and out of every module."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         self.model = model
         self.block = find_blocks(model)[1][0]
         self.heads = Heads.of(model.config)
@@ -280,8 +281,8 @@ class Probe:
             rows = linear.out_features if linear else len(self.block.get_submodule(producer).weight)
             for row_map in ROW_MAPS if linear else (whole,):
                 index = row_map(rows, columns, self.heads)
-                for offset in () if index is None else (False,) if linear else (False, True):
-                    if self._holds(Link(producer, consumers, index, offset)):
+                for offset in (False,) if linear else (False, True):
+                    if index is not None and self._holds(Link(producer, consumers, index, offset)):
                         yield FoundLink(producer, consumers, row_map, offset)
                         return
 
@@ -319,10 +320,10 @@ class Probe:
                 hook.remove()
         return output[0]
 
-    def _note(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def _note(self, name: str) -> Callable[[Module, tuple[Any, ...], Any], None]:
         """A hook that keeps the tensors of a module alive, so that their addresses stay distinct."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: Module, args: tuple[Any, ...], output: Any) -> None:
             self.inputs[name], self.outputs[name] = args[0], output
 
         return hook
@@ -369,7 +370,7 @@ def plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     """Rope parameters without long-context scaling, whose factors are as long as the full model's heads."""
     if any(isinstance(value, dict) for value in rope.values()):  # one set of parameters per kind of layer
         return {kind: plain_rope(value) for kind, value in rope.items()}
-    kept = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    kept: dict[str, Any] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     return {"rope_type": "default", **kept}
 
 
@@ -377,7 +378,7 @@ def plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def scale_producer(block: nn.Module, link: Link, scale: Tensor) -> None:
+def scale_producer(block: Module, link: Link, scale: Tensor) -> None:
     """Divide the producer's rows by scale [max(rows) + 1], bias included, in place, in the precision of `scale`."""
     module = block.get_submodule(link.producer)
     factor = row_factors(link, scale, rows_of(module))
@@ -394,7 +395,7 @@ def scale_producer(block: nn.Module, link: Link, scale: Tensor) -> None:
 
 
 @torch.no_grad()
-def scale_consumers(block: nn.Module, link: Link, scale: Tensor) -> None:
+def scale_consumers(block: Module, link: Link, scale: Tensor) -> None:
     """Multiply the consumers' columns by the factor of the producer's row that makes them, in place."""
     factor = scale[link.rows.to(scale.device)]
     for name in link.consumers:
@@ -410,12 +411,12 @@ def row_factors(link: Link, scale: Tensor, rows: int) -> Tensor:
     return factor
 
 
-def rows_of(module: nn.Module) -> int:
+def rows_of(module: Module) -> int:
     """Output features of a norm or linear."""
     return int(module.weight.shape[1] if is_transposed(module) else module.weight.shape[0])
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: Module) -> bool:
     """Whether the module keeps its weight as [in, out]."""
     from transformers.pytorch_utils import Conv1D
 

@@ -48,7 +48,7 @@ class BlockCompressor:
         needing = [
             group
             for group in self.architecture.shared
-            if any(steps[name] is not None and steps[name].method.needs for name in group)
+            if any(step.method.needs for name in group if (step := steps[name]))
         ]
         grams = collect(block, needing) if needing else {}
         means = {id(gram): gram.mean for gram in grams.values()}
@@ -56,7 +56,7 @@ class BlockCompressor:
         grams.clear()
         scales = self._link_scales(block, steps, inputs, result)
         for group in self.architecture.shared:
-            for step in dict.fromkeys(steps[name] for name in group if steps[name] is not None):
+            for step in dict.fromkeys(step for name in group if (step := steps[name])):
                 members = [name for name in group if steps[name] == step]
                 self._compress(block, step, members, inputs.get(group[0]), scales, result)
             for name in group:

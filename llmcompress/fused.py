@@ -9,10 +9,12 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+
+Module = Any  # an nn.Module; what attributes a model has, no type checker can know
 
 
-def fused_sources(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str]]:
+def fused_sources(model: Module, stored: Iterable[str]) -> dict[str, list[str]]:
     """Parameter -> the checkpoint tensors that make it, for every tensor that transformers renames or merges."""
     from transformers.core_model_loading import rename_source_key
 
@@ -26,7 +28,7 @@ def fused_sources(model: nn.Module, stored: Iterable[str]) -> dict[str, list[str
     return sources
 
 
-def fuse(model: nn.Module, parameter: str, tensors: dict[str, Tensor]) -> Tensor:
+def fuse(model: Module, parameter: str, tensors: dict[str, Tensor]) -> Tensor:
     """The parameter from its checkpoint tensors, by their names."""
     from transformers.core_model_loading import rename_source_key
 
@@ -48,7 +50,7 @@ def natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in name.split(".")]
 
 
-def transforms(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def transforms(model: Module) -> tuple[list[Any], list[Any]]:
     """Fresh renamings and converters of a model's type."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter

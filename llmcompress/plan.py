@@ -20,7 +20,8 @@ from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
 from llmcompress.methods import IntMethod
 from llmcompress.recipe import Recipe, Step, matches
-from llmcompress.source import ModelSource, TensorInfo
+from llmcompress.safetensors_file import TensorInfo
+from llmcompress.source import ModelSource
 
 GROUPS = (128, 64, 32)
 CONV1D_MODELS = ("gpt2",)  # model types that keep weights as [in, out]; checked against the modules before a run

@@ -50,7 +50,7 @@ def proof_blocks(plan: Plan) -> int:
 
 def digest(values: Tensor) -> str:
     """sha256 of the bytes of a weight."""
-    return hashlib.sha256(values.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(values.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def positions(length: int) -> Tensor:

@@ -94,7 +94,7 @@ def unpacked(
 
 def sha256(tensor: torch.Tensor) -> str:
     """Digest of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def version(module: str) -> str | None:

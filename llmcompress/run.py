@@ -214,7 +214,7 @@ class Job:
         self.output, self.progress = output, progress
         trust = plan.recipe.trust_remote_code
         with stock_errors(source, "transformers cannot build a model from its config.json"):
-            config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=trust)
+            config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=trust)
             self.model = skeleton(config, plan.dtype, trust_remote_code=trust)
         self.architecture = discover(self.model)
         self.stored = match_names(self.model, source.tensors)
@@ -405,7 +405,7 @@ class Job:
         """The plan saw names and shapes; the modules must agree, or something would be skipped."""
         kept = self.plan.kept
         planned = {linear.name: linear.shape for linear in self.plan.linears if linear.step is not None}
-        found = {}
+        found: dict[str, tuple[int, int]] = {}
         for index in range(self.architecture.count):
             for name, linear in self.architecture.linears.items():
                 stored = self.stored[f"{self.architecture.block(index)}.{name}.weight"][0].removesuffix(".weight")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.arch import Architecture, first
+from llmcompress.arch import Architecture, Module, first
 from llmcompress.errors import CalibrationError, FormatError
 from llmcompress.stats import InputGram
 
@@ -35,7 +35,7 @@ class Block:
 
     index: int
     name: str  # module path
-    module: nn.Module
+    module: Module
     hidden: Tensor  # [samples, length, width]: the inputs of this block
     arguments: dict[int, Arguments]  # by batch size: what it is called with besides the hidden states
 
@@ -58,7 +58,7 @@ class StreamedModel:
     """
 
     def __init__(
-        self, model: nn.Module, architecture: Architecture, read: Read, *, dtype: torch.dtype, device: torch.device
+        self, model: Module, architecture: Architecture, read: Read, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.model = model
         self.architecture = architecture
@@ -210,7 +210,7 @@ def collect(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, InputG
     return grams
 
 
-def in_features(linear: nn.Module) -> int:
+def in_features(linear: Module) -> int:
     """Input features of a Linear or a Conv1D."""
     return linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0]
 
@@ -222,7 +222,7 @@ def batches(samples: int, length: int) -> Iterator[slice]:
         yield slice(start, min(start + step, samples))
 
 
-def fill(module: nn.Module, read: Read, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
+def fill(module: Module, read: Read, prefix: str, device: torch.device, dtype: torch.dtype) -> None:
     """Give every parameter of `module` its tensor; the names that `read` knows start with `prefix`."""
     names = [name for name, _ in module.named_parameters()]
     tensors = read([prefix + name for name in names])
@@ -243,7 +243,7 @@ def checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def assign(module: nn.Module, name: str, tensor: Tensor, prefix: str = "") -> None:
+def assign(module: Module, name: str, tensor: Tensor, prefix: str = "") -> None:
     """Set the parameter `name` (a dotted path below `prefix`); its shape must be as the model says."""
     owner, _, leaf = name.rpartition(".")
     place = module.get_submodule(owner)
@@ -253,7 +253,7 @@ def assign(module: nn.Module, name: str, tensor: Tensor, prefix: str = "") -> No
     setattr(place, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def release(module: nn.Module, name: str) -> None:
+def release(module: Module, name: str) -> None:
     """Put the parameter `name` back on the meta device."""
     owner, _, leaf = name.rpartition(".")
     place = module.get_submodule(owner)

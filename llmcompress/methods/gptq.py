@@ -47,7 +47,7 @@ class GPTQ(IntMethod):
         order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
         factor = inverse_factor(gram, order, self.damp)
         parts = []
-        for rows in weight.split(ROWS):  # rows are independent: this bounds memory, nothing else
+        for rows in torch.split(weight, ROWS):  # rows are independent: this bounds memory, nothing else
             alive = rows.masked_fill(dead, 0)
             grid = fit_range(
                 alive,

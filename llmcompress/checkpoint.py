@@ -41,17 +41,24 @@ class Checkpoint:
         self.state = self.partial / STATE
         self.shards = shards
         self.fingerprint = fingerprint
+        self.details: dict[str, Any] = {}
 
-    def open(self, *, overwrite: bool) -> int:
+    def open(self, *, overwrite: bool, details: Mapping[str, Any] | None = None) -> int:
         """Create the partial folder, or continue with the one that is there; returns the number of finished blocks.
 
-        Raises ResumeError if the partial folder belongs to a different run; `overwrite` starts that anew.
+        details: what a continued run must not decide anew; `self.details` are those of the run that began.
+        Raises ResumeError if the partial folder belongs to a different run, which `overwrite` starts anew, or to none.
         """
         if self.partial.exists():
-            found = read_json(self.state / "run.json").get("fingerprint")
+            begun = read_json(self.state / "run.json")
+            found = begun.get("fingerprint")
             if found == self.fingerprint or self.finished():
+                self.details = begun.get("details", {})
                 return self._finished_blocks()
-            if self._finished_blocks() and not overwrite:
+            stranger = found is None and any(path.name != STATE for path in self.partial.iterdir())
+            if stranger and not (self.partial / MANIFEST).is_file():
+                raise ResumeError(f"{self.partial}: was not made by llmcompress and is in the way; move it")
+            if (self._finished_blocks() or (self.partial / MANIFEST).is_file()) and not overwrite:
                 raise ResumeError(
                     f"{self.partial}: holds an unfinished run of another model, data, recipe or version (fingerprint "
                     f"{str(found)[:12]}, this run is {self.fingerprint[:12]}); "
@@ -59,7 +66,8 @@ class Checkpoint:
                 )
             shutil.rmtree(self.partial)  # another run, but one that had not finished a single block
         self.state.mkdir(parents=True)
-        write_json(self.state / "run.json", {"fingerprint": self.fingerprint})
+        self.details = dict(details or {})
+        write_json(self.state / "run.json", {"fingerprint": self.fingerprint, "details": self.details})
         return 0
 
     def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
@@ -103,7 +111,8 @@ class Checkpoint:
         """
         if self.folder.exists() and not overwrite:
             raise ResumeError(f"{self.folder}: appeared while the run was going; the result is in {self.partial}")
-        old, state = (self.folder.with_name(self.folder.name + suffix) for suffix in (".old", ".state"))
+        hidden = f".{self.folder.name}.llmcompress-{self.fingerprint[:12]}"  # nobody else's files have such names
+        old, state = (self.folder.with_name(hidden + suffix) for suffix in (".old", ".state"))
         shutil.rmtree(state, ignore_errors=True)
         if self.state.exists():
             self.state.rename(state)

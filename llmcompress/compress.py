@@ -80,10 +80,10 @@ class BlockCompressor:
         """
         scales = Scales()
         for link in self.architecture.links:
-            wanting = [steps[name] for name in link.consumers]
-            if wanting[0] is None or not wanting[0].method.rescales:
+            step = next((s for name in link.consumers if (s := steps[name]) and s.method.rescales), None)
+            if step is None:
                 continue
-            if reason := self._not_scaled(link, steps, wanting):
+            if reason := self._not_scaled(link, steps, step):
                 result.notes.append(
                     f"{block.name}: {link.producer} -> {', '.join(link.consumers)} not scaled: {reason}"
                 )
@@ -91,9 +91,9 @@ class BlockCompressor:
             weights = [scales.apply(weight_of(block, name), name) for name in link.consumers]
             gram = inputs[link.consumers[0]]
             index = link.rows.to(gram.device)
-            scale = wanting[0].method.link_scale(weights, gram, index, self.plan.dtype)
-            gram.div_(scale[index]).div_(scale[index][:, None])
-            scales.add(block, link, scale)
+            scale = step.method.link_scale(weights, gram, index, self.plan.dtype)
+            moved = scales.add(block, link, scale)[index]
+            gram.div_(moved).div_(moved[:, None])
         without = [
             name
             for name, step in steps.items()
@@ -105,12 +105,12 @@ class BlockCompressor:
             result.notes.append(f"{block.name}: no module can absorb a scale for {', '.join(without)}; only clipped")
         return scales
 
-    def _not_scaled(self, link: Link, steps: dict[str, Step | None], wanting: list[Step | None]) -> str | None:
+    def _not_scaled(self, link: Link, steps: dict[str, Step | None], step: Step) -> str | None:
         """Why a link is left alone: all its linears must be changed by one step."""
-        if any(step != wanting[0] for step in wanting):
-            return "its consumers are compressed by different steps"
-        if link.producer in steps and steps[link.producer] != wanting[0]:
-            return f"{link.producer} is left alone or compressed by another step"
+        if any(steps[name] != step for name in link.consumers):
+            return "its consumers are kept, or compressed by different steps"
+        if link.producer in steps and steps[link.producer] != step:
+            return f"{link.producer} is kept, or compressed by another step"
         return None
 
     def _compress(
@@ -167,18 +167,26 @@ class Scales:
         self.columns: dict[str, Tensor] = {}
         self.rows: dict[str, Tensor] = {}
 
-    def add(self, block: Block, link: Link, scale: Tensor) -> None:
-        """Note the factors of a link, and apply them to what is not a linear's weight: norms and biases."""
-        for name in link.consumers:
-            self.columns[name] = scale[link.rows.to(scale.device)]
+    def add(self, block: Block, link: Link, scale: Tensor) -> Tensor:
+        """Note the factors of a link, and apply them to what is not a linear's weight: norms and biases.
+
+        Returns the factors that the consumers get. For a norm they are what its weight really changed by, after
+        rounding to the dtype of the checkpoint, so that the rounding does not become an error of the layer.
+        """
         producer = block.module.get_submodule(link.producer)
         if producer.weight.ndim == 1:
+            before = producer.weight.float() + link.offset
             scale_producer(block.module, link, scale)
-            return
-        factor = row_factors(link, scale, rows_of(producer))
-        self.rows[link.producer] = factor
-        if isinstance(getattr(producer, "bias", None), Tensor):
-            producer.bias.data.copy_(producer.bias.float() / factor)
+            after = producer.weight.float() + link.offset
+            scale = torch.where((after != 0) & (before != 0), before / after, scale)
+        else:
+            factor = row_factors(link, scale, rows_of(producer))
+            self.rows[link.producer] = factor
+            if isinstance(getattr(producer, "bias", None), Tensor):
+                producer.bias.data.copy_(producer.bias.float() / factor)
+        for name in link.consumers:
+            self.columns[name] = scale[link.rows.to(scale.device)]
+        return scale
 
     def apply(self, weight: Tensor, name: str) -> Tensor:
         """weight [out, in] of the linear `name` with its factors, in place."""

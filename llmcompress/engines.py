@@ -1,4 +1,4 @@
-"""Which engines load a checkpoint, and why not where one does not. From config.json alone; see docs/formats.md."""
+"""Which engines load a checkpoint, and why not where one does not. From config.json alone."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

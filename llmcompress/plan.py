@@ -214,8 +214,9 @@ def is_expert(name: str) -> bool:
 def refuse_experts(source: ModelSource, blocks: str, keep: list[str]) -> None:
     """Experts are fused 3-D tensors in memory, which no method takes yet; they must be kept by name."""
     for name, info in source.tensors.items():
-        if name.startswith(blocks + ".") and is_expert(name) and not matches(name.rpartition(".")[0], keep):
-            experts = name[: name.index(".experts.")] + ".experts"
+        fused = is_expert(name) or len(info.shape) == 3
+        if name.startswith(blocks + ".") and fused and not matches(name.removesuffix(".weight"), keep):
+            experts = name[: name.index(".experts.")] + ".experts" if is_expert(name) else name.removesuffix(".weight")
             raise PlanError(
                 f"{experts}: a mixture of experts, which transformers holds as fused 3-D tensors that no method "
                 f"compresses yet (found {name} {list(info.shape)}); to keep experts and routers dense and compress the "
@@ -293,7 +294,8 @@ def kept_linears(
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")
         if len(info.shape) >= 2 and module not in assigned and name.endswith(".weight"):
-            kept[module] = "keep" if matches(module, recipe.keep) else "outside the decoder blocks"
+            inside = "not a linear" if name.startswith(blocks + ".") else "outside the decoder blocks"
+            kept[module] = "keep" if matches(module, recipe.keep) else inside
     for pattern in recipe.keep:
         known = [*assigned, *kept, "lm_head"]
         if not any(matches(name, [pattern]) for name in known) and not any(

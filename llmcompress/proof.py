@@ -2,10 +2,10 @@
 
 A clean Python process runs `reload.py`, which imports nothing of llmcompress. Two things are checked:
 
-- every weight has the same bytes as the values the method chose, unpacked by the stock libraries;
+- every compressed weight has the same bytes as the values the method chose, unpacked by the stock libraries;
 - logits on calibration tokens agree with those of the stream. The tolerance follows from the dtype: each of the 2 L
-  additions to the residual stream is rounded with relative error up to eps, and independent errors add up to
-  eps sqrt(2 L).
+  additions to the residual stream is rounded with relative error up to eps, what is added is a sum of K products
+  accumulated in float32, and independent errors add up to (eps + eps32 sqrt(K)) sqrt(2 L).
 
 Stock transformers unpacks the whole model into memory. Where that does not fit (the recipe's max_memory, or what the
 machine has free), the model is reloaded with only its first blocks, and compared with what the stream had after them;
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.cost import LIBRARIES
+from llmcompress.cost import LIBRARIES, PROOF_SAMPLES
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.plan import Plan, gib
 
@@ -35,15 +35,17 @@ def proof_blocks(plan: Plan) -> int:
     import psutil
 
     item = plan.dtype.itemsize
-    budget = plan.recipe.max_memory or int(0.8 * psutil.virtual_memory().available)
+    budget = int(0.8 * psutil.virtual_memory().available)
+    if plan.recipe.max_memory is not None:
+        budget = min(budget, plan.recipe.max_memory - LIBRARIES)  # the run's own process waits beside it
     outside = sum(prod(info.shape) for info in plan.tensors_of(None)) * item
     block = sum(prod(info.shape) for info in plan.tensors_of(0)) * item
-    logits = POSITIONS * 8 * int(plan.source.config.get("vocab_size", 0)) * 4
+    logits = PROOF_SAMPLES * POSITIONS * 4 * int(plan.source.config.get("vocab_size", 0)) * 4
     fitting = int((budget - LIBRARIES - 1.2 * outside - logits) // (1.5 * block))  # packed and unpacked at once
     if fitting < 1:
         raise PlanError(
             f"max_memory: stock transformers cannot reload even one block of this model within {gib(budget)}, so the "
-            f"result could not be proved; allow {gib(int(LIBRARIES + 1.2 * outside + logits + 1.5 * block))}"
+            f"result could not be proved; allow {gib(int(2 * LIBRARIES + 1.2 * outside + logits + 1.5 * block))}"
         )
     return min(fitting, plan.count)
 
@@ -72,19 +74,26 @@ def write_expected(
     save_file(tensors, path, {"digests": json.dumps(digests), "blocks": blocks})
 
 
-def prove(folder: Path, expected: Path, *, dtype: torch.dtype, blocks: int) -> dict[str, Any]:
+def tolerance_of(plan: Plan, blocks: int) -> float:
+    """Relative RMS that rounding explains: residual additions in the dtype, and sums of K products in float32."""
+    widest = max(linear.shape[1] for linear in plan.linears)
+    return (torch.finfo(plan.dtype).eps + torch.finfo(torch.float32).eps * widest**0.5) * (2 * blocks) ** 0.5
+
+
+def prove(plan: Plan, folder: Path, expected: Path, blocks: int) -> dict[str, Any]:
     """Reload `folder` with its first `blocks` blocks in a clean process and compare; the proof for results.json.
 
     Raises FormatError if it cannot be loaded, or computes something else.
     """
     script = Path(__file__).with_name("reload.py")
     command = [sys.executable, "-I", str(script), str(folder.absolute()), str(expected.absolute()), str(blocks)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["trust"] if plan.recipe.trust_remote_code else []
+    done = subprocess.run(command, capture_output=True, input="", text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode} and no message"])[-1]
         raise FormatError(f"{folder}: stock transformers cannot load the result: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    tolerance = torch.finfo(dtype).eps * (2 * blocks) ** 0.5
+    tolerance = tolerance_of(plan, blocks)
     different, rms = found.pop("weights_different"), found["relative_rms"]
     if different:
         raise FormatError(
@@ -96,6 +105,6 @@ def prove(folder: Path, expected: Path, *, dtype: torch.dtype, blocks: int) -> d
     if not rms <= tolerance:  # also refuses NaN
         raise FormatError(
             f"{folder}: logits after reloading in {found['engine']} differ by {rms:.2g} (relative RMS) from what was "
-            f"compressed, {tolerance:.2g} is what {str(dtype).removeprefix('torch.')} explains"
+            f"compressed, {tolerance:.2g} is what {plan.recipe.dtype} explains"
         )
     return {"passed": True, "tolerance": tolerance} | found

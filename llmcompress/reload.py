@@ -1,4 +1,4 @@
-"""Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS`.
+"""Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS [trust]`.
 
 Imports transformers and compressed-tensors, and nothing of llmcompress. Loads FOLDER with its first BLOCKS decoder
 blocks as any user would and compares, with what the run decided (EXPECTED, a safetensors file):
@@ -21,13 +21,13 @@ import transformers
 from safetensors import safe_open
 
 
-def main(folder: str, expected: str, blocks: int) -> dict[str, Any]:
-    """Load, run, compare."""
+def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]:
+    """Load, run, compare; `trust` lets the folder's own Python code run, as the recipe asked."""
     torch.set_grad_enabled(False)
     with safe_open(expected, "pt") as file:
         tokens, positions, wanted = (file.get_tensor(name) for name in ("tokens", "positions", "logits"))
         digests, path = json.loads(file.metadata()["digests"]), file.metadata()["blocks"] + "."
-    model = load(folder, blocks, wanted.dtype)
+    model = load(folder, blocks, wanted.dtype, trust)
     found = torch.cat([model(row[None], use_cache=False).logits[:, positions] for row in tokens])
     different, rest = [], {}
     for name, digest in digests.items():
@@ -52,14 +52,15 @@ def main(folder: str, expected: str, blocks: int) -> dict[str, Any]:
     }
 
 
-def load(folder: str, blocks: int, dtype: torch.dtype) -> Any:
+def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
     """The model as stock transformers loads it, cut after `blocks` blocks."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    options = {"local_files_only": True, "trust_remote_code": trust}
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
     if blocks < config.num_hidden_layers:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
         config.num_hidden_layers = blocks
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
     return model.eval()
 
 
@@ -77,7 +78,9 @@ def stored_differently(folder: Path, digests: dict[str, str]) -> list[str]:
 def unpacked(
     folder: Path, module: str, weight_map: dict[str, str], quantization: dict[str, Any] | None
 ) -> torch.Tensor:
-    """One weight, read from its file; modules and tensors have the same names wherever a model is this large."""
+    """One weight, read from its file, where its name may lack the prefix of the base model."""
+    if not any(name.startswith(f"{module}.") for name in weight_map):
+        module = module.partition(".")[2]
     tensors = {}
     for name in (n for n in weight_map if n.startswith(f"{module}.weight")):
         with safe_open(folder / weight_map[name], "pt") as file:
@@ -103,4 +106,4 @@ def version(module: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))) + "\n")
+    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), "trust" in sys.argv[4:])) + "\n")

@@ -34,7 +34,7 @@ from llmcompress.checkpoint import (
     write_tensors,
 )
 from llmcompress.compress import BlockCompressor, BlockResult
-from llmcompress.errors import LLMCompressError, PlanError, ResumeError, SourceError
+from llmcompress.errors import LLMCompressError, PlanError, PublishError, ResumeError, SourceError
 from llmcompress.fused import fuse
 from llmcompress.plan import Plan, check_machine, device_of, make_plan
 from llmcompress.progress import Progress, Silent, staged
@@ -108,13 +108,14 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     if checkpoint.finished():
         results = read_json(checkpoint.partial / "results.json")
         checkpoint.complete(overwrite=overwrite)
+        publish(recipe, output, progress)
         return results
     with clock.stage("compress"):
         job.compress(checkpoint)
     peak = peak_bytes()
     with clock.stage("prove"):
         progress.stage("proving that it loads", 1)
-        proof = prove(checkpoint.partial, checkpoint.state / "expected", dtype=plan.dtype, blocks=job.proof_blocks)
+        proof = prove(plan, checkpoint.partial, checkpoint.state / "expected", job.proof_blocks)
     with clock.stage("evaluate"):
         scores = job.scores(checkpoint.partial) if evaluate and recipe.evaluate else None
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
@@ -125,8 +126,7 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     write_json(checkpoint.partial / MANIFEST, manifest(results, checkpoint.fingerprint))
     write_report(checkpoint.partial)
     checkpoint.complete(overwrite=overwrite)
-    if recipe.publish:
-        publish(recipe, output, progress)
+    publish(recipe, output, progress)
     return results
 
 
@@ -227,7 +227,8 @@ class Job:
     def open(self, *, overwrite: bool) -> Checkpoint:
         """The folder that is being written."""
         checkpoint = Checkpoint(self.output, self.plan.count + len(self.outside), self.fingerprint())
-        checkpoint.open(overwrite=overwrite)
+        checkpoint.open(overwrite=overwrite, details={"proof_blocks": self.proof_blocks})
+        self.proof_blocks = checkpoint.details.get("proof_blocks", self.proof_blocks)  # free memory may have changed
         return checkpoint
 
     def fingerprint(self) -> str:
@@ -239,6 +240,7 @@ class Job:
             "model": self.source.fingerprint,
             "recipe": recipe,
             "format": self.plan.format_name,
+            "device": self.plan.device.type,
             "tokens": hashlib.sha256(self.data.tokens.numpy().tobytes()).hexdigest(),
             "versions": {name: version(name) for name in COMPUTING},
         }
@@ -341,7 +343,8 @@ class Job:
         import yaml
 
         folder = self.source.folder
-        for pattern in TOKENIZER_FILES:
+        code = ("*.py",) if self.plan.recipe.trust_remote_code else ()
+        for pattern in TOKENIZER_FILES + code:
             for path in sorted(folder.glob(pattern)) if folder else ():
                 if path.is_file() and not path.name.endswith((".safetensors", ".gguf")):
                     shutil.copyfile(path, checkpoint.partial / path.name)
@@ -385,6 +388,7 @@ class Job:
             suite,
             base=self.source.folder,
             base_fingerprint=self.source.fingerprint,
+            device=str(self.plan.device),
             trust_remote_code=self.plan.recipe.trust_remote_code,
             progress=staged(self.progress),
         )
@@ -420,9 +424,18 @@ class Job:
 
 
 def publish(recipe: Recipe, folder: Path, progress: Progress) -> None:
-    """Push the finished folder where the recipe says."""
+    """Push the finished folder where the recipe says, if it says so."""
     from llmcompress.hub import push
 
-    assert recipe.publish is not None
+    if recipe.publish is None:
+        return
     progress.stage("publishing", 1)
-    progress.note("published: " + push(folder, recipe.publish.repo_id, private=recipe.publish.private))
+    try:
+        url = push(folder, recipe.publish.repo_id, private=recipe.publish.private)
+    except PublishError as exc:
+        visibility = "--private" if recipe.publish.private else "--public"
+        exc.add_note(
+            f"the run is complete; continue with: llmcompress push {folder} {recipe.publish.repo_id} {visibility}"
+        )
+        raise
+    progress.note(f"published: {url}")

@@ -106,8 +106,10 @@ class StreamedModel:
             return hidden.to(self.device)
 
         with self._parameters(self._outside_blocks(head=True)), self._blocks_as(lambda index: outputs):
-            # Without token ids the model needs no embedding table, the largest tensor of all.
-            return self.model(inputs_embeds=hidden.to(self.device), use_cache=False).logits.to("cpu")
+            # Without token ids the model needs no embedding table, the largest tensor of all; what it gets is not used.
+            width = self.model.get_input_embeddings().weight.shape[1]
+            unused = torch.zeros(*hidden.shape[:2], width, dtype=self.dtype, device=self.device)
+            return self.model(inputs_embeds=unused, use_cache=False).logits.to("cpu")
 
     def _embed_batch(self, tokens: Tensor) -> Tensor:
         """Inputs of the first block for tokens [n, length]; notes what every block was called with."""

@@ -86,6 +86,30 @@ def test_complete_gives_the_final_name_and_removes_the_state(checkpoint):
     assert [path.name for path in checkpoint.folder.iterdir()] == ["model-00001-of-00003.safetensors"]
 
 
+def test_complete_leaves_folders_of_others_alone(checkpoint):
+    finish(checkpoint, 0)
+    for name in ("out.old", "out.state"):
+        checkpoint.folder.with_name(name).mkdir()
+        (checkpoint.folder.with_name(name) / "mine.txt").write_text("mine")
+    checkpoint.complete(overwrite=True)
+    assert all((checkpoint.folder.with_name(name) / "mine.txt").exists() for name in ("out.old", "out.state"))
+
+
+def test_a_partial_folder_of_somebody_else_is_never_removed(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(ResumeError, match="was not made by llmcompress"):
+        Checkpoint(tmp_path / "out", 3, "f" * 64).open(overwrite=True)
+    assert (tmp_path / "out.partial" / "mine.txt").exists()
+
+
+def test_details_are_those_of_the_run_that_began(tmp_path):
+    Checkpoint(tmp_path / "out", 3, "f" * 64).open(overwrite=False, details={"proof_blocks": 4})
+    continued = Checkpoint(tmp_path / "out", 3, "f" * 64)
+    continued.open(overwrite=False, details={"proof_blocks": 2})
+    assert continued.details == {"proof_blocks": 4}
+
+
 def test_complete_does_not_replace_a_folder_that_appeared(checkpoint):
     finish(checkpoint, 0)
     checkpoint.folder.mkdir()

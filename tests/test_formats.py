@@ -99,7 +99,6 @@ def test_any_codes_and_zeros_come_back(rows, groups, bits, symmetric, seed):
     assert torch.equal(PACKED.unpack(PACKED.pack(weight, False), scheme_of(method), False), weight.values)
 
 
-# FAILS for 4 bits asymmetric: compressed-tensors 0.20 cannot unpack zero points of up to 8 rows, and we do not refuse
 @kinds
 @all_bits
 @pytest.mark.parametrize("rows", [1, 4, 8])

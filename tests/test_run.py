@@ -341,17 +341,46 @@ def test_no_more_than_one_block_is_in_memory(text, tmp_path, monkeypatch):
 def test_a_result_that_does_not_load_as_decided_never_gets_its_name(tiny_folders, text, tmp_path, monkeypatch):
     prove = run_module.prove
 
-    def damaged(folder: Path, *args: Any, **options: Any) -> dict[str, Any]:
+    def damaged(plan: Any, folder: Path, *args: Any) -> dict[str, Any]:
         path = folder / "model-00001-of-00003.safetensors"
         stored = load_file(path)
         stored["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
         save_file(stored, path, {"format": "pt"})
-        return prove(folder, *args, **options)
+        return prove(plan, folder, *args)
 
     monkeypatch.setattr(run_module, "prove", damaged)
     with proof_inside(monkeypatch), pytest.raises(FormatError, match=r"1 weights differ.*layers\.0\.mlp\.up_proj"):
         run(recipe(tiny_folders("llama"), text, RTN), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_proof_with_fewer_blocks_than_the_model_has(tiny_folders, text, tmp_path, monkeypatch):
+    """As for a model larger than memory; a damaged later block is found although the model was cut before it."""
+    monkeypatch.setattr(run_module, "proof_blocks", lambda plan: 1)
+    whole = recipe(tiny_folders("gemma3_text"), text, {"method": "gptq", "group_size": 32, "symmetric": False})
+    with proof_inside(monkeypatch):
+        proof = run(whole, tmp_path / "out")["proof"]
+    assert (proof["blocks"], proof["weights"], proof["relative_rms"]) == (1, 14, 0.0)
+    prove = run_module.prove
+
+    def damaged(plan: Any, folder: Path, *args: Any) -> dict[str, Any]:
+        path = folder / "model-00002-of-00003.safetensors"
+        stored = load_file(path)
+        stored["model.layers.1.mlp.up_proj.weight_packed"][0, 0] ^= 1
+        save_file(stored, path, {"format": "pt"})
+        return prove(plan, folder, *args)
+
+    monkeypatch.setattr(run_module, "prove", damaged)
+    with proof_inside(monkeypatch), pytest.raises(FormatError, match=r"1 weights differ.*layers\.1\.mlp\.up_proj"):
+        run(whole, tmp_path / "again")
+
+
+def test_awq_names_every_link_that_it_leaves_alone(tiny_folders, text, tmp_path, monkeypatch):
+    awq = {"method": "awq", "group_size": 32}
+    with proof_inside(monkeypatch):
+        results = run(recipe(tiny_folders("llama"), text, awq, keep=["lm_head", "*.q_proj"]), tmp_path / "out")
+    assert [note for note in results["notes"] if "input_layernorm" in note and "not scaled" in note]
+    assert not [note for note in results["notes"] if "post_attention_layernorm" in note]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

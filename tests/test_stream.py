@@ -89,6 +89,21 @@ def test_logits_are_those_of_the_stock_model(kind):
     assert not loaded(model)
 
 
+def test_embedding_narrower_than_the_model():
+    """OPT-350m projects its embeddings in and out."""
+    changes = {"word_embed_proj_dim": 48, "do_layer_norm_before": False}
+    stock = tiny_model("opt", **changes)
+    model = skeleton(tiny_config("opt", **changes))
+    stored = stock.state_dict()
+    streamed_model = StreamedModel(
+        model, discover(model), lambda names: {n: stored[n].clone() for n in names},
+        dtype=torch.float32, device=torch.device("cpu"),
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = stock(tokens()).logits
+        assert relative(streamed_model.logits(run_through(streamed_model, tokens())), expected) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
 def test_sliding_window_matters_here(kind):
     """The test above can fail: with a window as long as the sample, logits differ."""

@@ -13,7 +13,7 @@ weight column (the paper's mean of |x| is replaced by the RMS, which the Gram ma
 
 The error of a candidate needs no forward pass. With G the mean of x xᵀ and D = Q(W diag(s)) diag(s)⁻¹ - W it is
 tr(D G Dᵀ), summed over the consumers. After scaling, every group's range is searched by the same error with the
-group's own block of G (the paper's clipping), except for query and key projections, whose errors meet in a product.
+group's own block of G (the paper's clipping).
 """
 
 from collections.abc import Iterator

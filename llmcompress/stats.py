@@ -1,6 +1,8 @@
 """Statistics of a linear layer's inputs, kept as sums and counts so that batches, shards and ranks add up exactly."""
 
-from typing import Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -8,6 +10,22 @@ from torch import Tensor
 from llmcompress.errors import CalibrationError
 
 PANEL = 512  # columns of one product; only panels on or above the diagonal are computed
+
+
+@contextmanager
+def bfloat16_products(x: Tensor) -> Iterator[None]:
+    """Let CPUs with bfloat16 matrix units multiply, for a while, when `x` came in bfloat16.
+
+    Such products are exact in float32, in which they are still summed and returned; so this costs no precision.
+    """
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if x.dtype is torch.bfloat16 and x.device.type == "cpu":
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 class InputGram:
@@ -23,10 +41,11 @@ class InputGram:
 
     def update(self, x: Tensor) -> None:
         """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        for start in range(0, x.shape[1], PANEL):
-            panel = x[:, start : start + PANEL]
-            self.total[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
+        with bfloat16_products(x):
+            x = x.reshape(-1, x.shape[-1]).float()
+            for start in range(0, x.shape[1], PANEL):
+                panel = x[:, start : start + PANEL]
+                self.total[start : start + PANEL, start:].addmm_(panel.T, x[:, start:])
         self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> None:

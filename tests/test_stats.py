@@ -95,3 +95,13 @@ def test_no_tokens_is_an_error_with_a_remedy(updates):
         gram.update(torch.empty(0, 4))
     with pytest.raises(CalibrationError, match=r"no tokens reached this layer.*`keep`"):
         _ = gram.mean
+
+
+def test_bfloat16_inputs_lose_nothing():
+    """Products of bfloat16 numbers are exact in float32, whatever unit multiplies them."""
+    x = (torch.randn(64, 96) * 3).to(torch.bfloat16)
+    gram = InputGram(96)
+    gram.update(x)
+    exact = x.double().T @ x.double() / 64
+    assert float((gram.mean.double() - exact).norm() / exact.norm()) < 64 * torch.finfo(torch.float32).eps
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"

@@ -257,15 +257,15 @@ class Job:
             hidden = checkpoint.hidden(done)
         else:
             hidden = self.stream.embed(self.data.tokens)
-        pending: tuple[int, BlockResult, float] | None = None
-        start = time.monotonic()
+        pending: tuple[int, BlockResult] | None = None
+        self.lap = time.monotonic()
         for block in stream_blocks(self.stream, hidden, done):
             if pending:  # its outputs are in `hidden` only now that the stream has replayed it
                 self._finish(checkpoint, hidden, *pending)
             self.progress.advance(block.index, block.name)
             result = compressor(block)
             self._write_block(checkpoint, block.index, result)
-            pending, start = (block.index, result, start), time.monotonic()
+            pending = (block.index, result)
         if pending:
             self._finish(checkpoint, hidden, *pending)
         self.progress.advance(self.plan.count)
@@ -274,12 +274,13 @@ class Job:
         self._write_expected(checkpoint, records)
         self._write_small_files(checkpoint, records)
 
-    def _finish(self, checkpoint: Checkpoint, hidden: Tensor, index: int, result: BlockResult, start: float) -> None:
+    def _finish(self, checkpoint: Checkpoint, hidden: Tensor, index: int, result: BlockResult) -> None:
+        start, self.lap = self.lap, time.monotonic()
         record = {
             "layers": result.layers,
             "notes": result.notes,
             "digests": result.digests,
-            "seconds": time.monotonic() - start,
+            "seconds": self.lap - start,
             "peak_bytes": peak_bytes(),
         }
         if index == self.proof_blocks - 1:

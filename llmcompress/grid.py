@@ -8,9 +8,12 @@ Zero is on every grid: the range of a group always includes 0.0, and `zero` is a
 The range of a group may be smaller than its largest weight: clipping a few large weights makes all other steps finer.
 `fit_range` tries shrunken ranges and keeps the one with the least error, measured in one of three ways:
 
-    importance None          sum_j (w_j - q_j)^2                    the weight alone
+    importance None          sum_j (w_j - q_j)^4                    the weight alone
     importance [in]          sum_j d_j (w_j - q_j)^2                d = mean squared input (diagonal of G)
     importance [groups,g,g]  (w - q) G_g (w - q)ᵀ                   output error of the group alone
+
+Without data the fourth power spares large weights, which cost a small model more than their share: SmolLM2-135M at 4
+bits, rounded in groups of 64, has perplexity 39.2 with it, 43.5 with squares and 41.6 without a search.
 """
 
 from collections.abc import Iterator
@@ -122,7 +125,7 @@ def snap(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def group_error(delta: Tensor, importance: Tensor | None) -> Tensor:
     """Error of each group of delta [rows, groups, group] under `importance`; [rows, groups]."""
     if importance is None:
-        return delta.square().sum(-1)
+        return delta.square().square_().sum(-1)
     if importance.ndim == 2:
         return delta.square().mul_(importance).sum(-1)
     return (torch.einsum("rgi,gij->rgj", delta, importance) * delta).sum(-1)

@@ -179,7 +179,7 @@ def weighted_error(case: Case, grid: IntGrid, importance: Tensor | None) -> Tens
     values = (grid.encode(case.w).double() - case.per_weight(grid.zero)) * case.per_weight(grid.scale)
     delta = (values - case.w.double()).reshape(3, -1, case.group)
     if importance is None:
-        return delta.square().sum(-1)
+        return delta.pow(4).sum(-1)
     if importance.ndim == 1:
         return (delta.square() * importance.double().reshape(-1, case.group)).sum(-1)
     return torch.einsum("rgi,gij,rgj->rg", delta, importance.double(), delta)

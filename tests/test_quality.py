@@ -38,8 +38,8 @@ def test_three_bits_gptq_and_awq_beat_rounding_and_search_beats_extremes(tmp_pat
         pytest.skip("the package of the listed model is not installed")
     scores = {
         "minmax": perplexity(tmp_path / "minmax", {"method": "rtn", "range": "minmax"}),
-        "mse": perplexity(tmp_path / "mse", {"method": "rtn", "range": "mse"}),
+        "search": perplexity(tmp_path / "search", {"method": "rtn", "range": "search"}),
         "awq": perplexity(tmp_path / "awq", {"method": "awq"}),
         "gptq": perplexity(tmp_path / "gptq", {"method": "gptq"}),
     }
-    assert scores["gptq"] < scores["awq"] < scores["mse"] < scores["minmax"], scores
+    assert scores["gptq"] < scores["awq"] < scores["search"] < scores["minmax"], scores

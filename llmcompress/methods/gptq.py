@@ -32,7 +32,7 @@ BLOCK = 64  # columns updated together when the group is the whole row; else the
 class GPTQ(IntMethod):
     """Options of `method: gptq`."""
 
-    range: Literal["minmax", "mse"] = "mse"
+    range: Literal["minmax", "search"] = "search"
     act_order: bool = True
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")
     needs: ClassVar[type[InputGram] | None] = InputGram
@@ -55,7 +55,7 @@ class GPTQ(IntMethod):
                 group=group,
                 symmetric=self.symmetric,
                 dtype=dtype,
-                search=self.range == "mse",
+                search=self.range == "search",
                 importance=diagonal,
             )
             codes = sweep(alive, grid, order, factor, block=group if self.group_size != "row" else BLOCK)

@@ -11,7 +11,7 @@ with the norm ||.||_p, p < 1, which forgives outliers, and split with an auxilia
 
 The original moves only a fractional z. Stored formats hold integer zeros, for which that step alone nearly always
 rounds back to where it was; so here the scale moves as well (which also serves symmetric grids). The start is the range
-with the least squared error, errors are measured in its steps, and the best iterate by the p-norm error is kept.
+with the least error, errors are measured in its steps, and the best iterate by the p-norm error is kept.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
     code = clamp(round(w / scale) + zero, 0, 2^bits - 1)
 
-The range of a group is either its extremes (`range: minmax`) or the shrunken range with the least squared rounding
-error (`range: mse`), which is what makes RTN usable at 4 bits and below.
+The range of a group is either its extremes (`range: minmax`) or the shrunken range with the least rounding
+error (`range: search`), which is what makes RTN usable at 4 bits and below.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ from llmcompress.weight import CompressedWeight
 class RTN(IntMethod):
     """Options of `method: rtn`."""
 
-    range: Literal["minmax", "mse"] = "mse"
+    range: Literal["minmax", "search"] = "search"
 
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """Round weight [out, in] float32; `gram` is not used."""
@@ -29,6 +29,6 @@ class RTN(IntMethod):
             group=self.group(weight.shape[1]),
             symmetric=self.symmetric,
             dtype=dtype,
-            search=self.range == "mse",
+            search=self.range == "search",
         )
         return CompressedWeight.on_grid(grid.encode(weight), grid)

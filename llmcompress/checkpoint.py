@@ -8,7 +8,8 @@ What is in DIR.partial at any moment, a kill included, is a prefix of the run:
     .state/hidden-00006.safetensors    inputs of the next block; the previous one is removed afterwards
 
 Everything is renamed into place only when its bytes are on disk, in the order shard, hidden states, record; so a
-block counts as done exactly when its record exists. `.state` is removed before the final rename.
+block counts as done exactly when its record exists. `.state` is moved away before the final
+rename, so a partial folder with a manifest and without `.state` lacks only its name.
 """
 
 import errno

@@ -157,7 +157,7 @@ def test_tokenizer_with_more_tokens_than_the_embedding_has_rows(tiny_folders, te
     tokenizer.add_tokens([f"<extra {i}>" for i in range(50)])
     tokenizer.save_pretrained(model)
     with proof_inside(monkeypatch):
-        run(recipe(model, text, RTN), tmp_path / "out")
+        assert run(recipe(model, text, RTN), tmp_path / "out")["proof"]["passed"]
 
 
 # methods and grids

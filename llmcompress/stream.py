@@ -11,6 +11,8 @@ The stream knows neither methods nor formats. Peak memory is one block and the h
 the depth. Hidden states are kept in the dtype of the checkpoint and computed as the model itself would.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +96,7 @@ class StreamedModel:
         """Forget the weights of the block."""
         for name in [name for name, _ in self.blocks[index].named_parameters()]:
             release(self.blocks[index], name)
+        return_heap()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, length, vocabulary] for the last block's outputs [n, length, width], in the dtype of the model.
@@ -253,6 +256,16 @@ def assign(module: Module, name: str, tensor: Tensor, prefix: str = "") -> None:
     if tuple(tensor.shape) != expected:
         raise FormatError(f"{prefix}{name}: shape {tuple(tensor.shape)} in the checkpoint, {expected} in the model")
     setattr(place, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def return_heap() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    glibc keeps what was freed in its heap, where temporaries of one block end up between what outlives it: without
+    this the resident memory of a run creeps up by some megabytes with every block.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def release(module: Module, name: str) -> None:

@@ -51,9 +51,9 @@ class BlockCompressor:
             if any(step.method.needs for name in group if (step := steps[name]))
         ]
         grams = collect(block, needing) if needing else {}
-        means = {id(gram): gram.mean for gram in grams.values()}
-        inputs = {name: means[id(gram)] for name, gram in grams.items()}
-        grams.clear()
+        inputs: dict[str, Tensor] = {}
+        for group in needing:  # one at a time: a mean is as large as its sum, which goes at once
+            inputs |= dict.fromkeys(group, [grams.pop(name) for name in group][0].mean)
         scales = self._link_scales(block, steps, inputs, result)
         for group in self.architecture.shared:
             for step in dict.fromkeys(step for name in group if (step := steps[name])):

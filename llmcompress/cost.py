@@ -3,8 +3,9 @@
 Peak host memory is the largest of the run's three phases, each on top of the interpreter with its libraries:
 
     embedding    embedding table + hidden states
-    compressing  block + hidden states + Gram matrices + the largest group of stacked weights, six times in float32
-                 + what one batch of tokens needs inside a block
+    compressing  block + hidden states + Gram matrices + the larger of
+                 - what one batch of tokens needs inside a block
+                 - the largest group of stacked weights, three times in float32, and a factor of its Gram matrix
     proving      output head + hidden states of two samples + their logits
 """
 
@@ -79,14 +80,20 @@ def peak_memory(plan: "Plan") -> int:
     tokens = min(samples * length, max(BATCH_TOKENS, length))
     widths = sorted({linear.shape[1] for linear in first})
     grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(plan, linear)) if plan.needs_data else 0
-    stacked = max((6 * 4 * linear.shape[0] * linear.shape[1] for linear in first), default=0)
-    factor = 3 * 4 * max(widths, default=0) ** 2 if plan.needs_data else 0
+    solving = max((solving_bytes(plan, linear) for linear in first), default=0)
     inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
     embedding = 2 * table + hidden
-    compressing = 2 * block + hidden + grams + max(stacked + factor, inside)
+    compressing = 2 * block + hidden + grams + max(solving, inside)
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     proving = 2 * table + 2 * min(length, 512) * vocabulary * (item + 4)
     return LIBRARIES + max(embedding, compressing, proving)
+
+
+def solving_bytes(plan: "Plan", linear: "PlannedLinear") -> int:
+    """What a method holds while it works on a linear, and on one other of the same shape that shares its input."""
+    rows, columns = linear.shape
+    factor = 4 * columns**2 * 3 // 2 if uses_gram(plan, linear) else 0
+    return 3 * 2 * 4 * rows * columns + factor
 
 
 def uses_gram(plan: "Plan", linear: "PlannedLinear") -> bool:

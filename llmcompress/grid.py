@@ -74,7 +74,7 @@ def fit_range(
     groups = w.float().reshape(rows, columns // group, group)
     scale, zero = torch.empty(2, rows, columns // group, device=w.device)
     if importance is not None and importance.ndim == 1:
-        importance = importance.reshape(columns // group, group)
+        importance = importance.reshape(columns // group, group).contiguous()  # a diagonal is strided
     for part in row_chunks(groups):
         scale[part], zero[part] = _fit_chunk(groups[part], bits, symmetric, dtype, search, importance)
     return IntGrid(bits, group, symmetric, scale.to(dtype), zero.to(torch.int32))
@@ -88,10 +88,11 @@ def _fit_chunk(
     best_scale, best_zero = affine(low, high, bits, symmetric, dtype)  # the range that clips nothing
     if not search:
         return best_scale, best_zero
-    best = group_error(x - snap(x, best_scale, best_zero, bits), importance)
+    buffer = torch.empty_like(x)
+    best = group_error(snap(x, best_scale, best_zero, bits, out=buffer).sub_(x), importance)
     for shrink in SHRINK[1:]:
         scale, zero = affine(low * shrink, high * shrink, bits, symmetric, dtype)
-        error = group_error(x - snap(x, scale, zero, bits), importance)
+        error = group_error(snap(x, scale, zero, bits, out=buffer).sub_(x), importance)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -116,18 +117,18 @@ def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.d
     return scale, (-low / scale).round_().clamp_(0, top)
 
 
-def snap(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Nearest grid value of x [..., group] for scale and zero [...], in float32."""
+def snap(x: Tensor, scale: Tensor, zero: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """Nearest grid value of x [..., group] for scale and zero [...], in float32; written into `out` if given."""
     scale, zero = scale[..., None], zero[..., None]
-    return (x / scale).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
+    return torch.div(x, scale, out=out).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(scale)
 
 
 def group_error(delta: Tensor, importance: Tensor | None) -> Tensor:
-    """Error of each group of delta [rows, groups, group] under `importance`; [rows, groups]."""
+    """Error of each group of delta [rows, groups, group] under `importance`; [rows, groups]. Overwrites delta."""
     if importance is None:
-        return delta.square().square_().sum(-1)
+        return delta.square_().square_().sum(-1)
     if importance.ndim == 2:
-        return delta.square().mul_(importance).sum(-1)
+        return delta.square_().mul_(importance).sum(-1)
     return (torch.einsum("rgi,gij->rgj", delta, importance) * delta).sum(-1)
 
 

@@ -1,7 +1,7 @@
 """Statistics of a linear layer's inputs, kept as sums and counts so that batches, shards and ranks add up exactly."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -13,15 +13,14 @@ PANEL = 512  # columns of one product; only panels on or above the diagonal are 
 
 
 @contextmanager
-def bfloat16_products(x: Tensor) -> Iterator[None]:
-    """Let CPUs with bfloat16 matrix units multiply, for a while, when `x` came in bfloat16.
+def bfloat16_products() -> Iterator[None]:
+    """Let CPUs with bfloat16 matrix units round the factors of float32 products to bfloat16, for a while.
 
-    Such products are exact in float32, in which they are still summed and returned; so this costs no precision.
+    Sums stay in float32, so what came in bfloat16 is multiplied without any loss.
     """
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    if x.dtype is torch.bfloat16 and x.device.type == "cpu":
-        settings.fp32_precision = "bf16"
+    settings.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -41,7 +40,7 @@ class InputGram:
 
     def update(self, x: Tensor) -> None:
         """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
-        with bfloat16_products(x):
+        with bfloat16_products() if x.dtype is torch.bfloat16 else nullcontext():
             x = x.reshape(-1, x.shape[-1]).float()
             for start in range(0, x.shape[1], PANEL):
                 panel = x[:, start : start + PANEL]

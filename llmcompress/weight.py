@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.grid import IntGrid
+from llmcompress.stats import bfloat16_products
+
+PRODUCT = 1 << 24  # elements of a temporary product
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +61,23 @@ def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None = None) -
     """Share of a layer's output that compression changed: sqrt(tr(D G Dᵀ) / tr(W G Wᵀ)) with D = values - weight.
 
     weight, values: [out, in].  gram: [in, in], the mean of x xᵀ; None means the identity, so that the result is the
-    relative Frobenius error of the weight itself. Returns 0.0 for a layer whose output is zero anyway.
+    relative Frobenius error of the weight itself. Returns 0.0 for a layer whose output is zero anyway. It is a figure
+    for people, good to about three digits: matrix units may take the denominator in bfloat16, which is much faster.
     """
     w = weight.float()
     delta = values.float() - w
     if gram is None:
         lost, whole = delta.square().sum(), w.square().sum()
     else:
-        lost, whole = quadratic(delta, gram), quadratic(w, gram)
+        lost = quadratic(delta, gram)
+        with bfloat16_products():  # not for `lost`: a good method leaves errors that almost cancel in G
+            whole = quadratic(w, gram)
     return float(torch.sqrt(lost.clamp(min=0) / whole)) if whole > 0 else 0.0
 
 
 def quadratic(x: Tensor, gram: Tensor) -> Tensor:
     """tr(x G xᵀ) for x [rows, n] and G [n, n] symmetric: the mean squared output of x as a layer."""
-    return (x @ gram).mul_(x).sum()
+    total = torch.zeros((), device=x.device)
+    for rows in x.split(max(1, PRODUCT // len(gram))):
+        total += (rows @ gram).mul_(rows).sum()
+    return total

@@ -12,7 +12,7 @@ from llmcompress.errors import NumericalError
 from llmcompress.grid import IntGrid, fit_range
 from llmcompress.methods import METHODS, IntMethod, gptq
 from llmcompress.methods.awq import AWQ, diagonal_blocks, normalized, per_row
-from llmcompress.methods.gptq import GPTQ, inverse_factor
+from llmcompress.methods.gptq import GPTQ, reversed_factor
 from llmcompress.methods.hqq import HQQ
 from llmcompress.methods.rtn import RTN
 
@@ -199,8 +199,9 @@ def test_gptq_blocks_and_row_chunks_are_only_for_speed(monkeypatch):
     weight, gram = normal(10, IN), gram_matrix()
     method = GPTQ(group_size="row")
     whole = method.compress(weight, gram, FP32).values
-    monkeypatch.setattr(gptq, "ROWS", 3)
-    monkeypatch.setattr(gptq, "BLOCK", 7)
+    monkeypatch.setattr(gptq, "SWEPT", 3 * IN)
+    monkeypatch.setattr(gptq, "LEAF", 7)
+    monkeypatch.setattr(gptq, "SMALL", 5)
     torch.testing.assert_close(method.compress(weight, gram, FP32).values, whole)
 
 
@@ -242,7 +243,7 @@ def indefinite(smallest: float) -> Tensor:
 @pytest.mark.parametrize("smallest", [-0.05, -0.5, -5.0], ids="eigenvalue {}".format)
 def test_gptq_raises_the_damping_until_it_works(smallest):
     gram, order = indefinite(smallest), torch.arange(IN)
-    u = inverse_factor(gram, order, 0.01).double()
+    u = reversed_factor(gram, order, 0.01).flip(0, 1).double()
     assert bool(u.isfinite().all())
     assert torch.equal(u, u.triu())
     added = torch.linalg.inv(u.T @ u) - gram.double()
@@ -254,7 +255,7 @@ def test_gptq_raises_the_damping_until_it_works(smallest):
 
 def test_gptq_uses_the_damping_asked_for_where_that_is_enough():
     gram, order = gram_matrix(), gram_matrix().diagonal().argsort(descending=True)
-    u = inverse_factor(gram, order, 0.02).double()
+    u = reversed_factor(gram, order, 0.02).flip(0, 1).double()
     damped = gram.double()[order[:, None], order] + 0.02 * gram.double().diagonal().mean() * torch.eye(IN)
     torch.testing.assert_close(u.T @ u @ damped, torch.eye(IN).double(), rtol=0, atol=1e-4)
 

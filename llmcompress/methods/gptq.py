@@ -25,8 +25,9 @@ from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
 
 DAMP_TRIES = 4  # each ten times the last
-ROWS = 4096  # output rows swept together
-BLOCK = 64  # columns updated together when the group is the whole row; else the group itself
+SWEPT = 1 << 24  # weights swept together
+SMALL = 256  # triangles of less than twice this size are inverted at once
+LEAF = 16  # columns swept one by one
 
 
 class GPTQ(IntMethod):
@@ -45,9 +46,9 @@ class GPTQ(IntMethod):
         dead = diagonal == 0  # inputs that were always zero: any weight is right, zero is cheap
         group = self.group(weight.shape[1])
         order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
-        factor = inverse_factor(gram, order, self.damp)
+        factor = reversed_factor(gram, order, self.damp)
         parts = []
-        for rows in torch.split(weight, ROWS):  # rows are independent: this bounds memory, nothing else
+        for rows in weight.split(max(1, SWEPT // len(gram))):  # rows are independent: this only bounds memory
             alive = rows.masked_fill(dead, 0)
             grid = fit_range(
                 alive,
@@ -58,59 +59,90 @@ class GPTQ(IntMethod):
                 search=self.range == "search",
                 importance=diagonal,
             )
-            codes = sweep(alive, grid, order, factor, block=group if self.group_size != "row" else BLOCK)
+            codes = sweep(alive, grid, order, factor)
             parts.append(CompressedWeight.on_grid(codes, grid))
         return CompressedWeight.join(parts)
 
 
-def sweep(weight: Tensor, grid: IntGrid, order: Tensor, u: Tensor, block: int) -> Tensor:
-    """The codes [out, in] uint8 of algorithm 1, columns taken in `order` [in]; u [in, in] is in that order too.
+def sweep(weight: Tensor, grid: IntGrid, order: Tensor, factor: Tensor) -> Tensor:
+    """The codes [out, in] uint8 of algorithm 1, columns taken in `order` [in]; factor: see `reversed_factor`.
 
-    Works on the transpose, so that a column of the weight is one contiguous row.
+    Works on the transpose, so that a column of the weight is one contiguous row. Columns are halved again and again:
+    the left half is done, one product moves its errors into the right half, then that is done; so almost all of the
+    work is in large products.
     """
-    scale, zero = (t.T[order].contiguous() for t in grid.columns())  # [in, out]
-    w = weight.T[order].contiguous()
+    scale, zero = (t.float().T.contiguous() for t in (grid.scale, grid.zero))  # [groups, out]
+    groups = (order // grid.group).tolist()
+    w = weight.T.contiguous()[order]  # [in, out]; a column that is done holds its error e
     top = 2**grid.bits - 1
     codes = torch.empty_like(w, dtype=torch.uint8)
-    for start in range(0, len(w), block):
-        stop = min(start + block, len(w))
-        inside, errors = w[start:stop], torch.empty_like(w[start:stop])
-        for i in range(stop - start):
-            j = start + i
-            code = (inside[i] / scale[j]).round_().add_(zero[j]).clamp_(0, top)
+    n = len(w)
+
+    def upper(rows: slice, columns: slice) -> Tensor:
+        """A part of U, out of the reversed factor."""
+        part = factor[n - rows.stop : n - rows.start, n - columns.stop : n - columns.start]
+        return part.flip(0, 1)
+
+    def settle(here: slice) -> None:
+        if here.stop - here.start > LEAF:
+            middle = (here.start + here.stop) // 2
+            left, right = slice(here.start, middle), slice(middle, here.stop)
+            settle(left)
+            w[right].addmm_(upper(left, right).T, w[left], alpha=-1)
+            settle(right)
+            return
+        u = upper(here, here)
+        for i, j in enumerate(range(here.start, here.stop)):
+            column, step, middle = w[j], scale[groups[j]], zero[groups[j]]
+            code = (column / step).round_().add_(middle).clamp_(0, top)
             codes[j] = code
-            error = (inside[i] - (code - zero[j]) * scale[j]) / u[j, j]
-            inside[i + 1 :].addr_(u[j, j + 1 : stop], error, alpha=-1)
-            errors[i] = error
-        w[stop:].addmm_(u[start:stop, stop:].T, errors, alpha=-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return codes[back].T.contiguous()
+            column.sub_(code.sub_(middle).mul_(step)).div_(u[i, i])
+            w[j + 1 : here.stop].addr_(u[i, i + 1 :], column, alpha=-1)
+
+    settle(slice(0, n))
+    return codes[order.argsort()].T.contiguous()
 
 
-def inverse_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
-    """U [in, in] upper triangular with (G + damp mean(diag G) I)⁻¹ = Uᵀ U, for G with rows and columns in `order`.
+def reversed_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
+    """R U R, where U [in, in] is upper triangular with (G + damp mean(diag G) I)⁻¹ = Uᵀ U, for G in `order`.
+
+    R reverses an order. U comes from a Cholesky factor taken from the last column to the first: R G R = L Lᵀ gives
+    R U R = L⁻¹. So one factorization and one triangular inverse do, both in place. Returns L⁻¹ [in, in] float32; what
+    it holds besides `gram` is a matrix and a half, for wide layers most of a run's memory.
 
     The damping is raised tenfold while the matrix is not positive definite. Raises NumericalError when that fails.
-    Holds two matrices besides `gram`, which for wide layers are most of a run's memory.
     """
-    damped = gram[order[:, None], order]
-    diagonal = damped.diagonal()
+    backwards = order.flip(0)
+    diagonal = gram.diagonal()[backwards]
     mean = float(diagonal.mean())
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    factor, failed = torch.empty_like(damped), torch.zeros((), dtype=torch.int32, device=gram.device)
-    added = 0.0
+    diagonal = torch.where(diagonal == 0, mean if mean > 0 else 1.0, diagonal)
+    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
     for attempt in range(DAMP_TRIES):
-        diagonal.add_((damp * 10**attempt - added) * mean)
-        added = damp * 10**attempt
-        torch.linalg.cholesky_ex(damped, out=(factor, failed))
+        factor = gram[backwards[:, None], backwards].mT  # column-major, as LAPACK wants it: so it works in place
+        factor.diagonal().copy_(diagonal + damp * 10**attempt * mean)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            torch.linalg.cholesky_ex(inverse, upper=True, out=(factor, failed))
-            if not failed and bool(factor.isfinite().all()):
+            invert_triangle(factor)
+            if bool(factor.isfinite().all()):
                 return factor
+        del factor
     raise NumericalError(
         f"the Gram matrix of this layer's {len(gram)} inputs is not positive definite, not even with damping "
         f"{damp * 10 ** (DAMP_TRIES - 1):g}; use more calibration samples (at least {4 * len(gram)} tokens), raise "
         "`damp`, or list the layer in `keep`"
     )
+
+
+def invert_triangle(lower: Tensor) -> None:
+    """Replace a lower triangular matrix [n, n] by its inverse, half by half: [A 0; C B]⁻¹ = [A⁻¹ 0; -B⁻¹ C A⁻¹ B⁻¹]."""
+    half = len(lower) // 2
+    if half < SMALL:
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    a, b, c = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    right = torch.linalg.solve_triangular(a, c, upper=False, left=False)
+    c.copy_(torch.linalg.solve_triangular(b, right, upper=False).neg_())
+    del right
+    invert_triangle(a)
+    invert_triangle(b)

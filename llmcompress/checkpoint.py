@@ -13,6 +13,7 @@ rename, so a partial folder with a manifest and without `.state` lacks only its 
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -43,14 +44,24 @@ class Checkpoint:
         self.shards = shards
         self.fingerprint = fingerprint
         self.details: dict[str, Any] = {}
+        self._lock: int | None = None
 
     def open(self, *, overwrite: bool, details: Mapping[str, Any] | None = None) -> int:
         """Create the partial folder, or continue with the one that is there; returns the number of finished blocks.
 
         details: what a continued run must not decide anew; `self.details` are those of the run that began.
-        Raises ResumeError if the partial folder belongs to a different run, which `overwrite` starts anew, or to none.
+        The folder is locked until `close`. Raises ResumeError if the partial folder belongs to a different run, which
+        `overwrite` starts anew, or to none, or if another process is working in it.
         """
+        try:
+            return self._open(overwrite, details)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, overwrite: bool, details: Mapping[str, Any] | None) -> int:
         if self.partial.exists():
+            self._take_lock()
             begun = read_json(self.state / "run.json")
             found = begun.get("fingerprint")
             if found == self.fingerprint or self.finished():
@@ -67,9 +78,28 @@ class Checkpoint:
                 )
             shutil.rmtree(self.partial)  # another run, but one that had not finished a single block
         self.state.mkdir(parents=True)
+        self._take_lock()
         self.details = dict(details or {})
         write_json(self.state / "run.json", {"fingerprint": self.fingerprint, "details": self.details})
         return 0
+
+    def close(self) -> None:
+        """Let other processes work in the folder; the system does so too when this one ends."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        """Lock the partial folder itself: it leaves no file behind, and a killed process holds no lock."""
+        self.close()
+        self._lock = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ResumeError(
+                f"{self.partial}: another process is working in this folder; wait for it, or give another --output"
+            ) from None
 
     def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number` (from 0)."""
@@ -89,7 +119,7 @@ class Checkpoint:
         """Records of the finished blocks, in order."""
         return [read_json(self.state / f"block-{i:05d}.json") for i in range(self._finished_blocks())]
 
-    def write_index(self, metadata: Mapping[str, Any]) -> None:
+    def write_index(self) -> None:
         """model.safetensors.index.json over the shards that are there."""
         weight_map, total = {}, 0
         for number in range(self.shards):
@@ -97,7 +127,7 @@ class Checkpoint:
             for tensor, entry in safetensors_header(self.partial / name).items():
                 weight_map[tensor] = name
                 total += entry["data_offsets"][1] - entry["data_offsets"][0]
-        index = {"metadata": {"total_size": total, **metadata}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.partial / "model.safetensors.index.json", index)
 
     def finished(self) -> bool:

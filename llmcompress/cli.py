@@ -71,12 +71,14 @@ def run_command(
 def plan_command(recipe: RecipeFile, model: Model = None, set_: Set = None, as_json: Json = False) -> None:
     """Show what a recipe would do and cost, without reading a weight."""
     from llmcompress.plan import check_machine, make_plan
+    from llmcompress.proof import proof_blocks
     from llmcompress.recipe import default_output
     from llmcompress.source import open_source
 
     loaded, path = read_recipe(recipe, model, set_)
     plan = make_plan(loaded, open_source(loaded.model, revision=loaded.revision))
     check_machine(plan, default_output(loaded, path))
+    proof_blocks(plan)
     if loaded.publish:
         from llmcompress.hub import check_rights
 

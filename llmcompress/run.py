@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import cost
-from llmcompress.arch import discover, match_names, quiet_transformers, skeleton
+from llmcompress.arch import Architecture, discover, match_names, quiet_transformers, skeleton
 from llmcompress.calibrate import load_calibration
 from llmcompress.checkpoint import (
     MANIFEST,
@@ -103,13 +103,22 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     with clock.stage("calibrate"):
         progress.stage("calibrating", 1)
         data, tokenizer = load_data(plan)
+        if evaluate and recipe.evaluate:
+            check_suite(recipe, source)
     job = Job(plan, source, data, tokenizer, output, progress)
-    checkpoint = job.open(overwrite=overwrite)
-    if checkpoint.finished():
-        results = read_json(checkpoint.partial / "results.json")
+    with closing(job.open(overwrite=overwrite)) as checkpoint:
+        if checkpoint.finished():
+            results = read_json(checkpoint.partial / "results.json")
+        else:
+            results = make_folder(job, checkpoint, clock, evaluate=evaluate)
         checkpoint.complete(overwrite=overwrite)
-        publish(recipe, output, progress)
-        return results
+    publish(recipe, output, progress)
+    return results
+
+
+def make_folder(job: "Job", checkpoint: Checkpoint, clock: Clock, *, evaluate: bool) -> dict[str, Any]:
+    """Everything in DIR.partial: compressed, proved, scored and described. Returns the contents of results.json."""
+    plan, progress = job.plan, job.progress
     with clock.stage("compress"):
         job.compress(checkpoint)
     peak = peak_bytes()
@@ -117,16 +126,14 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
         progress.stage("proving that it loads", 1)
         proof = prove(plan, checkpoint.partial, checkpoint.state / "expected", job.proof_blocks)
     with clock.stage("evaluate"):
-        scores = job.scores(checkpoint.partial) if evaluate and recipe.evaluate else None
+        scores = job.scores(checkpoint.partial) if evaluate and plan.recipe.evaluate else None
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     results = collect_results(
-        Outcome(plan, checkpoint, parameters, data.record, proof, scores, clock, peak, plan.source.fetch_bytes)
+        Outcome(plan, checkpoint, parameters, job.data.record, proof, scores, clock, peak, plan.source.fetch_bytes)
     )
     write_json(checkpoint.partial / "results.json", results)
     write_json(checkpoint.partial / MANIFEST, manifest(results, checkpoint.fingerprint))
     write_report(checkpoint.partial)
-    checkpoint.complete(overwrite=overwrite)
-    publish(recipe, output, progress)
     return results
 
 
@@ -148,10 +155,13 @@ def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, Mod
     source = open_source(recipe.model, revision=recipe.revision)
     plan = make_plan(recipe, source)
     check_machine(plan, output)
+    proof_blocks(plan)
     if recipe.evaluate:
         from llmcompress.suite import load_suite
 
         load_suite(recipe.evaluate.suite)
+    if not recipe.trust_remote_code:  # its code would have to be fetched first
+        build(plan)
     if recipe.publish:
         from llmcompress.hub import check_rights
 
@@ -160,6 +170,30 @@ def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, Mod
         progress.note(text)
     progress.stage("fetching the model", max(1, source.fetch_bytes))
     return plan, source.fetch(lambda done, total: progress.advance(done))
+
+
+def build(plan: Plan) -> tuple[Any, Architecture]:
+    """The model without its weights, and what it is made of; needs no more of the source than its config.json."""
+    from transformers import AutoConfig
+
+    source, trust = plan.source, plan.recipe.trust_remote_code
+    with stock_errors(source, "transformers cannot build a model from its config.json"):
+        if source.folder is None:
+            config = AutoConfig.for_model(**source.config)
+        else:
+            config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=trust)
+        model = skeleton(config, plan.dtype, trust_remote_code=trust)
+    return model, discover(model)
+
+
+def check_suite(recipe: Recipe, source: ModelSource) -> None:
+    """The suite's data must be at hand before hours are spent on what it is to score."""
+    from llmcompress.evaluate import check_data
+    from llmcompress.suite import load_suite
+
+    assert recipe.evaluate is not None
+    assert source.folder is not None
+    check_data(load_suite(recipe.evaluate.suite), source.folder, trust_remote_code=recipe.trust_remote_code)
 
 
 def load_data(plan: Plan) -> tuple[Data, Any]:
@@ -208,15 +242,9 @@ class Job:
     def __init__(
         self, plan: Plan, source: ModelSource, data: Data, tokenizer: Any, output: Path, progress: Progress
     ) -> None:
-        from transformers import AutoConfig
-
         self.plan, self.source, self.data, self.tokenizer = plan, source, data, tokenizer
         self.output, self.progress = output, progress
-        trust = plan.recipe.trust_remote_code
-        with stock_errors(source, "transformers cannot build a model from its config.json"):
-            config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=trust)
-            self.model = skeleton(config, plan.dtype, trust_remote_code=trust)
-        self.architecture = discover(self.model)
+        self.model, self.architecture = build(plan)
         self.stored = match_names(self.model, source.tensors)
         self._check_against_plan()
         device = device_of(plan.recipe)
@@ -350,7 +378,7 @@ class Job:
                 if path.is_file() and not path.name.endswith((".safetensors", ".gguf")):
                     shutil.copyfile(path, checkpoint.partial / path.name)
         write_json(checkpoint.partial / "config.json", self._config(records))
-        checkpoint.write_index({})
+        checkpoint.write_index()
         with replacing(checkpoint.partial / "recipe.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(self.plan.recipe.plain(), sort_keys=False), encoding="utf-8")
 

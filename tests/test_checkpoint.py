@@ -29,6 +29,13 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return made
 
 
+def continued(before: Checkpoint, fingerprint: str = "f" * 64, **options) -> tuple[int, Checkpoint]:
+    """Finished blocks, and the folder as a later process sees it."""
+    before.close()
+    after = Checkpoint(before.folder, 3, fingerprint)
+    return after.open(**{"overwrite": False} | options), after
+
+
 def finish(checkpoint: Checkpoint, index: int) -> None:
     checkpoint.write_shard(index, {f"layers.{index}.weight": torch.full((2, 2), float(index))})
     checkpoint.finish_block(index, HIDDEN + index, {"block": index})
@@ -37,8 +44,8 @@ def finish(checkpoint: Checkpoint, index: int) -> None:
 def test_a_block_is_done_when_its_record_is_there(checkpoint):
     finish(checkpoint, 0)
     checkpoint.write_shard(1, {"layers.1.weight": torch.zeros(1)})
-    again = Checkpoint(checkpoint.folder, 3, "f" * 64)
-    assert again.open(overwrite=False) == 1
+    count, again = continued(checkpoint)
+    assert count == 1
     assert again.records() == [{"block": 0}]
     assert torch.equal(again.hidden(1), HIDDEN)
 
@@ -54,14 +61,14 @@ def test_records_after_a_gap_do_not_count(checkpoint):
     finish(checkpoint, 0)
     finish(checkpoint, 1)
     (checkpoint.state / "block-00000.json").unlink()
-    assert Checkpoint(checkpoint.folder, 3, "f" * 64).open(overwrite=False) == 0
+    assert continued(checkpoint)[0] == 0
 
 
 def test_another_fingerprint_is_refused(checkpoint):
     finish(checkpoint, 0)
     with pytest.raises(ResumeError, match=r"out\.partial: .*fingerprint ffffffffffff, this run is 000000000000"):
-        Checkpoint(checkpoint.folder, 3, "0" * 64).open(overwrite=False)
-    assert Checkpoint(checkpoint.folder, 3, "0" * 64).open(overwrite=True) == 0
+        continued(checkpoint, "0" * 64)
+    assert continued(checkpoint, "0" * 64, overwrite=True)[0] == 0
     assert [path.name for path in checkpoint.partial.rglob("*")] == [".state", "run.json"]
 
 
@@ -69,7 +76,7 @@ def test_index_lists_every_tensor_and_its_bytes(checkpoint):
     for index in (0, 1):
         finish(checkpoint, index)
     checkpoint.write_shard(2, {"norm": torch.ones(3, dtype=torch.bfloat16)})
-    checkpoint.write_index({})
+    checkpoint.write_index()
     index = json.loads((checkpoint.partial / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 16 + 16 + 6}
     assert index["weight_map"] == {
@@ -104,10 +111,18 @@ def test_a_partial_folder_of_somebody_else_is_never_removed(tmp_path):
 
 
 def test_details_are_those_of_the_run_that_began(tmp_path):
-    Checkpoint(tmp_path / "out", 3, "f" * 64).open(overwrite=False, details={"proof_blocks": 4})
-    continued = Checkpoint(tmp_path / "out", 3, "f" * 64)
-    continued.open(overwrite=False, details={"proof_blocks": 2})
-    assert continued.details == {"proof_blocks": 4}
+    begun = Checkpoint(tmp_path / "out", 3, "f" * 64)
+    begun.open(overwrite=False, details={"proof_blocks": 4})
+    assert continued(begun, details={"proof_blocks": 2})[1].details == {"proof_blocks": 4}
+
+
+def test_two_processes_never_work_in_one_folder(checkpoint):
+    finish(checkpoint, 0)
+    for overwrite in (False, True):
+        with pytest.raises(ResumeError, match=r"out\.partial: another process is working in this folder"):
+            Checkpoint(checkpoint.folder, 3, "f" * 64).open(overwrite=overwrite)
+    assert (checkpoint.state / "block-00000.json").exists()
+    assert continued(checkpoint)[0] == 1, "the lock goes with the process that held it"
 
 
 def test_complete_does_not_replace_a_folder_that_appeared(checkpoint):
@@ -116,9 +131,7 @@ def test_complete_does_not_replace_a_folder_that_appeared(checkpoint):
     with pytest.raises(ResumeError, match="appeared while the run was going"):
         checkpoint.complete(overwrite=False)
     assert list(checkpoint.folder.iterdir()) == []
-    assert Checkpoint(checkpoint.folder, 3, "f" * 64).open(overwrite=False) == 1, (
-        "the run can be completed under this name later"
-    )
+    assert continued(checkpoint)[0] == 1, "the run can be completed under this name later"
 
 
 # single files

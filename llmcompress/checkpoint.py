@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.errors import ResumeError
+from llmcompress.files import read_json, replacing, write_json
 
 STATE = ".state"
 MANIFEST = "llmcompress.json"
@@ -66,6 +67,8 @@ class Checkpoint:
             found = begun.get("fingerprint")
             if found == self.fingerprint or self.finished():
                 self.details = begun.get("details", {})
+                for unfinished in self.partial.rglob(".*.tmp"):
+                    unfinished.unlink()
                 return self._finished_blocks()
             stranger = found is None and any(path.name != STATE for path in self.partial.iterdir())
             if stranger and not (self.partial / MANIFEST).is_file():
@@ -174,20 +177,6 @@ def partial_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, synced and renamed to it at the end; removed when something fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
 def full_disk_explained(folder: Path) -> Iterator[None]:
     """Say what to do when the disk fills up while `folder` is being written."""
     try:
@@ -213,21 +202,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(path)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """A JSON file, complete or absent."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file or it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

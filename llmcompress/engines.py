@@ -7,6 +7,7 @@ from typing import Any
 VLLM_SYMMETRIC_BITS = (2, 3, 4, 8)
 VLLM_ASYMMETRIC_BITS = (4, 8)
 VLLM_GROUPS = (-1, 32, 64, 128)
+VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix each in its models
 GGUF_BITS = (2, 4, 8)
 
 
@@ -26,7 +27,10 @@ def verdicts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         plain = "plain weights, as any engine that knows the architecture reads them"
         return [asdict(Verdict(engine, True, plain)) for engine in ("transformers", "vLLM", "GGUF converters")]
     grids = [group["weights"] for group in quantization["config_groups"].values()]
-    return [asdict(verdict(grids)) for verdict in (transformers_verdict, vllm_verdict, gguf_verdict)]
+    vllm = vllm_verdict(grids)
+    if vllm.loads and (unlike := unlike_partners(quantization)):
+        vllm = Verdict("vLLM", False, unlike)
+    return [asdict(verdict) for verdict in (transformers_verdict(grids), vllm, gguf_verdict(grids))]
 
 
 def transformers_verdict(grids: list[dict[str, Any]]) -> Verdict:
@@ -52,6 +56,21 @@ def vllm_verdict(grids: list[dict[str, Any]]) -> Verdict:
         if group not in VLLM_GROUPS:
             return Verdict("vLLM", False, f"groups of {group} have no kernel there")
     return Verdict("vLLM", True, "through its compressed-tensors loader (weight-only integer kernels)")
+
+
+def unlike_partners(quantization: Mapping[str, Any]) -> str | None:
+    """Linears that vLLM fuses into one, and that are not all compressed alike here; None if there are none."""
+    scheme = dict.fromkeys(quantization.get("ignore", []), "none")
+    for name, group in quantization["config_groups"].items():
+        scheme |= {target: name for target in group.get("targets", []) if "." in target}
+    for module in scheme:
+        parent, _, leaf = module.rpartition(".")
+        partners = next((names for names in VLLM_FUSED if leaf in names), ())
+        found = {name: scheme.get(f"{parent}.{name}", "the common one") for name in partners}
+        if len(set(found.values())) > 1:
+            schemes = ", ".join(f"{name}: {found[name]}" for name in partners)
+            return f"it fuses {', '.join(partners)}, which need one scheme; in {parent} they have {schemes}"
+    return None
 
 
 def gguf_verdict(grids: list[dict[str, Any]]) -> Verdict:

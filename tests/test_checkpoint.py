@@ -10,13 +10,11 @@ from safetensors.torch import load_file
 from llmcompress.checkpoint import (
     Checkpoint,
     partial_folder,
-    read_json,
-    replacing,
     safetensors_header,
-    write_json,
     write_tensors,
 )
 from llmcompress.errors import ResumeError
+from llmcompress.files import read_json, replacing, write_json
 
 HIDDEN = torch.arange(6, dtype=torch.bfloat16).view(1, 2, 3)
 

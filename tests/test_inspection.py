@@ -152,3 +152,28 @@ def test_engines_say_whether_and_why(grids, expected):
     for engine, words in expected.items():
         assert found[engine]["loads"] is not words.startswith("no: ")
         assert words.removeprefix("no: ") in found[engine]["why"]
+
+
+def fused_config(targets: dict[str, list[str]], ignore: list[str]) -> dict[str, Any]:
+    """config.json with 4-bit groups for these targets."""
+    grid = {"num_bits": 4, "group_size": 64, "symmetric": True}
+    groups = {name: {"weights": grid, "targets": names} for name, names in targets.items()}
+    return {"quantization_config": {"config_groups": groups, "ignore": ignore}}
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "loads"),
+    [
+        ({"group_0": ["Linear"]}, ["lm_head", "layers.0.mlp.down_proj"], True),
+        ({"group_0": ["Linear"]}, ["layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"], True),
+        ({"group_0": ["Linear"]}, ["layers.0.mlp.gate_proj"], False),
+        ({"group_0": ["Linear"]}, ["layers.3.self_attn.v_proj"], False),
+        ({"group_0": ["layers.0.attn.q_proj", "layers.0.attn.k_proj", "layers.0.attn.v_proj"]}, [], True),
+        ({"group_0": ["layers.0.attn.q_proj"], "group_1": ["layers.0.attn.k_proj", "layers.0.attn.v_proj"]}, [], False),
+    ],
+    ids=["others kept", "both kept", "gate kept", "value kept", "one group", "two groups"],
+)
+def test_vllm_needs_one_scheme_for_what_it_fuses(targets, ignore, loads):
+    row = next(row for row in verdicts(fused_config(targets, ignore)) if row["engine"] == "vLLM")
+    assert row["loads"] is loads
+    assert loads or "it fuses" in row["why"]

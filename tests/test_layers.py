@@ -17,13 +17,13 @@ PACKAGE = Path(llmcompress.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = [  # a module imports from its own layer and from those above it in this list
-    "errors options catalog engines progress quiet reload",
+    "errors files options catalog engines progress quiet reload",
     "grid stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats",
     "source gguf_source hub_source text calibrate arch fused stream checkpoint",
     "recipe",
     "plan cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
-    "compress results run tables",
+    "compress results job run tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -22,17 +22,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from llmcompress.errors import FormatError
-from llmcompress.report import (
-    Axis,
-    environment,
-    markdown,
-    model_card,
-    printable,
-    report_page,
-    show,
-    summary_table,
-    write_report,
-)
+from llmcompress.report import summary_table, write_report
+from llmcompress.report.documents import environment, model_card, report_page
+from llmcompress.report.figures import markdown, printable, show
+from llmcompress.report.plots import Axis
 
 RECIPE = """\
 model: smollm2-135m
@@ -104,6 +97,7 @@ def sample_scores(rng: random.Random) -> dict[str, Any]:
     return {
         "suite": {"name": "quick", "version": 1},
         "dtype": "float32",
+        "task_dtype": "bfloat16",
         "seconds": 402.7,
         "perplexity": [
             {
@@ -675,7 +669,7 @@ def test_write_report_writes_two_files_and_the_same_bytes_again(folder):
 
 def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):
     (folder / "README.md").write_text("old")
-    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.fsync", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(folder)
     assert (folder / "README.md").read_text() == "old"

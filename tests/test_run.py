@@ -13,6 +13,7 @@ from conftest import ARCHITECTURES, write_tiny
 from safetensors.torch import load_file, save_file
 from tiny_runs import digests, logits, proof_inside, recipe, reloaded, tensors, values, write_text
 
+from llmcompress import job as job_module
 from llmcompress import run as run_module
 from llmcompress.checkpoint import partial_folder
 from llmcompress.errors import FormatError, PlanError
@@ -338,17 +339,22 @@ def test_no_more_than_one_block_is_in_memory(text, tmp_path, monkeypatch):
     assert loaded == [[0], [1], [2], [3]]
 
 
-def test_a_result_that_does_not_load_as_decided_never_gets_its_name(tiny_folders, text, tmp_path, monkeypatch):
+def damage_before_proof(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one packed weight changes between writing and proving."""
     prove = run_module.prove
 
     def damaged(plan: Any, folder: Path, *args: Any) -> dict[str, Any]:
-        path = folder / "model-00001-of-00003.safetensors"
+        path = folder / f"model-{block + 1:05d}-of-00003.safetensors"
         stored = load_file(path)
-        stored["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 1
+        stored[f"model.layers.{block}.mlp.up_proj.weight_packed"][0, 0] ^= 1
         save_file(stored, path, {"format": "pt"})
         return prove(plan, folder, *args)
 
     monkeypatch.setattr(run_module, "prove", damaged)
+
+
+def test_a_result_that_does_not_load_as_decided_never_gets_its_name(tiny_folders, text, tmp_path, monkeypatch):
+    damage_before_proof(0, monkeypatch)
     with proof_inside(monkeypatch), pytest.raises(FormatError, match=r"1 weights differ.*layers\.0\.mlp\.up_proj"):
         run(recipe(tiny_folders("llama"), text, RTN), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -356,21 +362,12 @@ def test_a_result_that_does_not_load_as_decided_never_gets_its_name(tiny_folders
 
 def test_proof_with_fewer_blocks_than_the_model_has(tiny_folders, text, tmp_path, monkeypatch):
     """As for a model larger than memory; a damaged later block is found although the model was cut before it."""
-    monkeypatch.setattr(run_module, "proof_blocks", lambda plan: 1)
+    monkeypatch.setattr(job_module, "proof_blocks", lambda plan: 1)
     whole = recipe(tiny_folders("gemma3_text"), text, {"method": "gptq", "group_size": 32, "symmetric": False})
     with proof_inside(monkeypatch):
         proof = run(whole, tmp_path / "out")["proof"]
     assert (proof["blocks"], proof["weights"], proof["relative_rms"]) == (1, 14, 0.0)
-    prove = run_module.prove
-
-    def damaged(plan: Any, folder: Path, *args: Any) -> dict[str, Any]:
-        path = folder / "model-00002-of-00003.safetensors"
-        stored = load_file(path)
-        stored["model.layers.1.mlp.up_proj.weight_packed"][0, 0] ^= 1
-        save_file(stored, path, {"format": "pt"})
-        return prove(plan, folder, *args)
-
-    monkeypatch.setattr(run_module, "prove", damaged)
+    damage_before_proof(1, monkeypatch)
     with proof_inside(monkeypatch), pytest.raises(FormatError, match=r"1 weights differ.*layers\.1\.mlp\.up_proj"):
         run(whole, tmp_path / "again")
 

@@ -1,0 +1,94 @@
+"""From a model to its `Architecture`: what was found on a tiny copy, with the row maps of the full sizes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmcompress.arch.links import Heads, Link
+from llmcompress.arch.modules import Linear, Module, block_linears, find_blocks, quiet_transformers
+from llmcompress.arch.probe import FoundLink, Probe
+from llmcompress.errors import FormatError, PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One decoder block, and where the blocks are."""
+
+    blocks: str  # path of the blocks' ModuleList
+    count: int
+    linears: dict[str, Linear]  # by module name below the block
+    shared: tuple[tuple[str, ...], ...]  # linears that get the same input, each linear exactly once
+    links: tuple[Link, ...]
+
+    def block(self, index: int) -> str:
+        """Module path of a block."""
+        return f"{self.blocks}.{index}"
+
+
+def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Module:
+    """The model of `config` with its parameters on the meta device and its buffers real; costs no weight memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False), quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # moving parameters to the meta device one by one has untied them
+    return model.eval()
+
+
+def match_names(model: Module, stored: Iterable[str]) -> dict[str, list[str]]:
+    """Where each parameter of the model is in a checkpoint: parameter name -> the tensors that make it.
+
+    Nearly always one tensor of the same name. Older checkpoints leave out the prefix of the base model, and
+    transformers fuses some parameters (experts) from several tensors, see `fused.py`. Raises FormatError if a
+    parameter has no tensor.
+    """
+    from llmcompress.fused import fused_sources
+
+    available, prefix = set(stored), f"{model.base_model_prefix}."
+    names: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        found = [n for n in (name, name.removeprefix(prefix), prefix + name) if n in available]
+        names[name] = found[:1]
+    if not all(names.values()):
+        fused = fused_sources(model, available)
+        names |= {name: fused.get(name, []) for name, found in names.items() if not found}
+    missing = [name for name, found in names.items() if not found]
+    if missing:
+        raise FormatError(
+            f"the checkpoint lacks {len(missing)} of the model's {len(names)} tensors, such as {missing[0]}; "
+            "is it complete, and of the architecture that its config.json names?"
+        )
+    return names
+
+
+def discover(model: Module) -> Architecture:
+    """The architecture of `model` (a skeleton will do). Raises PlanError where blocks are unlike."""
+    path, blocks = find_blocks(model)
+    linears = block_linears(blocks[0])
+    for index, block in enumerate(blocks):
+        if block_linears(block) != linears:
+            raise PlanError(
+                f"{path}.{index} has other linears than {path}.0; models with unlike blocks are not supported"
+            )
+    probe = Probe.of(model.config)
+    if set(probe.linears) != set(linears):
+        raise PlanError(f"{type(model).__name__}: a small copy of the model has other linears than the model itself")
+    links = [link for found in probe.links() if (link := lift(found, blocks[0], linears, Heads.of(model.config)))]
+    return Architecture(path, len(blocks), linears, probe.shared(), tuple(links))
+
+
+def lift(found: FoundLink, block: Module, linears: dict[str, Linear], heads: Heads) -> Link:
+    """A link that was found on the tiny model, with the row map of the full one."""
+    columns = linears[found.consumers[0]].in_features
+    producer = linears.get(found.producer)
+    rows = producer.out_features if producer else len(block.get_submodule(found.producer).weight)
+    index = found.row_map(rows, columns, heads)
+    if index is None:
+        raise PlanError(
+            f"{found.producer} -> {', '.join(found.consumers)}: the link was found on a small copy of the model, but "
+            f"{rows} rows do not match {columns} columns with {heads}"
+        )
+    return Link(found.producer, found.consumers, index, found.offset)

@@ -1,0 +1,314 @@
+"""One run whose plan, model and data are at hand: blocks through the compressor, and every file of the folder.
+
+embedding -> block 0 -> block 1 -> ... -> what is outside the blocks -> what the reload must reproduce -> small files
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress import cost
+from llmcompress.arch import Architecture, discover, match_names, skeleton
+from llmcompress.checkpoint import (
+    Checkpoint,
+    read_tensors,
+    write_tensors,
+)
+from llmcompress.compress import BlockCompressor, BlockResult
+from llmcompress.errors import LLMCompressError, PlanError, SourceError
+from llmcompress.files import read_json, write_json, write_text
+from llmcompress.fused import fuse
+from llmcompress.plan import Plan, device_of
+from llmcompress.progress import Progress, staged
+from llmcompress.proof import positions, proof_blocks, write_expected
+from llmcompress.results import PACKAGES, peak_bytes, version
+from llmcompress.source import ModelSource
+from llmcompress.stream import StreamedModel, stream_blocks
+
+COMPUTING = PACKAGES[:5]  # those whose version can change the bytes of a result
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Tokens that go through the blocks, [samples, length] int64, and where they are from."""
+
+    tokens: Tensor
+    record: dict[str, Any] | None  # None: random tokens, which only prove the result
+
+
+def build(plan: Plan) -> tuple[Any, Architecture]:
+    """The model without its weights, and what it is made of; needs no more of the source than its config.json."""
+    from transformers import AutoConfig
+
+    source, trust = plan.source, plan.recipe.trust_remote_code
+    with stock_errors(source, "transformers cannot build a model from its config.json"):
+        if source.folder is None:
+            config = AutoConfig.for_model(**source.config)
+        else:
+            config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=trust)
+        model = skeleton(config, plan.dtype, trust_remote_code=trust)
+    return model, discover(model)
+
+
+@contextmanager
+def stock_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Say in one message what transformers makes of files that somebody else wrote."""
+    try:
+        yield
+    except LLMCompressError:
+        raise
+    except Exception as exc:  # it raises whatever its many loaders happen to: the cause is kept and shown
+        raise SourceError(
+            f"{source.name}: {what}: {' '.join(str(exc).split())[:300] or type(exc).__name__}; check the files in "
+            f"{source.folder}, or fetch the model again"
+        ) from exc
+
+
+class Job:
+    """One run whose plan, model and data are at hand."""
+
+    def __init__(
+        self, plan: Plan, source: ModelSource, data: Data, tokenizer: Any, output: Path, progress: Progress
+    ) -> None:
+        self.plan, self.source, self.data, self.tokenizer = plan, source, data, tokenizer
+        self.output, self.progress = output, progress
+        self.model, self.architecture = build(plan)
+        self.stored = match_names(self.model, source.tensors)
+        self._check_against_plan()
+        device = device_of(plan.recipe)
+        self.stream = StreamedModel(self.model, self.architecture, self._read, dtype=plan.dtype, device=device)
+        self.outside = self._outside_shards()
+        self.proof_blocks = proof_blocks(plan)
+
+    def open(self, *, overwrite: bool) -> Checkpoint:
+        """The folder that is being written."""
+        checkpoint = Checkpoint(self.output, self.plan.count + len(self.outside), self.fingerprint())
+        checkpoint.open(overwrite=overwrite, details={"proof_blocks": self.proof_blocks})
+        self.proof_blocks = checkpoint.details.get("proof_blocks", self.proof_blocks)  # free memory may have changed
+        return checkpoint
+
+    def fingerprint(self) -> str:
+        """sha256 over all that decides the bytes of the result: model, tokens, recipe and versions."""
+        recipe = self.plan.recipe.plain()
+        for key in ("evaluate", "publish", "max_memory"):
+            recipe.pop(key, None)
+        parts = {
+            "model": self.source.fingerprint,
+            "recipe": recipe,
+            "format": self.plan.format_name,
+            "device": self.plan.device.type,
+            "tokens": hashlib.sha256(self.data.tokens.numpy().tobytes()).hexdigest(),
+            "versions": {name: version(name) for name in COMPUTING},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def compress(self, checkpoint: Checkpoint) -> None:
+        """All blocks, then all else."""
+        done = len(checkpoint.records())
+        self.progress.stage("compressing", self.plan.count)
+        compressor = BlockCompressor(self.plan, self.architecture, self.stored)
+        if done:
+            self.progress.note(f"continuing after block {done - 1}")
+            self.stream.prepare(self.data.tokens)
+            hidden = checkpoint.hidden(done)
+        else:
+            hidden = self.stream.embed(self.data.tokens)
+        pending: tuple[int, BlockResult] | None = None
+        self.lap = time.monotonic()
+        for block in stream_blocks(self.stream, hidden, done):
+            if pending:  # its outputs are in `hidden` only now that the stream has replayed it
+                self._finish(checkpoint, hidden, *pending)
+            self.progress.advance(block.index, block.name)
+            result = compressor(block)
+            self._write_block(checkpoint, block.index, result)
+            pending = (block.index, result)
+        if pending:
+            self._finish(checkpoint, hidden, *pending)
+        self.progress.advance(self.plan.count)
+        self._write_outside(checkpoint)
+        records = checkpoint.records()
+        self._write_expected(checkpoint, records)
+        self._write_small_files(checkpoint, records)
+
+    def _finish(self, checkpoint: Checkpoint, hidden: Tensor, index: int, result: BlockResult) -> None:
+        start, self.lap = self.lap, time.monotonic()
+        record = {
+            "layers": result.layers,
+            "notes": result.notes,
+            "digests": result.digests,
+            "seconds": self.lap - start,
+            "peak_bytes": peak_bytes(),
+        }
+        if index == self.proof_blocks - 1:
+            write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden[: cost.PROOF_SAMPLES].clone()})
+        checkpoint.finish_block(index, hidden, record)
+
+    def _write_block(self, checkpoint: Checkpoint, index: int, result: BlockResult) -> None:
+        """The block's shard: packed linears, and everything else of the block as it is now."""
+        module, name = self.stream.blocks[index], self.architecture.block(index)
+        done = {row["name"] + ".weight" for row in result.layers}
+        tensors = dict(result.tensors)
+        for parameter, value in module.named_parameters():
+            sources = self.stored[f"{name}.{parameter}"]
+            if (
+                len(sources) == 1
+                and sources[0] not in done
+                and tuple(value.shape) == self.source.tensors[sources[0]].shape
+            ):
+                tensors[sources[0]] = value.to(self.plan.dtype)
+                done.add(sources[0])
+        rest = [info.name for info in self.plan.tensors_of(index) if info.name not in done]
+        checkpoint.write_shard(index, tensors | self._as_stored(rest))
+
+    def _write_outside(self, checkpoint: Checkpoint) -> None:
+        """Shards of the tensors outside the blocks, one at a time."""
+        for number, names in enumerate(self.outside, self.plan.count):
+            checkpoint.write_shard(number, self._as_stored(names))
+
+    def _as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the checkpoint: parameters in the recipe's dtype, others (old buffers) untouched."""
+        parameters = {tensor for sources in self.stored.values() for tensor in sources}
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            dtype = self.plan.dtype if name in parameters else TORCH_DTYPES.get(self.source.tensors[name].dtype)
+            tensors |= self.source.load([name], dtype=dtype or torch.float32)
+        return tensors
+
+    def _outside_shards(self) -> list[list[str]]:
+        """Names of the tensors outside the blocks, in shards of at most a gibibyte or one tensor."""
+        shards: list[list[str]] = []
+        size = 0
+        for info in self.plan.tensors_of(None):
+            if not shards or size + info.bytes > 2**30:
+                shards.append([])
+                size = 0
+            shards[-1].append(info.name)
+            size += info.bytes
+        return shards
+
+    def _write_expected(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
+        """Logits that the reloaded model must reproduce, with its first `proof_blocks` blocks."""
+        hidden = read_tensors(checkpoint.state / "proof.safetensors")["hidden"]
+        at = positions(hidden.shape[1])
+        logits = torch.cat([self.stream.logits(row[None])[:, at] for row in hidden])
+        digests = {name: value for record in records for name, value in record["digests"].items()}
+        tokens = self.data.tokens[: len(hidden)]
+        write_expected(checkpoint.state / "expected", tokens, at, logits, digests, self.architecture.blocks)
+
+    def _write_small_files(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
+        """Config, index, tokenizer and recipe."""
+        import yaml
+
+        folder = self.source.folder
+        code = ("*.py",) if self.plan.recipe.trust_remote_code else ()
+        for pattern in TOKENIZER_FILES + code:
+            for path in sorted(folder.glob(pattern)) if folder else ():
+                if path.is_file() and not path.name.endswith((".safetensors", ".gguf")):
+                    shutil.copyfile(path, checkpoint.partial / path.name)
+        write_json(checkpoint.partial / "config.json", self._config(records))
+        checkpoint.write_index()
+        write_text(checkpoint.partial / "recipe.yaml", yaml.safe_dump(self.plan.recipe.plain(), sort_keys=False))
+
+    def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """The model's config.json with its new dtype and, for packed formats, the quantization block."""
+        config = read_json(self.source.folder / "config.json") if self.source.folder else {}
+        config.pop("torch_dtype", None)
+        config["dtype"] = self.plan.recipe.dtype
+        rows = [row["name"] for record in records for row in record["layers"]]
+        module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
+        methods = {alias: s.method for name in rows if (s := self.plan.step_of(name)) for alias in {name, module[name]}}
+        quantization = self.plan.format.config(methods, self._ignored(set(rows)))
+        return config | ({"quantization_config": quantization} if quantization else {})
+
+    def _ignored(self, compressed: set[str]) -> list[str]:
+        """All linears that stay as they are, the output head included.
+
+        By the names that engines match them with: the module's (transformers), the checkpoint's (vLLM).
+        """
+        names = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                stored = self.stored.get(f"{name}.weight", [f"{name}.weight"])[0].removesuffix(".weight")
+                names += [] if stored in compressed else [stored] if stored == name else [name, stored]
+        return names
+
+    def scores(self, folder: Path) -> dict[str, Any]:
+        """The recipe's suite on the reloaded result and on the base model."""
+        from llmcompress.evaluate import evaluate
+        from llmcompress.suite import load_suite
+
+        assert self.plan.recipe.evaluate is not None
+        suite = load_suite(self.plan.recipe.evaluate.suite)
+        return evaluate(
+            folder,
+            suite,
+            base=self.source.folder,
+            base_fingerprint=self.source.fingerprint,
+            device=str(self.plan.device),
+            trust_remote_code=self.plan.recipe.trust_remote_code,
+            progress=staged(self.progress),
+        )
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters by their names in the model."""
+        sources = {name: self.stored[name] for name in names}
+        tensors = self.source.load({t for found in sources.values() for t in found}, dtype=self.plan.dtype)
+        shapes = {name: tuple(self.model.get_parameter(name).shape) for name in sources}
+        return {
+            name: tensors[found[0]]
+            if tuple(tensors[found[0]].shape) == shapes[name]
+            else fuse(self.model, name, {tensor: tensors[tensor] for tensor in found})
+            for name, found in sources.items()
+        }
+
+    def _check_against_plan(self) -> None:
+        """The plan saw names and shapes; the modules must agree, or something would be skipped."""
+        kept = self.plan.kept
+        planned = {linear.name: linear.shape for linear in self.plan.linears if linear.step is not None}
+        found: dict[str, tuple[int, int]] = {}
+        for index in range(self.architecture.count):
+            for name, linear in self.architecture.linears.items():
+                stored = self.stored[f"{self.architecture.block(index)}.{name}.weight"][0].removesuffix(".weight")
+                found |= {} if stored in kept else {stored: (linear.out_features, linear.in_features)}
+        transposed = any(linear.transposed for linear in self.architecture.linears.values())
+        if planned != found or transposed != self.plan.transposed:
+            odd = sorted(set(planned.items()) ^ set(found.items()))[:3]
+            raise PlanError(
+                f"{self.source.name}: the model's linears are not the matrices of its checkpoint (such as {odd}); "
+                f"{type(self.model).__name__} is not supported"
+            )

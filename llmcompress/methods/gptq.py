@@ -12,6 +12,7 @@ Two choices differ from the paper, both so that stock engines can use the file a
 * Ranges are searched under the weight of diag(G) instead of taken from the extremes, which small models need.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -59,48 +60,59 @@ class GPTQ(IntMethod):
                 search=self.range == "search",
                 importance=diagonal,
             )
-            codes = sweep(alive, grid, order, factor)
+            codes = Sweep.codes_of(alive, grid, order, factor)
             parts.append(CompressedWeight.on_grid(codes, grid))
         return CompressedWeight.join(parts)
 
 
-def sweep(weight: Tensor, grid: IntGrid, order: Tensor, factor: Tensor) -> Tensor:
-    """The codes [out, in] uint8 of algorithm 1, columns taken in `order` [in]; factor: see `reversed_factor`.
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Algorithm 1 on some rows of a weight, columns in `order`.
 
     Works on the transpose, so that a column of the weight is one contiguous row. Columns are halved again and again:
     the left half is done, one product moves its errors into the right half, then that is done; so almost all of the
     work is in large products.
     """
-    scale, zero = (t.float().T.contiguous() for t in (grid.scale, grid.zero))  # [groups, out]
-    groups = (order // grid.group).tolist()
-    w = weight.T.contiguous()[order]  # [in, out]; a column that is done holds its error e
-    top = 2**grid.bits - 1
-    codes = torch.empty_like(w, dtype=torch.uint8)
-    n = len(w)
 
-    def upper(rows: slice, columns: slice) -> Tensor:
-        """A part of U, out of the reversed factor."""
-        part = factor[n - rows.stop : n - rows.start, n - columns.stop : n - columns.start]
-        return part.flip(0, 1)
+    w: Tensor  # [in, out] float32, in order; a column that is done holds its error e
+    codes: Tensor  # [in, out] uint8, in order
+    factor: Tensor  # [in, in]: see `reversed_factor`
+    scale: Tensor  # [groups, out] float32
+    zero: Tensor  # [groups, out] float32
+    groups: list[int]  # of each column, in order
+    top: int  # largest code
 
-    def settle(here: slice) -> None:
-        if here.stop - here.start > LEAF:
-            middle = (here.start + here.stop) // 2
-            left, right = slice(here.start, middle), slice(middle, here.stop)
-            settle(left)
-            w[right].addmm_(upper(left, right).T, w[left], alpha=-1)
-            settle(right)
+    @classmethod
+    def codes_of(cls, weight: Tensor, grid: IntGrid, order: Tensor, factor: Tensor) -> Tensor:
+        """The codes [out, in] uint8 of weight [out, in] float32."""
+        w = weight.T.contiguous()[order]
+        scale, zero = (t.float().T.contiguous() for t in (grid.scale, grid.zero))
+        codes = torch.empty_like(w, dtype=torch.uint8)
+        groups = (order // grid.group).tolist()
+        cls(w, codes, factor, scale, zero, groups, 2**grid.bits - 1).settle(0, len(w))
+        return codes[order.argsort()].T.contiguous()
+
+    def settle(self, start: int, stop: int) -> None:
+        """Fix the codes of these columns; nothing outside them changes."""
+        w = self.w
+        if stop - start > LEAF:
+            middle = (start + stop) // 2
+            self.settle(start, middle)
+            w[middle:stop].addmm_(self.upper(slice(start, middle), slice(middle, stop)).T, w[start:middle], alpha=-1)
+            self.settle(middle, stop)
             return
-        u = upper(here, here)
-        for i, j in enumerate(range(here.start, here.stop)):
-            column, step, middle = w[j], scale[groups[j]], zero[groups[j]]
-            code = (column / step).round_().add_(middle).clamp_(0, top)
-            codes[j] = code
-            column.sub_(code.sub_(middle).mul_(step)).div_(u[i, i])
-            w[j + 1 : here.stop].addr_(u[i, i + 1 :], column, alpha=-1)
+        u = self.upper(slice(start, stop), slice(start, stop))
+        for i, j in enumerate(range(start, stop)):
+            column, scale, zero = w[j], self.scale[self.groups[j]], self.zero[self.groups[j]]
+            code = (column / scale).round_().add_(zero).clamp_(0, self.top)
+            self.codes[j] = code
+            column.sub_(code.sub_(zero).mul_(scale)).div_(u[i, i])
+            w[j + 1 : stop].addr_(u[i, i + 1 :], column, alpha=-1)
 
-    settle(slice(0, n))
-    return codes[order.argsort()].T.contiguous()
+    def upper(self, rows: slice, columns: slice) -> Tensor:
+        """A part of U, out of the reversed factor."""
+        n = len(self.w)
+        return self.factor[n - rows.stop : n - rows.start, n - columns.stop : n - columns.start].flip(0, 1)
 
 
 def reversed_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:

@@ -14,6 +14,7 @@ from llmcompress.grid import IntGrid
 from llmcompress.stats import bfloat16_products
 
 PRODUCT = 1 << 24  # elements of a temporary product
+PANEL = 2048  # columns of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,10 @@ def relative_error(weight: Tensor, values: Tensor, gram: Tensor | None = None) -
 
 def quadratic(x: Tensor, gram: Tensor) -> Tensor:
     """tr(x G xᵀ) for x [rows, n] and G [n, n] symmetric: the mean squared output of x as a layer."""
-    total = torch.zeros((), device=x.device)
-    for rows in x.split(max(1, PRODUCT // len(gram))):
-        total += (rows @ gram).mul_(rows).sum()
+    total, n = torch.zeros((), device=x.device), len(gram)
+    for rows in x.split(max(1, PRODUCT // n)):
+        for start in range(0, n, PANEL):  # what is right of a diagonal block counts twice, what is left of it not
+            here, right = slice(start, start + PANEL), slice(start + PANEL, n)
+            total += (rows[:, here] @ gram[here, here]).mul_(rows[:, here]).sum()
+            total += 2 * (rows[:, here] @ gram[here, right]).mul_(rows[:, right]).sum()
     return total

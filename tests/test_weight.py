@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmcompress import weight as weight_module
 from llmcompress.grid import fit_range
 from llmcompress.weight import CompressedWeight, relative_error
 
@@ -87,3 +88,13 @@ def test_relative_error_compares_stored_values_with_a_float32_weight():
     half = v.to(torch.bfloat16)
     expected = ((w - half.double()) @ x.T).norm() / (w @ x.T).norm()
     assert relative_error(w.float(), half, (x.T @ x).float()) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("panel", [5, 64, 4096])
+def test_relative_error_does_not_depend_on_how_its_products_are_cut(panel, monkeypatch):
+    monkeypatch.setattr(weight_module, "PANEL", panel)
+    monkeypatch.setattr(weight_module, "PRODUCT", 7 * 64)
+    w, values, x = (torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (20, 20, 300))
+    gram = x.T @ x / 300
+    exact = ((values - w).double() @ x.T.double()).norm() / (w.double() @ x.T.double()).norm()
+    assert relative_error(w, values, gram) == pytest.approx(float(exact), rel=4 * torch.finfo(torch.bfloat16).eps)

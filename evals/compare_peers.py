@@ -38,7 +38,6 @@ import os
 import platform
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -49,63 +48,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from peer_environment import peer_environment
+from peer_table import SIDES, Run, table
+
 ROOT = Path(__file__).resolve().parents[1]
-PEER = "llmcompressor==0.14.0.1"
-# torch goes first and alone, so that a machine on which it is no CPU build is refused before gigabytes are fetched;
-# the other two are the newest that the peer's wheel allows.
-PEER_TORCH = "torch==2.13.0"
-PEER_PINS = ["transformers==5.17.0", "compressed-tensors==0.19.0"]
 METHODS = ("rtn", "gptq", "awq")
 ROWS = {f"{method}-{grid}": (method, grid == "sym") for method in METHODS for grid in ("sym", "asym")}
-DEFAULT_ROWS = ["rtn-sym", "rtn-asym", "gptq-sym", "awq-asym"]
-SIDES = ("peer", "ours")
+DEFAULT_ROWS = ["rtn-sym", "rtn-asym", "gptq-sym", "awq-sym", "awq-asym"]
 GROUP_SIZE = 64
 LENGTH = 512
-
-PEER_DRIVER = '''"""One run of llm-compressor: job.json in, a folder and measured.json out."""
-import time
-
-START = time.perf_counter()
-
-import json
-import sys
-
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.transform.awq import AWQModifier
-from llmcompressor.pipelines.cache import IntermediatesCache
-from safetensors.torch import load_file
-
-IMPORTED = time.perf_counter()
-job = json.load(open(sys.argv[1]))
-weights = dict(num_bits=4, type="int", symmetric=job["symmetric"], strategy="group", group_size=job["group_size"])
-scheme = dict(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
-IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None   # needs an accelerator; there is none to copy to
-recipes = {
-    "rtn": lambda: [QuantizationModifier(**scheme)],
-    "gptq": lambda: [GPTQModifier(**scheme)],
-    "awq": lambda: [AWQModifier(), QuantizationModifier(**scheme)],
-}
-data = {}
-if job["method"] != "rtn":
-    rows = load_file(job["tokens"])["tokens"].tolist()
-    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
-    data = dict(dataset=dataset, num_calibration_samples=len(rows), max_seq_length=len(rows[0]))
-oneshot(model=job["model"], recipe=recipes[job["method"]](), output_dir=job["output"], **data)
-done = time.perf_counter()
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-json.dump({"work_seconds": done - IMPORTED, "peak_bytes": peak * 1024}, open(job["measured"], "w"))
-'''
-
-PEER_VERSIONS = """
-import json
-from importlib.metadata import version
-import torch
-names = ["llmcompressor", "torch", "transformers", "compressed-tensors"]
-print(json.dumps({"cuda": torch.version.cuda, **{name: version(name) for name in names}}))
-"""
 
 
 @dataclass(frozen=True)
@@ -118,22 +69,6 @@ class Case:
     samples: dict[str, int]  # calibration windows by method
     scratch: Path  # outputs and logs
     timeout: float  # seconds per run
-
-
-@dataclass
-class Run:
-    """One process of one side."""
-
-    row: str
-    side: str
-    status: str  # "done", "stopped after 3000 s" or "failed: ..."
-    seconds: float  # whole process, the proof of loading taken out
-    load_average: float  # 1-minute load of the machine just before the start
-    work_seconds: float | None = None  # without interpreter start and imports
-    proof_seconds: float | None = None  # ours only; not in `seconds`
-    peak_bytes: int | None = None
-    folder_bytes: int | None = None
-    perplexity: float | None = None  # of the first run of a row and side
 
 
 def main() -> int:
@@ -152,8 +87,9 @@ def main() -> int:
         "versions": {"ours": our_versions(), "peer": peer_versions},
         "dense": dense,
         "dtype": args.dtype,
-        "samples": case.samples,
+        "samples": {row: case.samples[ROWS[row][0]] for row in args.rows},
         "windows": args.windows,
+        "repeats": args.repeats,
         "runs": [],
     }
     runs: list[Run] = []
@@ -171,7 +107,7 @@ def main() -> int:
                 say(f"{row} {side}: {run.status}, {run.seconds:.0f} s")
                 if args.json:
                     args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report, runs, args))
+    print(table(report, runs))
     return int(any(run.status.startswith("failed") for run in runs))
 
 
@@ -193,46 +129,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--only-setup", action="store_true", help="make the peer's environment and stop")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     return parser
-
-
-# ---- the peer's environment ----------------------------------------------------------------------------------------
-
-
-def peer_environment(cache: Path, pip_args: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Python of the peer's own virtual environment, made on first use, and the versions in it."""
-    folder = cache / PEER.replace("==", "-")
-    python = folder / "bin" / "python"
-    ready = folder / "complete"
-    if not ready.exists():
-        say(f"making {folder}")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        refuse_cuda(python, pip_args)
-        pip(python, "install", "--quiet", PEER_TORCH, *pip_args)
-        pip(python, "install", "--quiet", PEER_TORCH, PEER, *PEER_PINS)
-        ready.touch()
-    shown = subprocess.run([str(python), "-c", PEER_VERSIONS], check=True, capture_output=True, text=True).stdout
-    versions = json.loads(shown)
-    if versions.pop("cuda") is not None:
-        raise SystemExit(f"{folder}: torch is a CUDA build; remove the folder and see --pip-args")
-    return python, versions
-
-
-def pip(python: Path, *arguments: str) -> str:
-    """Run pip of that Python; returns its standard output."""
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def refuse_cuda(python: Path, pip_args: list[str]) -> None:
-    """Stop before pip fetches CUDA libraries: they are gigabytes, and the comparison runs on the CPU."""
-    shown = pip(python, "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", PEER_TORCH, *pip_args)
-    names = sorted(entry["metadata"]["name"] for entry in json.loads(shown)["install"])
-    cuda = [name for name in names if name.startswith(("nvidia-", "cuda-"))]
-    if cuda:
-        raise SystemExit(
-            f"peer: pip would install {PEER_TORCH} with {len(cuda)} CUDA packages ({cuda[0]}, ...), "
-            "expected a CPU build. Try --pip-args=--index-url=https://download.pytorch.org/whl/cpu"
-        )
 
 
 # ---- what both sides share -----------------------------------------------------------------------------------------
@@ -338,8 +234,7 @@ def peer_command(case: Case, row: str, output: Path, python: Path) -> list[str]:
     tokens = case.scratch / f"tokens-{case.samples[method]}.safetensors"
     if method != "rtn":
         in_own_process(calibration_tokens, case.model, case.calibration, case.samples[method], tokens)
-    driver, job = case.scratch / "peer_driver.py", case.scratch / f"{row}-peer.json"
-    driver.write_text(PEER_DRIVER)
+    job = case.scratch / f"{row}-peer.json"
     job.write_text(
         json.dumps(
             {
@@ -353,7 +248,7 @@ def peer_command(case: Case, row: str, output: Path, python: Path) -> list[str]:
             }
         )
     )
-    return [str(python), str(driver), str(job)]
+    return [str(python), str(Path(__file__).with_name("peer_driver.py")), str(job)]
 
 
 def read_peer(run: Run, output: Path) -> None:
@@ -414,9 +309,6 @@ def timed(command: list[str], timeout: float, log: Path) -> tuple[str, float]:
     return status, time.perf_counter() - start
 
 
-# ---- the report ----------------------------------------------------------------------------------------------------
-
-
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -431,70 +323,6 @@ def machine() -> dict[str, Any]:
 def our_versions() -> dict[str, str]:
     names = ("llmcompress", "torch", "transformers", "compressed-tensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def middle(runs: list[Run], field: str) -> float | None:
-    """Median of a field over the finished runs, or None where nothing was measured."""
-    values = [getattr(run, field) for run in runs if getattr(run, field) is not None]
-    return statistics.median(values) if values else None
-
-
-def table(report: dict[str, Any], runs: list[Run], args: argparse.Namespace) -> str:
-    """The Markdown table with everything needed to read it."""
-    here, versions = report["machine"], report["versions"]
-    dense = "" if report["dense"] is None else f" (dense {report['dense']:.2f})"
-    lines = [
-        f"{here['date']}, {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
-        f"{args.dtype} model; medians of up to {args.repeats} alternating runs.",
-        *(f"{side}: {', '.join(f'{name} {number}' for name, number in versions[side].items())}." for side in SIDES),
-        "",
-        f"| row | side | perplexity{dense} | compress | work | peak memory | folder | time, ours / peer |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in args.rows:
-        by_side = {side: [run for run in runs if (run.row, run.side) == (row, side)] for side in args.sides}
-        samples = f" ({report['samples']['awq']} samples)" if ROWS[row][0] == "awq" else ""
-        for side, mine in by_side.items():
-            ratio = time_ratio(by_side) if side == args.sides[-1] else ""
-            lines.append(f"| {row}{samples} | {side} | {' | '.join(cells(mine))} | {ratio} |")
-    lines += [
-        "",
-        "peer: llm-compressor; gptq rows with its default actorder (static); in awq rows its `pin_memory` "
-        "call, which needs an accelerator, is replaced by the identity, and both sides see the same few samples.",
-    ]
-    proofs = [run.proof_seconds for run in runs if run.proof_seconds is not None]
-    if proofs:
-        lines.append(f"ours: the proof of loading (median {statistics.median(proofs):.0f} s) is not in the times.")
-    loads = [run.load_average for run in runs]
-    if loads:
-        lines.append(f"Load average of the machine before the runs: {min(loads):.1f} to {max(loads):.1f}.")
-    return "\n".join(lines)
-
-
-def cells(runs: list[Run]) -> list[str]:
-    """Perplexity, compress, work, memory and size of one row and side."""
-    stopped = next((run.status for run in runs if run.status != "done"), None)
-    done = [run for run in runs if run.status == "done"]
-    if not done:
-        return ["-", (stopped or "-").split(",")[0], "-", "-", "-"]
-    shown = [
-        (middle(done, name), unit)
-        for name, unit in (("perplexity", "{:.2f}"), ("seconds", "{:.1f} s"), ("work_seconds", "{:.1f} s"))
-    ]
-    sizes = [(middle(done, "peak_bytes"), 2**30, "{:.2f} GiB"), (middle(done, "folder_bytes"), 10**6, "{:.0f} MB")]
-    return ["-" if value is None else text.format(value) for value, text in shown] + [
-        "-" if value is None else text.format(value / by) for value, by, text in sizes
-    ]
-
-
-def time_ratio(by_side: dict[str, list[Run]]) -> str:
-    """Ours over the peer's; "below" where the peer was stopped, since its time is then a lower bound."""
-    ours = middle([run for run in by_side.get("ours", []) if run.status == "done"], "seconds")
-    peer = [run for run in by_side.get("peer", []) if not run.status.startswith("failed")]
-    if ours is None or not peer:
-        return "-"
-    bound = "" if peer[-1].status == "done" else "below "
-    return f"{bound}{ours / statistics.median(run.seconds for run in peer):.2f}"
 
 
 def say(message: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.grid import fit_range, row_chunks, snap
+from llmcompress.grid import row_chunks, snap
 from llmcompress.methods.base import IntMethod
 from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight, quadratic
@@ -45,16 +45,8 @@ class AWQ(IntMethod):
         """Search the ranges of weight [out, in] float32, already scaled, as is gram [in, in]; then round."""
         if gram is None:
             raise ValueError("awq needs the Gram matrix of its inputs")
-        group = self.group(weight.shape[1])
-        grid = fit_range(
-            weight,
-            bits=self.bits,
-            group=group,
-            symmetric=self.symmetric,
-            dtype=dtype,
-            search=self.clip,
-            importance=diagonal_blocks(gram, group) if self.clip else None,
-        )
+        blocks = diagonal_blocks(gram, self.group(weight.shape[1])) if self.clip else None
+        grid = self.fit(weight, dtype, search=self.clip, importance=blocks)
         return CompressedWeight.on_grid(grid.encode(weight), grid)
 
     def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,7 +86,7 @@ class AWQ(IntMethod):
         group, total = self.group(w.shape[1]), 0.0
         for rows in row_chunks(w):
             scaled = w[rows] * scale
-            grid = fit_range(scaled, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype, search=False)
+            grid = self.fit(scaled, dtype, search=False)
             snapped = snap(scaled.reshape(len(scaled), -1, group), grid.scale.float(), grid.zero.float(), self.bits)
             total += float(quadratic((snapped.reshape(scaled.shape) - scaled) / scale, gram))
         return total

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from llmcompress.grid import IntGrid, fit_range
 from llmcompress.options import Options
 from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
@@ -47,3 +48,17 @@ class IntMethod(Method):
     def group(self, columns: int) -> int:
         """Columns per scale for a weight of `columns` input features."""
         return columns if self.group_size == "row" else int(self.group_size)
+
+    def fit(
+        self, weight: Tensor, dtype: torch.dtype, *, search: bool = True, importance: Tensor | None = None
+    ) -> IntGrid:
+        """The grid of these options for weight [out, in]; see `grid.fit_range`."""
+        return fit_range(
+            weight,
+            bits=self.bits,
+            group=self.group(weight.shape[1]),
+            symmetric=self.symmetric,
+            dtype=dtype,
+            search=search,
+            importance=importance,
+        )

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import NumericalError
-from llmcompress.grid import IntGrid, fit_range
+from llmcompress.grid import IntGrid
 from llmcompress.methods.base import IntMethod
 from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
@@ -45,21 +45,12 @@ class GPTQ(IntMethod):
             raise ValueError("gptq needs the Gram matrix of its inputs")
         diagonal = gram.diagonal()
         dead = diagonal == 0  # inputs that were always zero: any weight is right, zero is cheap
-        group = self.group(weight.shape[1])
         order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
         factor = reversed_factor(gram, order, self.damp)
         parts = []
         for rows in weight.split(max(1, SWEPT // len(gram))):  # rows are independent: this only bounds memory
             alive = rows.masked_fill(dead, 0)
-            grid = fit_range(
-                alive,
-                bits=self.bits,
-                group=group,
-                symmetric=self.symmetric,
-                dtype=dtype,
-                search=self.range == "search",
-                importance=diagonal,
-            )
+            grid = self.fit(alive, dtype, search=self.range == "search", importance=diagonal)
             codes = Sweep.codes_of(alive, grid, order, factor)
             parts.append(CompressedWeight.on_grid(codes, grid))
         return CompressedWeight.join(parts)

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.grid import IntGrid, fit_range, row_chunks
+from llmcompress.grid import IntGrid, row_chunks
 from llmcompress.methods.base import IntMethod
 from llmcompress.weight import CompressedWeight
 
@@ -33,7 +33,7 @@ class HQQ(IntMethod):
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """Fit scale and zero to weight [out, in] float32; `gram` is not used."""
         group = self.group(weight.shape[1])
-        start = fit_range(weight, bits=self.bits, group=group, symmetric=self.symmetric, dtype=dtype)
+        start = self.fit(weight, dtype)
         groups = weight.reshape(len(weight), -1, group)
         scale, zero = start.scale.float(), start.zero.float()
         for rows in row_chunks(groups):

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llmcompress.grid import fit_range
 from llmcompress.methods.base import IntMethod
 from llmcompress.weight import CompressedWeight
 
@@ -23,12 +22,5 @@ class RTN(IntMethod):
 
     def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
         """Round weight [out, in] float32; `gram` is not used."""
-        grid = fit_range(
-            weight,
-            bits=self.bits,
-            group=self.group(weight.shape[1]),
-            symmetric=self.symmetric,
-            dtype=dtype,
-            search=self.range == "search",
-        )
+        grid = self.fit(weight, dtype, search=self.range == "search")
         return CompressedWeight.on_grid(grid.encode(weight), grid)

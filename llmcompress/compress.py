@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.arch import Architecture, Link, is_transposed, row_factors, rows_of, scale_producer
-from llmcompress.errors import LLMCompressError
+from llmcompress.errors import LLMCompressError, NumericalError
 from llmcompress.methods import IntMethod
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
@@ -44,47 +44,57 @@ class BlockCompressor:
         self.stored = stored
 
     def __call__(self, block: Block) -> BlockResult:
-        """Replace the weights of `block` by what the recipe's steps make of them."""
+        """Replace the weights of `block` by what the recipe's steps make of them, one step after another."""
         result, steps = BlockResult(), self._steps(block)
-        needing = [
-            group
-            for group in self.architecture.shared
-            if any(step.method.needs for name in group if (step := steps[name]))
-        ]
-        grams = collect(block, needing) if needing else {}
-        inputs: dict[str, Tensor] = {}
-        for group in needing:  # one at a time: a mean is as large as its sum, which goes at once
-            inputs |= dict.fromkeys(group, take_mean(grams, group))
-        scales = self._link_scales(block, steps, inputs, result)
-        for group in self.architecture.shared:
-            for step in dict.fromkeys(step for name in group if (step := steps[name])):
-                members = [name for name in group if steps[name] == step]
-                self._compress(block, step, members, inputs.get(group[0]), scales, result)
-            for name in group:
-                inputs.pop(name, None)
+        inputs = self._inputs(block, steps)
+        pruned: dict[str, Pruned] = {}
+        for step in self.plan.steps:
+            mine = [name for name, sequence in steps.items() if step in sequence]
+            scales = self._link_scales(block, step, mine, inputs, result) if step.method.rescales else Scales()
+            for group in self.architecture.shared:
+                for members in stacks([name for name in group if name in mine], step):
+                    gram = inputs.get(group[0]) if step.method.needs else None
+                    for name, done in self._compress(block, step, members, gram, scales, pruned).items():
+                        if steps[name][-1] is step:
+                            self._store(block, steps[name], name, done, inputs.get(name), result)
+                for name in group:
+                    if name in inputs and (not steps[name] or steps[name][-1] is step):
+                        inputs.pop(name)
         return result
 
     def checkpoint_module(self, block: Block, linear: str) -> str:
         """Name of a linear in the checkpoint."""
         return self.stored[f"{block.name}.{linear}.weight"][0].removesuffix(".weight")
 
-    def _steps(self, block: Block) -> dict[str, Step | None]:
-        """The step of every linear of the block."""
-        return {name: self.plan.step_of(self.checkpoint_module(block, name)) for name in self.architecture.linears}
+    def _steps(self, block: Block) -> dict[str, tuple[Step, ...]]:
+        """The steps of every linear of the block."""
+        return {name: self.plan.steps_of(self.checkpoint_module(block, name)) for name in self.architecture.linears}
+
+    def _inputs(self, block: Block, steps: dict[str, tuple[Step, ...]]) -> dict[str, Tensor]:
+        """Mean of x xᵀ of every linear in a group of which one needs it; the same matrix for those that share it."""
+        needing = [
+            group
+            for group in self.architecture.shared
+            if any(step.method.needs for name in group for step in steps[name])
+        ]
+        grams = collect(block, needing) if needing else {}
+        inputs: dict[str, Tensor] = {}
+        for group in needing:  # one at a time: a mean is as large as its sum, which goes at once
+            inputs |= dict.fromkeys(group, take_mean(grams, group))
+        return inputs
 
     def _link_scales(
-        self, block: Block, steps: dict[str, Step | None], inputs: dict[str, Tensor], result: BlockResult
+        self, block: Block, step: Step, mine: list[str], inputs: dict[str, Tensor], result: BlockResult
     ) -> "Scales":
-        """Search the scale of every link whose consumers ask for one, and move it into norms and biases at once.
+        """Search the scale of every link whose consumers `step` is for, and move it into norms and biases at once.
 
         The factors on weights are kept aside until a weight is compressed, so that they are applied in float32.
         """
         scales = Scales()
         for link in self.architecture.links:
-            step = next((s for name in link.consumers if (s := steps[name]) and s.method.rescales), None)
-            if step is None:
+            if not any(name in mine for name in link.consumers):
                 continue
-            if reason := self._not_scaled(link, steps, step):
+            if reason := self._not_scaled(link, mine):
                 result.notes.append(
                     f"{block.name}: {link.producer} -> {', '.join(link.consumers)} not scaled: {reason}"
                 )
@@ -95,70 +105,104 @@ class BlockCompressor:
             scale = step.method.link_scale(weights, gram, index, self.plan.dtype)
             moved = scales.add(block, link, scale)[index]
             gram.div_(moved).div_(moved[:, None])
-        without = [
-            name
-            for name, step in steps.items()
-            if step is not None
-            and step.method.rescales
-            and not any(name in link.consumers for link in self.architecture.links)
-        ]
-        if without:
+        linked = {name for link in self.architecture.links for name in link.consumers}
+        if without := [name for name in mine if name not in linked]:
             result.notes.append(f"{block.name}: no module can absorb a scale for {', '.join(without)}; only clipped")
         return scales
 
-    def _not_scaled(self, link: Link, steps: dict[str, Step | None], step: Step) -> str | None:
+    def _not_scaled(self, link: Link, mine: list[str]) -> str | None:
         """Why a link is left alone: all its linears must be changed by one step."""
-        if any(steps[name] != step for name in link.consumers):
+        if any(name not in mine for name in link.consumers):
             return "its consumers are kept, or compressed by different steps"
-        if link.producer in steps and steps[link.producer] != step:
+        if link.producer in self.architecture.linears and link.producer not in mine:
             return f"{link.producer} is kept, or compressed by another step"
         return None
 
     def _compress(
-        self, block: Block, step: Step, members: list[str], gram: Tensor | None, scales: "Scales", result: BlockResult
-    ) -> None:
-        """Run a step on linears that share an input; set their values and pack them."""
+        self,
+        block: Block,
+        step: Step,
+        members: list[str],
+        gram: Tensor | None,
+        scales: "Scales",
+        pruned: dict[str, "Pruned"],
+    ) -> dict[str, "Done"]:
+        """Run a step on linears that share an input, and set their values; what it made of each."""
         weights = [scales.apply(weight_of(block, name), name) for name in members]
+        mask = None
+        if any(name in pruned for name in members):
+            all_stay = [torch.ones_like(weight, dtype=torch.bool) for weight in weights]
+            mask = torch.cat([pruned[n].mask if n in pruned else m for n, m in zip(members, all_stay, strict=True)])
         try:
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            whole = step.method.compress(stacked, gram if step.method.needs else None, self.plan.dtype)
+            whole = step.method.compress(stacked, gram, self.plan.dtype, mask)
         except LLMCompressError as exc:
             exc.add_note(f"in {block.name}.{members[0]}")
             raise
-        for name, weight, compressed in zip(members, weights, whole.split([len(w) for w in weights]), strict=True):
-            self._store(block, step, name, weight, compressed, gram, result)
+        done = {}
+        parts = whole.split([len(w) for w in weights])
+        for name, weight, compressed in zip(members, weights, parts, strict=True):
+            if lost := compressed.lost_zeros():
+                raise NumericalError(
+                    f"{block.name}.{name}: {step.name} gave values to {lost} pruned weights; this is an error in it"
+                )
+            before = weight
+            if name in pruned:
+                before = scales.apply(pruned[name].original.float(), name)
+            elif compressed.mask is not None:
+                pruned[name] = Pruned(oriented(block, name).clone(), compressed.mask)
+            set_values(block, name, compressed)
+            done[name] = Done(before, compressed)
+        return done
 
     def _store(
         self,
         block: Block,
-        step: Step,
+        steps: tuple[Step, ...],
         linear: str,
-        weight: Tensor,
-        compressed: CompressedWeight,
+        done: "Done",
         gram: Tensor | None,
         result: BlockResult,
     ) -> None:
-        """Put the values into the module, the packed tensors and the record into the result."""
-        module, name = block.module.get_submodule(linear), self.checkpoint_module(block, linear)
-        transposed = is_transposed(module)
-        module.weight.data.copy_(compressed.values.T if transposed else compressed.values)
-        packed = self.plan.format.pack(compressed, transposed)
+        """Put the packed tensors and the record of a linear into the result."""
+        name, weight, compressed = self.checkpoint_module(block, linear), done.before, done.compressed
+        module = block.module.get_submodule(linear)
+        packed = self.plan.format.pack(compressed, is_transposed(module))
         result.tensors |= {f"{name}.{leaf}": tensor.cpu() for leaf, tensor in packed.items()}
         result.digests[f"{block.name}.{linear}"] = digest(module.weight)
-        method = step.method
+        method, pattern = steps[-1].method, next((p for step in steps if (p := step.method.prunes)), None)
         grid = method.model_dump(include={"bits", "group_size", "symmetric"}) if isinstance(method, IntMethod) else {}
+        zeros = compressed.values.numel() - int(compressed.values.count_nonzero())
+        pruning = {"pattern": str(pattern), "sparsity": zeros / compressed.values.numel()} if pattern else {}
         result.layers.append(
             {
                 "name": name,
                 "block": block.index,
-                "method": step.name,
+                "method": " + ".join(step.name for step in steps),
                 **grid,
+                **pruning,
                 "before_bytes": weight.numel() * self.plan.dtype.itemsize,
                 "after_bytes": sum(tensor.nbytes for tensor in packed.values()),
                 "error": None if gram is None else relative_error(weight, compressed.values, gram),
                 "weight_error": relative_error(weight, compressed.values),
             }
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A linear that an earlier step of the block has pruned."""
+
+    original: Tensor  # [out, in] in the dtype of the checkpoint: the weight before
+    mask: Tensor  # [out, in] bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a step made of a linear."""
+
+    before: Tensor  # [out, in] float32: the original weight, rescaled where the step rescales
+    compressed: CompressedWeight
 
 
 class Scales:
@@ -198,6 +242,25 @@ class Scales:
         return weight
 
 
+def stacks(members: list[str], step: Step) -> list[list[str]]:
+    """Linears that share an input and a step, in the stacks that the method takes."""
+    if step.method.stacks:
+        return [members] if members else []
+    return [[name] for name in members]
+
+
+def oriented(block: Block, linear: str) -> Tensor:
+    """The weight [out, in] of a linear, as it is in memory."""
+    module = block.module.get_submodule(linear)
+    weight: Tensor = module.weight.data
+    return weight.T if is_transposed(module) else weight
+
+
+def set_values(block: Block, linear: str, compressed: CompressedWeight) -> None:
+    """Let a linear compute with the values that a method chose."""
+    oriented(block, linear).copy_(compressed.values)
+
+
 def take_mean(grams: dict[str, InputGram], group: tuple[str, ...]) -> Tensor:
     """The mean of what a group of linears shares; its sum is forgotten."""
     gram = grams[group[0]]
@@ -208,6 +271,4 @@ def take_mean(grams: dict[str, InputGram], group: tuple[str, ...]) -> Tensor:
 
 def weight_of(block: Block, linear: str) -> Tensor:
     """A fresh [out, in] float32 copy of a linear's weight."""
-    module = block.module.get_submodule(linear)
-    weight = module.weight.T if is_transposed(module) else module.weight
-    return weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return oriented(block, linear).to(torch.float32, copy=True, memory_format=torch.contiguous_format)

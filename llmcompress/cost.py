@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmcompress.methods import IntMethod
+
 if TYPE_CHECKING:
     from llmcompress.plan import Plan, PlannedLinear
 
@@ -98,7 +100,7 @@ def solving_bytes(plan: "Plan", linear: "PlannedLinear") -> int:
 
 def uses_gram(plan: "Plan", linear: "PlannedLinear") -> bool:
     """Whether statistics are gathered for this linear."""
-    return linear.step is not None and plan.steps[linear.step].method.needs is not None
+    return any(plan.steps[i].method.needs is not None for i in linear.steps)
 
 
 def seconds(plan: "Plan") -> float:
@@ -113,14 +115,17 @@ def seconds(plan: "Plan") -> float:
 
 
 def solve_seconds(plan: "Plan", linear: "PlannedLinear") -> float:
-    """Time of the method itself on one linear: its products with the Gram matrix, and passes over the weights."""
-    if linear.step is None:
-        return 0.0
+    """Time of the methods themselves on one linear: products with the Gram matrix, and passes over the weights."""
     rows, columns = linear.shape
-    name, method = plan.steps[linear.step].name, plan.steps[linear.step].method
-    products = {"gptq": 2.0, "awq": 2.0 * 2 * getattr(method, "grid_points", 0)}.get(name, 0.0)
-    touches = {"awq": 400.0}.get(name, 250.0)  # elementwise operations per weight of a range search
-    return products * rows * columns**2 / speed(torch.float32) + touches * rows * columns / 1.5e9
+    total = 0.0
+    for step in (plan.steps[i] for i in linear.steps):
+        searched = 2.0 * 2 * getattr(step.method, "grid_points", 0)
+        products = {"gptq": 2.0, "sparsegpt": 2.0, "awq": searched}.get(step.name, 0.0)
+        touches = {"awq": 400.0, "sparsegpt": 60.0}.get(
+            step.name, 250.0 if isinstance(step.method, IntMethod) else 30.0
+        )
+        total += products * rows * columns**2 / speed(torch.float32) + touches * rows * columns / 1.5e9
+    return total
 
 
 _SPEEDS: dict[torch.dtype, float] = {}

@@ -251,7 +251,7 @@ class Job:
         config["dtype"] = self.plan.recipe.dtype
         rows = [row["name"] for record in records for row in record["layers"]]
         module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
-        methods = {alias: s.method for name in rows if (s := self.plan.step_of(name)) for alias in {name, module[name]}}
+        methods = {alias: self.plan.steps_of(name)[-1].method for name in rows for alias in {name, module[name]}}
         quantization = self.plan.format.config(methods, self._ignored(set(rows)))
         return config | ({"quantization_config": quantization} if quantization else {})
 
@@ -299,7 +299,7 @@ class Job:
     def _check_against_plan(self) -> None:
         """The plan saw names and shapes; the modules must agree, or something would be skipped."""
         kept = self.plan.kept
-        planned = {linear.name: linear.shape for linear in self.plan.linears if linear.step is not None}
+        planned = {linear.name: linear.shape for linear in self.plan.linears if linear.steps}
         found: dict[str, tuple[int, int]] = {}
         for index in range(self.architecture.count):
             for name, linear in self.architecture.linears.items():

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
-from llmcompress.methods import IntMethod
+from llmcompress.methods import IntMethod, Method
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
 from llmcompress.source import ModelSource
@@ -35,7 +36,7 @@ class PlannedLinear:
     name: str  # module path, as in the checkpoint
     block: int
     shape: tuple[int, int]  # [out, in]
-    step: int | None  # index into the recipe's steps; None: left alone
+    steps: tuple[int, ...]  # indices into the recipe's steps, in order; empty: left alone
     before_bytes: int  # dense, in the recipe's dtype
     after_bytes: int
 
@@ -78,10 +79,10 @@ class Plan:
         """Whether any method gathers statistics."""
         return any(step.method.needs for step in self.steps)
 
-    def step_of(self, linear: str) -> Step | None:
-        """The step that compresses the linear at this module path."""
+    def steps_of(self, linear: str) -> tuple[Step, ...]:
+        """The steps that compress the linear at this module path, in order."""
         found = next((planned for planned in self.linears if planned.name == linear), None)
-        return None if found is None or found.step is None else self.steps[found.step]
+        return () if found is None else tuple(self.steps[i] for i in found.steps)
 
     def tensors_of(self, block: int | None) -> list[TensorInfo]:
         """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
@@ -101,8 +102,7 @@ class Plan:
             "before_bytes": self.before_bytes,
             "predicted": asdict(self.predicted),
             "linears": [
-                asdict(linear) | {"method": None if linear.step is None else self.steps[linear.step].name}
-                for linear in self.linears
+                asdict(linear) | {"methods": [self.steps[i].name for i in linear.steps]} for linear in self.linears
             ],
             "kept": self.kept,
             "notes": self.notes,
@@ -134,15 +134,13 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     dtype = getattr(torch, recipe.dtype)
     linears = []
     for name, shape in names.items():
-        step = assigned[name]
-        dense = shape[0] * shape[1] * dtype.itemsize
-        after = dense
-        if step is not None:
-            method = steps[step].method
-            if isinstance(method, IntMethod):
-                check_group(name, shape[1], method, step)
-            after = FORMATS[format_name].stored_bytes(method, shape, dtype)
-        linears.append(PlannedLinear(name, block_index(name, blocks), shape, step, dense, after))
+        mine = assigned[name]
+        after = dense = shape[0] * shape[1] * dtype.itemsize
+        for i in mine:
+            check_shape(name, shape[1], steps[i].method, i)
+        if mine:
+            after = FORMATS[format_name].stored_bytes(steps[mine[-1]].method, shape, dtype)
+        linears.append(PlannedLinear(name, block_index(name, blocks), shape, mine, dense, after))
     plan = Plan(
         recipe,
         source,
@@ -224,17 +222,13 @@ def refuse_experts(source: ModelSource, blocks: str, keep: list[str]) -> None:
             )
 
 
-def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str, int | None]:
-    """Linear -> index of its step. Every target must match something and no linear may have two steps."""
-    assigned: dict[str, int | None] = {}
+def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str, tuple[int, ...]]:
+    """Linear -> indices of its steps. Every target must match something, and the steps of a linear must compose."""
+    assigned: dict[str, tuple[int, ...]] = {}
     for name in names:
-        mine = [i for i, step in enumerate(steps) if step.matches(name) and not matches(name, keep)]
-        if len(mine) > 1:
-            raise PlanError(
-                f"{name}: steps[{mine[0]}] ({steps[mine[0]].name}) and steps[{mine[1]}] ({steps[mine[1]].name}) both "
-                "quantize it; give them `targets` that do not overlap"
-            )
-        assigned[name] = mine[0] if mine else None
+        mine = tuple(i for i, step in enumerate(steps) if step.matches(name) and not matches(name, keep))
+        check_sequence(name, mine, steps)
+        assigned[name] = mine
     for i, step in enumerate(steps):
         for target in step.targets:
             if not any(matches(name, [target]) for name in assigned):
@@ -242,14 +236,37 @@ def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str
                 raise PlanError(
                     f"steps[{i}].targets: {target!r} matches no linear of the decoder blocks (such as {some})"
                 )
-        if i not in assigned.values():
+        if not any(i in mine for mine in assigned.values()):
             raise PlanError(f"steps[{i}]: `keep` {keep} leaves nothing for this step to do")
     return assigned
 
 
-def check_group(name: str, columns: int, method: IntMethod, step: int) -> None:
-    """A group must divide the row."""
-    if columns % method.group(columns):
+def check_sequence(name: str, mine: tuple[int, ...], steps: list[Step]) -> None:
+    """A linear is pruned once at most, then quantized once at most."""
+    for i, j in pairwise(mine):
+        first, second = (f"steps[{k}] ({steps[k].name})" for k in (i, j))
+        quantized, prunes = isinstance(steps[i].method, IntMethod), steps[j].method.prunes
+        if quantized and not isinstance(steps[j].method, IntMethod):
+            raise PlanError(f"{name}: {second} would prune what {first} has quantized; put the pruning step first")
+        if quantized:
+            raise PlanError(f"{name}: {first} and {second} both quantize it; give them `targets` that do not overlap")
+        if prunes:
+            raise PlanError(
+                f"{name}: {first} has pruned it to pattern {steps[i].method.prunes}, and {second} would prune it to "
+                f"{prunes}; give them `targets` that do not overlap"
+            )
+
+
+def check_shape(name: str, columns: int, method: Method, step: int) -> None:
+    """Groups and patterns must divide the row."""
+    pattern = method.prunes
+    if pattern and columns % pattern.m:
+        fitting = [f"{max(1, m // 2)}:{m}" for m in (16, 8, 4, 2) if columns % m == 0]
+        raise PlanError(
+            f"{name}: {columns} input columns are not divisible by the {pattern.m} of steps[{step}].pattern "
+            f"{str(pattern)!r}; try {' or '.join(['row', *fitting])}, or add the tensor to `keep`"
+        )
+    if isinstance(method, IntMethod) and columns % method.group(columns):
         fitting = [str(size) for size in GROUPS if columns % size == 0] + ["row"]
         raise PlanError(
             f"{name}: {columns} input columns are not divisible by steps[{step}].group_size {method.group_size}; "
@@ -260,7 +277,7 @@ def check_group(name: str, columns: int, method: IntMethod, step: int) -> None:
 def choose_format(
     recipe: Recipe,
     steps: list[Step],
-    assigned: dict[str, int | None],
+    assigned: dict[str, tuple[int, ...]],
     names: dict[str, tuple[int, int]],
     transposed: bool,
     experts: bool,
@@ -272,10 +289,8 @@ def choose_format(
         if experts and format_name == "pack-quantized":
             reason = f"output.format: {format_name!r} cannot hold this mixture of experts: {DENSE_EXPERTS}"
             continue
-        for name, step in assigned.items():
-            refusal = (
-                None if step is None else FORMATS[format_name].refuses(steps[step].method, names[name], transposed)
-            )
+        for name, mine in assigned.items():
+            refusal = FORMATS[format_name].refuses(steps[mine[-1]].method, names[name], transposed) if mine else None
             if refusal:
                 reason = f"{name}: cannot be stored as {format_name!r}: {refusal}"
                 break
@@ -285,11 +300,11 @@ def choose_format(
 
 
 def kept_linears(
-    names: Iterable[str], assigned: dict[str, int | None], source: ModelSource, recipe: Recipe, blocks: str
+    names: Iterable[str], assigned: dict[str, tuple[int, ...]], source: ModelSource, recipe: Recipe, blocks: str
 ) -> dict[str, str]:
     """Everything with a matrix that stays as it is, and why."""
     kept = {
-        name: "keep" if matches(name, recipe.keep) else "no step targets it" for name in names if assigned[name] is None
+        name: "keep" if matches(name, recipe.keep) else "no step targets it" for name in names if not assigned[name]
     }
     for name, info in source.tensors.items():
         module = name.removesuffix(".weight")

@@ -17,17 +17,17 @@ from llmcompress.suite import suite_paths
 
 def plan_tables(plan: Plan) -> Iterator[Table]:
     """What happens to the linears, kind by kind; what is left alone; what it costs."""
-    kinds: dict[tuple[str, tuple[int, int], int | None], list[int]] = {}
+    kinds: dict[tuple[str, tuple[int, int], tuple[int, ...]], list[int]] = {}
     for linear in plan.linears:
         kind = linear.name.split(".", len(plan.blocks.split(".")) + 1)[-1]
-        row = kinds.setdefault((kind, linear.shape, linear.step), [0, 0, 0])
+        row = kinds.setdefault((kind, linear.shape, linear.steps), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
     table = make_table(
         f"{plan.source.name} as {plan.format_name}", "linear", "number", "out x in", "method", "before", "after"
     )
-    for (kind, shape, step), (count, before, after) in kinds.items():
-        method = "left alone" if step is None else describe(plan.steps[step].name, plan.steps[step].method)
+    for (kind, shape, steps), (count, before, after) in kinds.items():
+        method = ", then ".join(describe(plan.steps[i].name, plan.steps[i].method) for i in steps) or "left alone"
         add(table, kind, str(count), f"{shape[0]} x {shape[1]}", method, gib(before), gib(after))
     yield table
     yield from ([two_columns("Left alone", plan.kept.items())] if plan.kept else [])
@@ -50,6 +50,8 @@ def describe(name: str, method: Any) -> str:
     """A method with its options in a few words."""
     options = method.model_dump()
     words = [name]
+    if method.prunes:
+        words.append(f"{method.prunes}, {method.share:.0%} removed")
     if "bits" in options:
         words.append(f"{options['bits']}-bit")
         words.append("whole rows" if options["group_size"] == "row" else f"group {options['group_size']}")

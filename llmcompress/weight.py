@@ -4,7 +4,7 @@ A method decides *which numbers* a layer will use; a format decides *how they ar
 share. `values` is the truth: whatever the format does, unpacking must give back `values` bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,21 +24,38 @@ class CompressedWeight:
     values: Tensor  # [out, in] in the dtype of the checkpoint: what the layer computes with
     codes: Tensor | None = None  # [out, in] uint8: position of each value on `grid`
     grid: IntGrid | None = None  # how codes become values
+    mask: Tensor | None = None  # [out, in] bool, True where a weight stays; values are zero elsewhere
 
     @classmethod
-    def on_grid(cls, codes: Tensor, grid: IntGrid) -> "CompressedWeight":
+    def on_grid(cls, codes: Tensor, grid: IntGrid, mask: Tensor | None = None) -> "CompressedWeight":
         """The weight whose values are `codes` [out, in] uint8 decoded by `grid`."""
-        return cls(values=grid.decode(codes), codes=codes, grid=grid)
+        return cls(values=grid.decode(codes), codes=codes, grid=grid, mask=mask)
+
+    def lost_zeros(self) -> int:
+        """How many masked weights are not zero: none, or a method is wrong."""
+        return 0 if self.mask is None else int((self.values != 0).logical_and_(~self.mask).sum())
 
     @classmethod
     def join(cls, parts: Sequence["CompressedWeight"]) -> "CompressedWeight":
         """Stack weights on grids of the same kind along the output dimension."""
         if len(parts) == 1:
             return parts[0]
-        grids = [part.grid for part in parts if part.grid is not None]
-        grid = replace(grids[0], scale=torch.cat([g.scale for g in grids]), zero=torch.cat([g.zero for g in grids]))
-        codes = torch.cat([part.codes for part in parts if part.codes is not None])
-        return cls(values=torch.cat([part.values for part in parts]), codes=codes, grid=grid)
+        first = parts[0]
+
+        def stack(tensors: Iterable[Tensor | None]) -> Tensor | None:
+            found = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(found) if found else None
+
+        grid = first.grid
+        if grid is not None:
+            grids = [part.grid for part in parts if part.grid is not None]
+            grid = replace(grid, scale=torch.cat([g.scale for g in grids]), zero=torch.cat([g.zero for g in grids]))
+        return cls(
+            values=torch.cat([part.values for part in parts]),
+            codes=stack(part.codes for part in parts),
+            grid=grid,
+            mask=stack(part.mask for part in parts),
+        )
 
     def split(self, rows: Sequence[int]) -> list["CompressedWeight"]:
         """Undo a stacking of weights along the output dimension; `rows` are the heights, in order."""
@@ -52,6 +69,7 @@ class CompressedWeight:
                     grid=None
                     if self.grid is None
                     else replace(self.grid, scale=self.grid.scale[here], zero=self.grid.zero[here]),
+                    mask=None if self.mask is None else self.mask[here],
                 )
             )
             start += count

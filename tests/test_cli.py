@@ -128,7 +128,7 @@ def test_plan_of_what_does_not_fit_is_refused(recipe, call):
 @pytest.mark.parametrize(
     ("setting", "place", "expected"),
     [
-        ("steps.0.bits=8", lambda plan: plan["linears"][0]["method"], "rtn"),
+        ("steps.0.bits=8", lambda plan: plan["linears"][0]["methods"], ["rtn"]),
         ("output.format=dense", lambda plan: plan["format"], "dense"),
         ("output={format: dense}", lambda plan: plan["format"], "dense"),
         ('keep=["lm_head", "*.down_proj"]', lambda plan: sorted(plan["kept"])[-1], "model.layers.1.mlp.down_proj"),

@@ -6,8 +6,10 @@ import pytest
 from pydantic import Field, ValidationError, field_validator
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods import METHODS
+from llmcompress.methods import METHODS, IntMethod, Pruner
 from llmcompress.options import Options, known_keys
+
+QUANTIZERS = [name for name, cls in METHODS.items() if issubclass(cls, IntMethod)]
 
 
 class Inner(Options):
@@ -86,20 +88,22 @@ def test_known_keys_go_down_into_records():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_take_their_defaults_and_refuse_a_typo(name):
-    method = METHODS[name].parse({}, "steps[0]")
+    needed = {"sparsity": 0.5} if issubclass(METHODS[name], Pruner) else {}
+    method = METHODS[name].parse(needed, "steps[0]")
     assert METHODS[name].parse(method.model_dump(), "steps[0]") == method
-    with pytest.raises(RecipeError, match=r"steps\[0\]\.group_sizes: unknown option; did you mean 'group_size'"):
-        METHODS[name].parse({"group_sizes": 64}, "steps[0]")
+    option = "pattern" if needed else "group_size"
+    with pytest.raises(RecipeError, match=rf"steps\[0\]\.{option}s: unknown option; did you mean '{option}'"):
+        METHODS[name].parse(needed | {f"{option}s": 64}, "steps[0]")
 
 
 @pytest.mark.parametrize("size", [0, 16, 63, "rows", 64.0, True], ids=repr)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_group_sizes_that_no_engine_has_are_refused(name, size):
     with pytest.raises(RecipeError, match=r"steps\[0\]\.group_size"):
         METHODS[name].parse({"group_size": size}, "steps[0]")
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, "row"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_group_size_sets_the_columns_per_scale(name, size):
     assert METHODS[name].parse({"group_size": size}, "").group(256) == (256 if size == "row" else size)

@@ -155,7 +155,7 @@ def test_data_makes_a_run_longer_and_larger(tiny_folders, text):
 
 def test_plain_values_are_json(tiny_folders, text):
     plain = plan_of(recipe(tiny_folders("llama"), text, GPTQ)).plain()
-    assert json.loads(json.dumps(plain))["linears"][0]["method"] == "gptq"
+    assert json.loads(json.dumps(plain))["linears"][0]["methods"] == ["gptq"]
 
 
 # what it refuses
@@ -197,7 +197,7 @@ def test_groups_that_a_refusal_proposes_do_work(group, text, tmp_path):
         with pytest.raises(PlanError, match="try group_size: 64 or 32 or row"):
             plan_of(made)
     else:
-        assert {linear.step for linear in plan_of(made).linears} == {0}
+        assert {linear.steps for linear in plan_of(made).linears} == {(0,)}
 
 
 @pytest.fixture(scope="module")

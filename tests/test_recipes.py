@@ -41,7 +41,7 @@ def test_recipe_can_be_planned(name):
         pytest.skip(f"{recipe.model} needs the package {package}")
     plan = make_plan(recipe, open_source(recipe.model))
     assert plan.format_name != "dense" or recipe.output.format == "dense"
-    assert all(linear.step is not None for linear in plan.linears)
+    assert all(linear.steps for linear in plan.linears)
     assert plan.predicted.output_bytes < plan.before_bytes
     for step in plan.steps:
         if isinstance(step.method, IntMethod):

@@ -17,7 +17,7 @@ from llmcompress import job as job_module
 from llmcompress import run as run_module
 from llmcompress.checkpoint import partial_folder
 from llmcompress.errors import FormatError, PlanError
-from llmcompress.methods import METHODS
+from llmcompress.methods import METHODS, IntMethod
 from llmcompress.recipe import load_recipe
 from llmcompress.run import run
 from llmcompress.stream import StreamedModel
@@ -26,6 +26,7 @@ Run = tuple[Path, dict[str, Any]]
 DENSE = {"format": "dense"}
 RTN = {"method": "rtn", "group_size": 32}
 PACKED = [kind for kind in ARCHITECTURES if kind != "gpt2"]
+QUANTIZERS = [name for name, cls in METHODS.items() if issubclass(cls, IntMethod)]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,7 @@ GRIDS = [(2, 32, True), (3, 32, False), (4, "row", True), (4, 32, False), (8, "r
         *[(method, *grid) for method, grid in zip(["rtn", "gptq", "awq", "hqq", "gptq"], GRIDS, strict=True)],
         *[
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in product(METHODS, (2, 3, 4, 8), (32, "row"), (True, False))
+            for case in product(QUANTIZERS, (2, 3, 4, 8), (32, "row"), (True, False))
         ],
     ],
     ids=lambda value: {True: "symmetric", False: "asymmetric"}[value] if isinstance(value, bool) else str(value),

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.grid import row_chunks, snap
-from llmcompress.methods.base import IntMethod
+from llmcompress.methods.base import IntMethod, gram_of
 from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight, quadratic
 
@@ -41,13 +41,14 @@ class AWQ(IntMethod):
     needs: ClassVar[type[InputGram] | None] = InputGram
     rescales: ClassVar[bool] = True
 
-    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
+    def compress(
+        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+    ) -> CompressedWeight:
         """Search the ranges of weight [out, in] float32, already scaled, as is gram [in, in]; then round."""
-        if gram is None:
-            raise ValueError("awq needs the Gram matrix of its inputs")
+        gram = gram_of(self, gram)
         blocks = diagonal_blocks(gram, self.group(weight.shape[1])) if self.clip else None
         grid = self.fit(weight, dtype, search=self.clip, importance=blocks)
-        return CompressedWeight.on_grid(grid.encode(weight), grid)
+        return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
 
     def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The scale with the least output error, one factor per producer row.

@@ -1,12 +1,13 @@
 """What every method is: frozen options, the statistics it needs, and a pure function from weight to result."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.grid import IntGrid, fit_range
+from llmcompress.mask import Pattern, keep_best
 from llmcompress.options import Options
 from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
@@ -15,20 +16,87 @@ from llmcompress.weight import CompressedWeight
 class Method(Options):
     """Base of every method; subclasses add their options as fields.
 
-    A method knows one weight: no model, no names, no files. `compress` must treat output rows independently, so that
-    weights that share their input can be stacked and share one factorization of its Gram matrix.
+    A method knows one weight: no model, no names, no files.
     """
 
     needs: ClassVar[type[InputGram] | None] = None  # statistics gathered for `compress`; None for data-free methods
     rescales: ClassVar[bool] = False  # True: `link_scale` is asked before `compress`, for every link
 
-    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
-        """weight [out, in] float32, gram [in, in] float32 or None -> the weight as a checkpoint of `dtype` holds it."""
+    def compress(
+        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+    ) -> CompressedWeight:
+        """The weight as a checkpoint of `dtype` holds it.
+
+        weight: [out, in] float32.  gram: [in, in] float32, the mean of x xᵀ, or None.  mask: [out, in] bool from an
+        earlier step, True where a weight stays; others are zero in `weight` and must be zero in the result.
+        """
         raise NotImplementedError(f"{type(self).__name__}.compress")
+
+    @property
+    def prunes(self) -> Pattern | None:
+        """The pattern of the mask that this method makes; None if it makes none."""
+        return None
+
+    @property
+    def stacks(self) -> bool:
+        """Whether output rows are independent, so that weights that share an input can be stacked."""
+        return True
 
     def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Factors to move from consumers to their producer before `compress`; see `methods/awq.py`."""
         raise NotImplementedError(f"{type(self).__name__}.link_scale")
+
+
+class Pruner(Method):
+    """A method whose result is a mask, and the weights that stay."""
+
+    pattern: str = Field("row", description="row, layer, n:m such as 2:4, or block:n")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_sparsity(self.pattern, self.sparsity)
+        return self
+
+    @property
+    def prunes(self) -> Pattern:
+        """The pattern."""
+        return Pattern.parse(self.pattern)
+
+    @property
+    def share(self) -> float:
+        """Of the weights that go."""
+        pattern = self.prunes
+        return 1 - pattern.n / pattern.m if self.sparsity is None else self.sparsity
+
+    @property
+    def stacks(self) -> bool:
+        """A count over a whole matrix is over that matrix alone."""
+        return self.prunes.kind != "layer"
+
+
+class ScoreMethod(Pruner):
+    """A pruner that keeps the weights of the highest score and changes none of them."""
+
+    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+        """How much each weight of [out, in] matters, same shape, higher is better."""
+        raise NotImplementedError(f"{type(self).__name__}.score")
+
+    def compress(
+        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+    ) -> CompressedWeight:
+        """The weight with the lowest scores set to zero."""
+        keep = keep_best(self.score(weight, gram), self.prunes, self.share)
+        return CompressedWeight(values=weight.masked_fill(~keep, 0).to(dtype), mask=keep)
+
+
+def check_sparsity(pattern: str, sparsity: float | None) -> None:
+    """Whether the two options fit. Raises ValueError."""
+    found = Pattern.parse(pattern)
+    if found.kind == "n:m" and sparsity is not None and sparsity != 1 - found.n / found.m:
+        raise ValueError(f"pattern {pattern} removes {1 - found.n / found.m:g} of the weights; leave `sparsity` out")
+    if found.kind != "n:m" and sparsity is None:
+        raise ValueError(f"pattern {pattern} needs `sparsity`, the share to remove, such as 0.5")
 
 
 class IntMethod(Method):
@@ -62,3 +130,10 @@ class IntMethod(Method):
             search=search,
             importance=importance,
         )
+
+
+def gram_of(method: Method, gram: Tensor | None) -> Tensor:
+    """`gram`, which a method with `needs` always gets."""
+    if gram is None:
+        raise ValueError(f"{type(method).__name__.lower()} needs the Gram matrix of its inputs")
+    return gram

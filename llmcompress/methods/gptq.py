@@ -1,34 +1,29 @@
 """GPTQ: quantize one column after another and let the columns not done yet absorb each error.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-arXiv:2210.17323, algorithm 1. With G the mean of x xᵀ and U the upper Cholesky factor of its inverse (G⁻¹ = Uᵀ U),
-column j of the weight is rounded to q_j and every later column k moves by
-
-    e = (w_j - q_j) / U_jj          w_k <- w_k - e U_jk
-
-Two choices differ from the paper, both so that stock engines can use the file as it is:
+arXiv:2210.17323, algorithm 1; the sweep itself, shared with SparseGPT, is in `sweep.py`. Two choices differ from the
+paper, both so that stock engines can use the file as it is:
 * Columns go in the order of falling G_jj (activation order), but groups stay neighbouring columns of the original
   matrix and their ranges are fixed beforehand from the original weights. So the file needs no `g_idx`.
 * Ranges are searched under the weight of diag(G) instead of taken from the extremes, which small models need.
+
+Masked weights are zeros before and after; zero is on every grid. With a `pattern` the mask is chosen in the same sweep,
+with SparseGPT's score, so that one factor serves both and errors of pruning and rounding are compensated together.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmcompress.errors import NumericalError
 from llmcompress.grid import IntGrid
-from llmcompress.methods.base import IntMethod
+from llmcompress.mask import Pattern
+from llmcompress.methods.base import IntMethod, check_sparsity, gram_of
+from llmcompress.methods.sparsegpt import MaskChoice, chunk_rows, column_order
+from llmcompress.methods.sweep import Sweep, reversed_factor
 from llmcompress.stats import InputGram
 from llmcompress.weight import CompressedWeight
-
-DAMP_TRIES = 4  # each ten times the last
-SWEPT = 1 << 24  # weights swept together
-SMALL = 256  # triangles of less than twice this size are inverted at once
-LEAF = 16  # columns swept one by one
 
 
 class GPTQ(IntMethod):
@@ -37,115 +32,76 @@ class GPTQ(IntMethod):
     range: Literal["minmax", "search"] = "search"
     act_order: bool = True
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")
+    pattern: str | None = Field(None, description="also prune: row, layer, n:m such as 2:4, or block:n")
+    sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
     needs: ClassVar[type[InputGram] | None] = InputGram
 
-    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.pattern is None and self.sparsity is not None:
+            raise ValueError("sparsity is for pruning in the same sweep; set `pattern` too, such as row")
+        if self.pattern is not None:
+            check_sparsity(self.pattern, self.sparsity)
+        return self
+
+    @property
+    def prunes(self) -> Pattern | None:
+        """The pattern, if the mask is chosen here."""
+        return None if self.pattern is None else Pattern.parse(self.pattern)
+
+    @property
+    def stacks(self) -> bool:
+        """A count over a whole matrix is over that matrix alone."""
+        return self.pattern != "layer"
+
+    def compress(
+        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+    ) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32. Raises NumericalError if gram stays singular."""
-        if gram is None:
-            raise ValueError("gptq needs the Gram matrix of its inputs")
+        gram, pattern = gram_of(self, gram), self.prunes
         diagonal = gram.diagonal()
         dead = diagonal == 0  # inputs that were always zero: any weight is right, zero is cheap
-        order = diagonal.argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
+        order = column_order(diagonal, pattern.m if pattern else 1, by_size=self.act_order)
         factor = reversed_factor(gram, order, self.damp)
-        parts = []
-        for rows in weight.split(max(1, SWEPT // len(gram))):  # rows are independent: this only bounds memory
+        parts, start = [], 0
+        for rows in weight.split(chunk_rows(weight, pattern or Pattern("row"))):
             alive = rows.masked_fill(dead, 0)
             grid = self.fit(alive, dtype, search=self.range == "search", importance=diagonal)
-            codes = Sweep.codes_of(alive, grid, order, factor)
-            parts.append(CompressedWeight.on_grid(codes, grid))
+            keep = None if mask is None else mask[start : start + len(rows)].T[order]
+            if pattern:
+                keep = torch.ones_like(alive.T, dtype=torch.bool)
+            parts.append(self._sweep(alive, grid, order, factor, keep, pattern))
+            start += len(rows)
         return CompressedWeight.join(parts)
 
-
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """Algorithm 1 on some rows of a weight, columns in `order`.
-
-    Works on the transpose, so that a column of the weight is one contiguous row. Columns are halved again and again:
-    the left half is done, one product moves its errors into the right half, then that is done; so almost all of the
-    work is in large products.
-    """
-
-    w: Tensor  # [in, out] float32, in order; a column that is done holds its error e
-    codes: Tensor  # [in, out] uint8, in order
-    factor: Tensor  # [in, in]: see `reversed_factor`
-    scale: Tensor  # [groups, out] float32
-    zero: Tensor  # [groups, out] float32
-    groups: list[int]  # of each column, in order
-    top: int  # largest code
-
-    @classmethod
-    def codes_of(cls, weight: Tensor, grid: IntGrid, order: Tensor, factor: Tensor) -> Tensor:
-        """The codes [out, in] uint8 of weight [out, in] float32."""
+    def _sweep(
+        self, weight: Tensor, grid: IntGrid, order: Tensor, factor: Tensor, keep: Tensor | None, pattern: Pattern | None
+    ) -> CompressedWeight:
+        """The codes of algorithm 1 for some rows; keep [in, out] bool in order is filled here if there is a pattern."""
         w = weight.T.contiguous()[order]
-        scale, zero = (t.float().T.contiguous() for t in (grid.scale, grid.zero))
-        codes = torch.empty_like(w, dtype=torch.uint8)
+        scale, zero = (t.float().T.contiguous() for t in (grid.scale, grid.zero))  # [groups, out]
         groups = (order // grid.group).tolist()
-        cls(w, codes, factor, scale, zero, groups, 2**grid.bits - 1).settle(0, len(w))
-        return codes[order.argsort()].T.contiguous()
+        codes, top = torch.empty_like(w, dtype=torch.uint8), 2**grid.bits - 1
 
-    def settle(self, start: int, stop: int) -> None:
-        """Fix the codes of these columns; nothing outside them changes."""
-        w = self.w
-        if stop - start > LEAF:
-            middle = (start + stop) // 2
-            self.settle(start, middle)
-            w[middle:stop].addmm_(self.upper(slice(start, middle), slice(middle, stop)).T, w[start:middle], alpha=-1)
-            self.settle(middle, stop)
-            return
-        u = self.upper(slice(start, stop), slice(start, stop))
-        for i, j in enumerate(range(start, stop)):
-            column, scale, zero = w[j], self.scale[self.groups[j]], self.zero[self.groups[j]]
-            code = (column / scale).round_().add_(zero).clamp_(0, self.top)
-            self.codes[j] = code
-            column.sub_(code.sub_(zero).mul_(scale)).div_(u[i, i])
-            w[j + 1 : stop].addr_(u[i, i + 1 :], column, alpha=-1)
+        def allow(j: int, column: Tensor) -> Tensor:
+            step, middle = scale[groups[j]], zero[groups[j]]
+            code = (column / step).round_().add_(middle).clamp_(0, top)
+            if keep is not None:
+                code = torch.where(keep[j], code, middle)
+            codes[j] = code
+            return code.sub_(middle).mul_(step)
 
-    def upper(self, rows: slice, columns: slice) -> Tensor:
-        """A part of U, out of the reversed factor."""
-        n = len(self.w)
-        return self.factor[n - rows.stop : n - rows.start, n - columns.stop : n - columns.start].flip(0, 1)
+        if pattern and keep is not None:
+            choice = MaskChoice(pattern, self.share, keep)
+            Sweep(w, factor, allow, choice.select, choice.block).run()
+        else:
+            Sweep(w, factor, allow).run()
+        back = order.argsort()
+        found = None if keep is None else keep[back].T.contiguous()
+        return CompressedWeight.on_grid(codes[back].T.contiguous(), grid, found)
 
-
-def reversed_factor(gram: Tensor, order: Tensor, damp: float) -> Tensor:
-    """R U R, where U [in, in] is upper triangular with (G + damp mean(diag G) I)⁻¹ = Uᵀ U, for G in `order`.
-
-    R reverses an order. U comes from a Cholesky factor taken from the last column to the first: R G R = L Lᵀ gives
-    R U R = L⁻¹. So one factorization and one triangular inverse do, both in place. Returns L⁻¹ [in, in] float32; what
-    it holds besides `gram` is a matrix and a half, for wide layers most of a run's memory.
-
-    The damping is raised tenfold while the matrix is not positive definite. Raises NumericalError when that fails.
-    """
-    backwards = order.flip(0)
-    diagonal = gram.diagonal()[backwards]
-    mean = float(diagonal.mean())
-    diagonal = torch.where(diagonal == 0, mean if mean > 0 else 1.0, diagonal)
-    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
-    for attempt in range(DAMP_TRIES):
-        factor = gram[backwards[:, None], backwards].mT  # column-major, as LAPACK wants it: so it works in place
-        factor.diagonal().copy_(diagonal + damp * 10**attempt * mean)
-        torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        if not failed:
-            invert_triangle(factor)
-            if bool(factor.isfinite().all()):
-                return factor
-        del factor
-    raise NumericalError(
-        f"the Gram matrix of this layer's {len(gram)} inputs is not positive definite, not even with damping "
-        f"{damp * 10 ** (DAMP_TRIES - 1):g}; use more calibration samples (at least {4 * len(gram)} tokens), raise "
-        "`damp`, or list the layer in `keep`"
-    )
-
-
-def invert_triangle(lower: Tensor) -> None:
-    """Replace a lower triangular matrix [n, n] by its inverse, half by half: [A 0; C B]⁻¹ = [A⁻¹ 0; -B⁻¹ C A⁻¹ B⁻¹]."""
-    half = len(lower) // 2
-    if half < SMALL:
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-        return
-    a, b, c = lower[:half, :half], lower[half:, half:], lower[half:, :half]
-    right = torch.linalg.solve_triangular(a, c, upper=False, left=False)
-    c.copy_(torch.linalg.solve_triangular(b, right, upper=False).neg_())
-    del right
-    invert_triangle(a)
-    invert_triangle(b)
+    @property
+    def share(self) -> float:
+        """Of the weights that go."""
+        pattern = self.prunes
+        return 1 - pattern.n / pattern.m if pattern and self.sparsity is None else self.sparsity or 0.0

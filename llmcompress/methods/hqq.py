@@ -30,7 +30,9 @@ class HQQ(IntMethod):
     p: float = Field(0.7, gt=0, lt=1)
     beta: float = Field(10.0, gt=0)
 
-    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
+    def compress(
+        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+    ) -> CompressedWeight:
         """Fit scale and zero to weight [out, in] float32; `gram` is not used."""
         group = self.group(weight.shape[1])
         start = self.fit(weight, dtype)
@@ -41,7 +43,7 @@ class HQQ(IntMethod):
             found, zero[rows] = self._solve(groups[rows] / unit[..., None], zero[rows], unit, dtype)
             scale[rows] = found * unit
         grid = IntGrid(self.bits, group, self.symmetric, scale.to(dtype), zero.to(torch.int32))
-        return CompressedWeight.on_grid(grid.encode(weight), grid)
+        return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
 
     def _solve(self, w: Tensor, zero: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Half-quadratic iterations on w [rows, groups, group], in units of `unit` [rows, groups]; scale and zero."""

@@ -20,7 +20,9 @@ class RTN(IntMethod):
 
     range: Literal["minmax", "search"] = "search"
 
-    def compress(self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype) -> CompressedWeight:
+    def compress(
+        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+    ) -> CompressedWeight:
         """Round weight [out, in] float32; `gram` is not used."""
         grid = self.fit(weight, dtype, search=self.range == "search")
-        return CompressedWeight.on_grid(grid.encode(weight), grid)
+        return CompressedWeight.on_grid(grid.encode(weight), grid, mask)

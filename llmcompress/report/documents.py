@@ -81,7 +81,7 @@ def front_matter(results: dict[str, Any]) -> Markup:
 def tags(results: dict[str, Any]) -> list[str]:
     """Words to find the model by: this project, the library that stores it and the methods."""
     storage = ["compressed-tensors"] if results["format"] == "pack-quantized" else []
-    methods = [layer["method"] for layer in results["layers"]]
+    methods = [name for layer in results["layers"] for name in layer["method"].split(" + ")]
     return list(dict.fromkeys(map(one_line, ["llmcompress", *storage, *methods])))
 
 

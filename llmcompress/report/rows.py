@@ -98,12 +98,15 @@ def schemes(layers: list[dict[str, Any]]) -> str:
     """What was done to the linears, in words, each distinct way once."""
 
     def words(layer: dict[str, Any]) -> str:
+        name = str(layer["method"])
+        if layer.get("pattern"):
+            name += f", pattern {layer['pattern']}"
         if layer.get("bits") is None:  # a method without a grid
-            return str(layer["method"])
+            return name
         group = layer["group_size"]
         shape = f"groups of {show(group, 'count')}" if isinstance(group, int) and group > 0 else "one group per row"
         kind = "symmetric" if layer["symmetric"] else "asymmetric"
-        return f"{layer['method']} to {show(layer['bits'], 'count')} bits ({kind}, {shape})"
+        return f"{name} to {show(layer['bits'], 'count')} bits ({kind}, {shape})"
 
     return " and ".join(dict.fromkeys(map(words, layers)))
 

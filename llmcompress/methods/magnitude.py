@@ -1,0 +1,13 @@
+"""Magnitude pruning: the smallest weights go. Han et al. 2015, arXiv:1506.02626. S_ij = |W_ij|"""
+
+from torch import Tensor
+
+from llmcompress.methods.base import ScoreMethod
+
+
+class Magnitude(ScoreMethod):
+    """Options of `method: magnitude`."""
+
+    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+        """|W| for weight [out, in] float32; `gram` is not used."""
+        return weight.abs()

@@ -1,0 +1,35 @@
+"""RIA: relative importance and activations.
+
+Zhang et al. 2024, "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024,
+equations 3 and 4. A weight counts by its share of its row and of its column, so that no channel is lost as a whole:
+
+    S_ij = (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) ||x_j||^a
+"""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.methods.base import ScoreMethod, gram_of
+from llmcompress.stats import InputGram
+
+
+class RIA(ScoreMethod):
+    """Options of `method: ria`."""
+
+    a: float = Field(0.5, ge=0, le=2, description="weight of the activations")
+    needs: ClassVar[type[InputGram] | None] = InputGram
+
+    @property
+    def stacks(self) -> bool:
+        """Never: column sums are over the rows of one matrix."""
+        return False
+
+    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+        """The equation above for weight [out, in] and gram [in, in] float32, with RMS inputs."""
+        size = weight.abs()
+        tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column has scores of zero
+        share = size / size.sum(0).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
+        return share * gram_of(self, gram).diagonal().pow(self.a / 2)

@@ -1,0 +1,24 @@
+"""Wanda: prune by weights and activations, without an update.
+
+Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695, equation 1.
+With ||x_j|| the norm of input j over the calibration tokens, here the root mean square (the square root of G_jj):
+
+    S_ij = |W_ij| ||x_j||          compared within each output row
+"""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from llmcompress.methods.base import ScoreMethod, gram_of
+from llmcompress.stats import InputGram
+
+
+class Wanda(ScoreMethod):
+    """Options of `method: wanda`."""
+
+    needs: ClassVar[type[InputGram] | None] = InputGram
+
+    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+        """|W_ij| sqrt(G_jj) for weight [out, in] and gram [in, in] float32."""
+        return weight.abs() * gram_of(self, gram).diagonal().sqrt()

@@ -76,12 +76,9 @@ def test_the_joint_sweep_in_one_step(run_tiny):
 
 def test_steps_for_different_linears(run_tiny):
     """Each with a sparsity of its own; the rest is left alone."""
-    steps = [
-        {"method": "wanda", "sparsity": 0.25, "targets": ["*_proj"]},
-        {"method": "magnitude", "pattern": "block:16", "sparsity": 0.5, "targets": ["*.mlp.*"]},
-    ]
-    steps[0]["targets"] = ["q_proj", "k_proj"]
-    folder, results = run_tiny("llama", *steps)
+    attention = {"method": "wanda", "sparsity": 0.25, "targets": ["q_proj", "k_proj"]}
+    mlp = {"method": "magnitude", "pattern": "block:16", "sparsity": 0.5, "targets": ["*.mlp.*"]}
+    _, results = run_tiny("llama", attention, mlp)
     found = {row["name"].rsplit(".", 1)[-1]: row for row in results["layers"]}
     assert set(found) == {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"}
     assert found["q_proj"]["sparsity"] == pytest.approx(0.25, abs=0.02)

@@ -33,6 +33,7 @@ from llmcompress.proof import positions, proof_blocks, write_expected
 from llmcompress.results import PACKAGES, peak_bytes, version
 from llmcompress.source import ModelSource
 from llmcompress.stream import StreamedModel, stream_blocks
+from llmcompress.weight import Kind
 
 COMPUTING = PACKAGES[:5]  # those whose version can change the bytes of a result
 
@@ -251,8 +252,12 @@ class Job:
         config["dtype"] = self.plan.recipe.dtype
         rows = [row["name"] for record in records for row in record["layers"]]
         module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
-        methods = {alias: self.plan.steps_of(name)[-1].method for name in rows for alias in {name, module[name]}}
-        quantization = self.plan.format.config(methods, self._ignored(set(rows)))
+        kinds = {
+            alias: Kind.after([step.method.kind for step in self.plan.steps_of(name)])
+            for name in rows
+            for alias in {name, module[name]}
+        }
+        quantization = self.plan.format.config(kinds, self._ignored(set(rows)))
         return config | ({"quantization_config": quantization} if quantization else {})
 
     def _ignored(self, compressed: set[str]) -> list[str]:

@@ -46,6 +46,14 @@ class Pattern:
         """The text that `parse` takes."""
         return {"n:m": f"{self.n}:{self.m}", "block": f"block:{self.m}"}.get(self.kind, self.kind)
 
+    def stay(self, rows: int, columns: int, sparsity: float) -> int:
+        """How many weights of [rows, columns] stay, exactly."""
+        if self.kind == "layer":
+            return kept(rows * columns, sparsity)
+        if self.kind == "n:m":
+            return rows * columns // self.m * self.n
+        return rows * kept(columns // self.m, sparsity) * self.m
+
 
 def kept(total: int, sparsity: float) -> int:
     """How many of `total` weights stay at a sparsity in [0, 1)."""

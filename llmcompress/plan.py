@@ -7,7 +7,7 @@ predicts output size, peak memory, disk and time. The run reports what it measur
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -23,6 +23,7 @@ from llmcompress.methods import IntMethod, Method
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
 from llmcompress.source import ModelSource
+from llmcompress.weight import Kind
 
 GROUPS = (128, 64, 32)
 CONV1D_MODELS = ("gpt2",)  # model types that keep weights as [in, out]; checked against the modules before a run
@@ -139,7 +140,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         for i in mine:
             check_shape(name, shape[1], steps[i].method, i)
         if mine:
-            after = FORMATS[format_name].stored_bytes(steps[mine[-1]].method, shape, dtype)
+            after = FORMATS[format_name].stored_bytes(kind_of(steps, mine), shape, dtype)
         linears.append(PlannedLinear(name, block_index(name, blocks), shape, mine, dense, after))
     plan = Plan(
         recipe,
@@ -257,6 +258,11 @@ def check_sequence(name: str, mine: tuple[int, ...], steps: list[Step]) -> None:
             )
 
 
+def kind_of(steps: Sequence[Step], mine: Iterable[int]) -> Kind:
+    """Of a linear after these of the steps."""
+    return Kind.after([steps[i].method.kind for i in mine])
+
+
 def check_shape(name: str, columns: int, method: Method, step: int) -> None:
     """Groups and patterns must divide the row."""
     pattern = method.prunes
@@ -290,7 +296,7 @@ def choose_format(
             reason = f"output.format: {format_name!r} cannot hold this mixture of experts: {DENSE_EXPERTS}"
             continue
         for name, mine in assigned.items():
-            refusal = FORMATS[format_name].refuses(steps[mine[-1]].method, names[name], transposed) if mine else None
+            refusal = FORMATS[format_name].refuses(kind_of(steps, mine), names[name], transposed) if mine else None
             if refusal:
                 reason = f"{name}: cannot be stored as {format_name!r}: {refusal}"
                 break

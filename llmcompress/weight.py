@@ -6,15 +6,39 @@ share. `values` is the truth: whatever the format does, unpacking must give back
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llmcompress.grid import IntGrid
+from llmcompress.mask import Pattern
 from llmcompress.stats import bfloat16_products
 
 PRODUCT = 1 << 24  # elements of a temporary product
 PANEL = 2048  # columns of one
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is known of a compressed weight before it is made: its grid, and where its zeros may be."""
+
+    bits: int | None = None  # None: not on an integer grid
+    group_size: int | Literal["row"] = "row"  # input columns per scale
+    symmetric: bool = True
+    pattern: Pattern | None = None  # None: not pruned
+    sparsity: float = 0.0  # share removed, where the pattern leaves it open
+
+    @classmethod
+    def after(cls, kinds: Sequence["Kind"]) -> "Kind":
+        """Of a weight after several steps: the last grid, and the pattern of the one that pruned."""
+        grid = next((kind for kind in reversed(kinds) if kind.bits), cls())
+        pruned = next((kind for kind in kinds if kind.pattern), cls())
+        return replace(grid, pattern=pruned.pattern, sparsity=pruned.sparsity)
+
+    def group(self, columns: int) -> int:
+        """Columns per scale for a weight of `columns` input features."""
+        return columns if self.group_size == "row" else int(self.group_size)
 
 
 @dataclass(frozen=True, slots=True)

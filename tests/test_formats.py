@@ -45,14 +45,14 @@ def compress(method: Method, shape: tuple[int, int], dtype: torch.dtype) -> Comp
 
 def scheme_of(method: Method) -> dict[str, Any]:
     """The scheme that config.json will hold for a linear, after a trip through JSON."""
-    config = json.loads(json.dumps(PACKED.config({"layer": method}, [])))
+    config = json.loads(json.dumps(PACKED.config({"layer": method.kind}, [])))
     return config["config_groups"]["group_0"]
 
 
 def check_round_trip(fmt: str, method: IntMethod, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = compress(method, shape, dtype)
     for transposed in (False, True):
-        if FORMATS[fmt].refuses(method, shape, transposed):
+        if FORMATS[fmt].refuses(method.kind, shape, transposed):
             continue
         tensors = FORMATS[fmt].pack(weight, transposed)
         back = FORMATS[fmt].unpack(tensors, scheme_of(method), transposed)
@@ -60,7 +60,7 @@ def check_round_trip(fmt: str, method: IntMethod, shape: tuple[int, int], dtype:
         assert torch.equal(back, weight.values)
         assert FORMATS[fmt].suffix in tensors
         assert all(tensor.is_contiguous() for tensor in tensors.values())
-        assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[fmt].stored_bytes(method, shape, dtype)
+        assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[fmt].stored_bytes(method.kind, shape, dtype)
 
 
 @kinds
@@ -107,7 +107,7 @@ def test_any_codes_and_zeros_come_back(rows, groups, bits, symmetric, seed):
 def test_few_rows_come_back_or_are_refused(rows, bits, symmetric):
     """Zero points that fit in one word per group: the library's own decompressor must be able to read them."""
     method = RTN(bits=bits, group_size=32, symmetric=symmetric)
-    if PACKED.refuses(method, (rows, 64), False) is None:
+    if PACKED.refuses(method.kind, (rows, 64), False) is None:
         check_round_trip("pack-quantized", method, (rows, 64), torch.bfloat16)
 
 
@@ -144,10 +144,10 @@ def test_words(count, bits, expected):
 
 def test_refusals():
     rtn = RTN()
-    assert PACKED.refuses(rtn, (8, 64), False) is None
-    assert "Conv1D" in PACKED.refuses(rtn, (8, 64), True)
-    assert "integer grid" in PACKED.refuses(Method(), (8, 64), False)
-    assert all(FORMATS["dense"].refuses(m, (8, 64), t) is None for m in (rtn, Method()) for t in (False, True))
+    assert PACKED.refuses(rtn.kind, (8, 64), False) is None
+    assert "Conv1D" in PACKED.refuses(rtn.kind, (8, 64), True)
+    assert "integer grid" in PACKED.refuses(Method().kind, (8, 64), False)
+    assert all(FORMATS["dense"].refuses(m.kind, (8, 64), t) is None for m in (rtn, Method()) for t in (False, True))
 
 
 # dense
@@ -163,7 +163,7 @@ def test_dense_is_the_weight_as_the_module_keeps_it(transposed):
 
 
 def test_dense_leaves_config_alone():
-    assert FORMATS["dense"].config({"a": RTN()}, ["lm_head"]) is None
+    assert FORMATS["dense"].config({"a": RTN().kind}, ["lm_head"]) is None
 
 
 # quantization_config
@@ -174,7 +174,7 @@ def test_dense_leaves_config_alone():
 @all_bits
 def test_config_is_what_the_library_defines(bits, group_size, symmetric):
     method = RTN(bits=bits, group_size=group_size, symmetric=symmetric)
-    config = json.loads(json.dumps(PACKED.config({"a.q": method, "a.k": method}, ["lm_head", "a.v"])))
+    config = json.loads(json.dumps(PACKED.config({"a.q": method.kind, "a.k": method.kind}, ["lm_head", "a.v"])))
     parsed = QuantizationConfig.model_validate(config)
     assert parsed.model_dump(mode="json") == config
     assert set(config) <= set(QuantizationConfig.model_fields)
@@ -194,7 +194,7 @@ def test_config_is_what_the_library_defines(bits, group_size, symmetric):
 
 @kinds
 def test_transformers_reads_the_config(symmetric):
-    config = PACKED.config({"a": RTN(symmetric=symmetric)}, ["lm_head"])
+    config = PACKED.config({"a": RTN(symmetric=symmetric).kind}, ["lm_head"])
     read = CompressedTensorsConfig(**json.loads(json.dumps(config)))
     assert read.quantization_config.config_groups["group_0"].weights.num_bits == 4
     assert read.quantization_config.ignore == ["lm_head"]
@@ -203,14 +203,14 @@ def test_transformers_reads_the_config(symmetric):
 
 @kinds
 def test_config_says_nothing_of_sparsity(symmetric):
-    config = PACKED.config({"a": RTN(symmetric=symmetric)}, [])
+    config = PACKED.config({"a": RTN(symmetric=symmetric).kind}, [])
     assert not [key for key in config if "sparsity" in key and config[key]]
     assert "sparsity_config" not in config
 
 
 def test_linears_on_different_grids_get_groups_of_their_own():
-    four, eight = RTN(bits=4), RTN(bits=8, group_size="row")
-    gptq = METHODS["gptq"].parse({"bits": 4}, "")  # another method, the same grid as `four`
+    four, eight = RTN(bits=4).kind, RTN(bits=8, group_size="row").kind
+    gptq = METHODS["gptq"].parse({"bits": 4}, "").kind  # another method, the same grid as `four`
     methods = {"m.0.q": four, "m.0.down": eight, "m.1.q": gptq, "m.1.down": eight}
     config = json.loads(json.dumps(PACKED.config(methods, ["lm_head"])))
     groups = {
@@ -222,6 +222,6 @@ def test_linears_on_different_grids_get_groups_of_their_own():
 
 
 def test_scheme_of_each_grid_validates_alone():
-    config = PACKED.config({"q": RTN(bits=3, symmetric=False), "d": RTN(bits=2, group_size=128)}, [])
+    config = PACKED.config({"q": RTN(bits=3, symmetric=False).kind, "d": RTN(bits=2, group_size=128).kind}, [])
     schemes = [QuantizationScheme.model_validate(group) for group in config["config_groups"].values()]
     assert [scheme.weights.num_bits for scheme in schemes] == [3, 2]

@@ -56,6 +56,7 @@ def test_contract(name, pattern, sparsity):
     assert mask.dtype == torch.bool
     assert follows(mask, shape)
     share = 1 - shape.n / shape.m if sparsity is None else sparsity
+    assert int(mask.sum()) == method.kind.pattern.stay(6, 160, share)
     if pattern == "layer":
         assert int(mask.sum()) == kept(weight.numel(), share)
     elif shape.kind == "n:m":

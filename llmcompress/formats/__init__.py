@@ -1,12 +1,17 @@
 """Every storage format, by the name that recipes use. Adding a format is a file here and a line below."""
 
 from llmcompress.formats.base import Format
+from llmcompress.formats.bitmask import Bitmask
 from llmcompress.formats.dense import Dense
 from llmcompress.formats.pack_quantized import PackQuantized
+from llmcompress.formats.sparse24 import Sparse24, Sparse24Int4
 
 FORMATS: dict[str, Format] = {
     "dense": Dense(),
     "pack-quantized": PackQuantized(),
+    "sparse24": Sparse24(),
+    "sparse24-int4": Sparse24Int4(),
+    "bitmask": Bitmask(),
 }
 
 __all__ = ["FORMATS", "Format"]

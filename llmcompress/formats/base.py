@@ -6,8 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.methods.base import Method
-from llmcompress.weight import CompressedWeight
+from llmcompress.weight import CompressedWeight, Kind
 
 
 class Format(Protocol):
@@ -16,15 +15,15 @@ class Format(Protocol):
     name: str
     suffix: str  # the tensor that marks a linear stored this way, as `<module>.<suffix>`
 
-    def refuses(self, method: Method, shape: tuple[int, int], transposed: bool) -> str | None:
-        """Why the result of `method` on a weight [out, in] cannot be stored this way; None if it can.
+    def refuses(self, kind: Kind, shape: tuple[int, int], transposed: bool) -> str | None:
+        """Why a weight [out, in] of this kind cannot be stored this way; None if it can.
 
         transposed: the module keeps its weight as [in, out] (GPT-2's Conv1D).
         """
         ...
 
-    def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that `pack` will take for a weight [out, in] compressed by `method`, exactly."""
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that `pack` will take for a weight [out, in] of this kind, exactly."""
         ...
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
@@ -35,9 +34,9 @@ class Format(Protocol):
         """The weight's values [out, in] from what `pack` made; bit for bit. `scheme` is the linear's in `config`."""
         ...
 
-    def config(self, methods: Mapping[str, Method], ignore: list[str]) -> dict[str, Any] | None:
+    def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None.
 
-        methods: what made each compressed linear, by module name.  ignore: all other linears.
+        kinds: of each compressed linear, by module name.  ignore: all other linears.
         """
         ...

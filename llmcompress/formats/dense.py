@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.methods.base import Method
-from llmcompress.weight import CompressedWeight
+from llmcompress.weight import CompressedWeight, Kind
 
 
 class Dense:
@@ -16,11 +15,11 @@ class Dense:
     name = "dense"
     suffix = "weight"
 
-    def refuses(self, method: Method, shape: tuple[int, int], transposed: bool) -> str | None:
+    def refuses(self, kind: Kind, shape: tuple[int, int], transposed: bool) -> str | None:
         """Never."""
         return None
 
-    def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """One number per weight."""
         return shape[0] * shape[1] * dtype.itemsize
 
@@ -32,6 +31,6 @@ class Dense:
         """The values, as they were."""
         return tensors["weight"].T if transposed else tensors["weight"]
 
-    def config(self, methods: Mapping[str, Method], ignore: list[str]) -> dict[str, Any] | None:
+    def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """Nothing: to every engine this is an ordinary checkpoint."""
         return None

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.methods.base import IntMethod, Method
-from llmcompress.weight import CompressedWeight
+from llmcompress.weight import CompressedWeight, Kind
 
 
 class PackQuantized:
@@ -27,23 +26,23 @@ class PackQuantized:
     name = "pack-quantized"
     suffix = "weight_packed"
 
-    def refuses(self, method: Method, shape: tuple[int, int], transposed: bool) -> str | None:
+    def refuses(self, kind: Kind, shape: tuple[int, int], transposed: bool) -> str | None:
         """Only integer grids on plain linears have this form."""
         if transposed:
             return "Conv1D weights have no packed form in stock libraries"
-        if not isinstance(method, IntMethod):
+        if kind.bits is None:
             return "its result is not on an integer grid"
-        if not method.symmetric and words(shape[0], method.bits) < 2:
+        if not kind.symmetric and words(shape[0], kind.bits) < 2:
             return f"{shape[0]} rows of zero points fit one word, which the compressed-tensors library cannot unpack"
         return None
 
-    def stored_bytes(self, method: Method, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Words, scales, packed zeros and the shape."""
-        assert isinstance(method, IntMethod)
+        assert kind.bits is not None
         rows, columns = shape
-        groups = columns // method.group(columns)
-        total = rows * words(columns, method.bits) * 4 + rows * groups * dtype.itemsize + 2 * 8
-        return total if method.symmetric else total + words(rows, method.bits) * groups * 4
+        groups = columns // kind.group(columns)
+        total = rows * words(columns, kind.bits) * 4 + rows * groups * dtype.itemsize + 2 * 8
+        return total if kind.symmetric else total + words(rows, kind.bits) * groups * 4
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
         """Pack the codes of a weight that is on a grid."""
@@ -72,14 +71,14 @@ class PackQuantized:
             "weight"
         ]
 
-    def config(self, methods: Mapping[str, Method], ignore: list[str]) -> dict[str, Any] | None:
+    def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """One config group per distinct grid; a single one targets every Linear that is not ignored."""
         from compressed_tensors.quantization import QuantizationConfig
 
         by_grid: dict[tuple[int, int | str, bool], list[str]] = {}
-        for name, method in methods.items():
-            assert isinstance(method, IntMethod)
-            by_grid.setdefault((method.bits, method.group_size, method.symmetric), []).append(name)
+        for name, kind in kinds.items():
+            assert kind.bits is not None
+            by_grid.setdefault((kind.bits, kind.group_size, kind.symmetric), []).append(name)
         groups = {
             f"group_{i}": scheme(grid, ["Linear"] if len(by_grid) == 1 else names)
             for i, (grid, names) in enumerate(by_grid.items())

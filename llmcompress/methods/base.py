@@ -10,7 +10,7 @@ from llmcompress.grid import IntGrid, fit_range
 from llmcompress.mask import Pattern, keep_best
 from llmcompress.options import Options
 from llmcompress.stats import InputGram
-from llmcompress.weight import CompressedWeight
+from llmcompress.weight import CompressedWeight, Kind
 
 
 class Method(Options):
@@ -36,6 +36,16 @@ class Method(Options):
     def prunes(self) -> Pattern | None:
         """The pattern of the mask that this method makes; None if it makes none."""
         return None
+
+    @property
+    def share(self) -> float:
+        """Of the weights that the mask removes."""
+        return 0.0
+
+    @property
+    def kind(self) -> Kind:
+        """What its results are."""
+        return Kind(pattern=self.prunes, sparsity=self.share)
 
     @property
     def stacks(self) -> bool:
@@ -113,9 +123,14 @@ class IntMethod(Method):
             raise ValueError("group_size must be 32, 64, 128 or 'row' (one scale per output row)")
         return value
 
+    @property
+    def kind(self) -> Kind:
+        """A grid of these options."""
+        return Kind(self.bits, self.group_size, self.symmetric, self.prunes, self.share)
+
     def group(self, columns: int) -> int:
         """Columns per scale for a weight of `columns` input features."""
-        return columns if self.group_size == "row" else int(self.group_size)
+        return self.kind.group(columns)
 
     def fit(
         self, weight: Tensor, dtype: torch.dtype, *, search: bool = True, importance: Tensor | None = None

@@ -1,0 +1,72 @@
+"""`bitmask`: the weights that are not zero, and one bit for every weight. Version 1; see docs/formats.md.
+
+For unstructured sparsity of half of the weights and more; 1 + 16 (1 - sparsity) bits per weight in bfloat16. Per
+linear [out, in]:
+
+    weight         dtype  [n]                   the weights that stay, row after row
+    weight_mask    uint8  [out, ceil(in / 8)]   a bit for every weight; of eight columns the first is lowest
+    weight_shape   int64  [2]                   (out, in)
+"""
+
+from collections.abc import Mapping
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import FormatError
+from llmcompress.formats.sparse24 import METHOD, VERSION, describe
+from llmcompress.weight import CompressedWeight, Kind
+
+BIT = torch.arange(8, dtype=torch.uint8)
+
+
+class Bitmask:
+    """Values in the dtype of the checkpoint under a mask of one bit per weight."""
+
+    name = "bitmask"
+    suffix = "weight_mask"
+
+    def refuses(self, kind: Kind, shape: tuple[int, int], transposed: bool) -> str | None:
+        """Only pruned weights of plain linears gain from it."""
+        if transposed:
+            return "Conv1D weights have no packed form"
+        return None if kind.pattern else "no step prunes it, so that a mask would only add to its size"
+
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """A bit for every weight, those that stay, and the shape."""
+        rows, columns = shape
+        assert kind.pattern is not None
+        return kind.pattern.stay(rows, columns, kind.sparsity) * dtype.itemsize + rows * ceil(columns / 8) + 2 * 8
+
+    def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
+        """The weights that stay and their mask."""
+        keep = weight.values != 0 if weight.mask is None else weight.mask
+        padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8)).reshape(len(keep), -1, 8)
+        mask = (padded << BIT.to(keep.device)).sum(-1, dtype=torch.uint8)
+        return {"weight": weight.values[keep], "weight_mask": mask, "weight_shape": torch.tensor(keep.shape)}
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
+        """The values. Raises FormatError if the tensors do not fit each other or the format."""
+        stored, mask, shape = tensors["weight"], tensors.get("weight_mask"), tensors.get("weight_shape")
+        if shape is None or shape.dtype != torch.int64 or tuple(shape.shape) != (2,) or int(shape.min()) < 1:
+            found = "missing" if shape is None else f"{describe(shape)}"
+            raise FormatError(f"bitmask: weight_shape is {found}, expected two positive int64 numbers, out and in")
+        rows, columns = shape.tolist()
+        if mask is None or mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, ceil(columns / 8)):
+            found = "missing" if mask is None else describe(mask)
+            raise FormatError(f"bitmask: weight_mask is {found}, expected uint8 [{rows}, {ceil(columns / 8)}]")
+        bits = (mask[..., None] >> BIT.to(mask.device) & 1).bool().flatten(1)
+        keep = bits[:, :columns]
+        if bool(bits[:, columns:].any()):
+            raise FormatError("bitmask: bits after the last column must be zero; the file is damaged")
+        if not stored.is_floating_point() or stored.ndim != 1 or len(stored) != int(keep.sum()):
+            raise FormatError(f"bitmask: weight is {describe(stored)}, expected floats [{int(keep.sum())}]")
+        values = torch.zeros(rows, columns, dtype=stored.dtype, device=stored.device)
+        values[keep] = stored
+        return values
+
+    def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
+        """Which linears are stored so."""
+        return {"quant_method": METHOD, "version": VERSION, "format": self.name, "modules": sorted(kinds)}

@@ -7,7 +7,20 @@ From the command line: `python -m llmcompress --help`. From Python, the same ste
 
     results = run(load_recipe(Path("recipe.yaml")), Path("out"))
 
-This file imports nothing, so that `import llmcompress` costs nothing.
+    model = llmcompress.load("out")  # of a folder in one of our own formats; others load with transformers alone
+
+This file imports nothing until a name is used, so that `import llmcompress` costs nothing.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`load`, from `llmcompress.runtime`, when it is first asked for."""
+    if name != "load":
+        raise AttributeError(f"module 'llmcompress' has no attribute {name!r}")
+    from llmcompress.runtime import load
+
+    return load

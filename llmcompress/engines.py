@@ -26,11 +26,24 @@ def verdicts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not quantization:
         plain = "plain weights, as any engine that knows the architecture reads them"
         return [asdict(Verdict(engine, True, plain)) for engine in ("transformers", "vLLM", "GGUF converters")]
+    if quantization.get("quant_method") == "llmcompress":
+        return [asdict(verdict) for verdict in own_verdicts(quantization.get("format", ""))]
     grids = [group["weights"] for group in quantization["config_groups"].values()]
     vllm = vllm_verdict(grids)
     if vllm.loads and (unlike := unlike_partners(quantization)):
         vllm = Verdict("vLLM", False, unlike)
     return [asdict(verdict) for verdict in (transformers_verdict(grids), vllm, gguf_verdict(grids))]
+
+
+def own_verdicts(name: str) -> list[Verdict]:
+    """A format of this project needs its runtime; every such folder also has a form for stock engines."""
+    other = f"not as {name}; write a form that it loads with: llmcompress export DIR --format dense"
+    return [
+        Verdict("llmcompress", True, "llmcompress.load(folder), or import llmcompress.runtime before from_pretrained"),
+        Verdict("transformers", False, "stops at the shapes unless llmcompress.runtime is imported"),
+        Verdict("vLLM", False, other),
+        Verdict("GGUF converters", False, other),
+    ]
 
 
 def transformers_verdict(grids: list[dict[str, Any]]) -> Verdict:

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from llmcompress.engines import verdicts
 from llmcompress.errors import FormatError
-from llmcompress.formats import FORMATS
-
-PACKED = FORMATS["pack-quantized"]
+from llmcompress.formats import FORMATS, OWN, Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +31,17 @@ class Entry:
 def inspect(folder: Path) -> dict[str, Any]:
     """Everything about a folder, as `--json` prints it. Raises FormatError if it is not a readable checkpoint."""
     config = read_object(folder / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if quantization and quantization.get("format") not in FORMATS:
+        raise FormatError(
+            f"{folder}: quantization_config says format {quantization.get('format')!r}, expected {', '.join(FORMATS)}"
+        )
     entries = [entry for path in weight_files(folder) for entry in entries_of(path, config)]
     total = sum(entry.bytes for entry in entries)
     return {
         "folder": str(folder),
         "model_type": config.get("model_type"),
-        "format": (config.get("quantization_config") or {}).get("format", "dense"),
+        "format": quantization.get("format", "dense"),
         "bytes": total,
         "tensors": [asdict(entry) for entry in entries],
         "engines": verdicts(config),
@@ -49,16 +52,18 @@ def entries_of(path: Path, config: dict[str, Any]) -> Iterator[Entry]:
     """Entries of one file; the tensors of a packed linear are one entry."""
     from safetensors import SafetensorError, safe_open
 
+    packed_as = FORMATS[(config.get("quantization_config") or {}).get("format", "pack-quantized")]
     try:
         with safe_open(path, "pt") as file:
             modules: dict[str, list[str]] = {}
             for name in file.keys():  # noqa: SIM118  (not a mapping)
                 modules.setdefault(name.rpartition(".")[0], []).append(name)
             for module, names in modules.items():
-                packed = f"{module}.{PACKED.suffix}" in names
+                packed = packed_as.name != "dense" and f"{module}.{packed_as.suffix}" in names
                 mine = [n for n in names if packed and n.startswith(f"{module}.weight")]
                 if mine:
-                    yield packed_entry(module, {n[len(module) + 1 :]: file.get_tensor(n) for n in mine}, config)
+                    tensors = {n[len(module) + 1 :]: file.get_tensor(n) for n in mine}
+                    yield packed_entry(module, tensors, packed_as, config)
                 for name in names:
                     if name not in mine:
                         yield dense_entry(name, file.get_tensor(name))
@@ -66,17 +71,21 @@ def entries_of(path: Path, config: dict[str, Any]) -> Iterator[Entry]:
         raise FormatError(f"{path}: cannot be read as safetensors ({exc}); the file is damaged or incomplete") from None
 
 
-def packed_entry(module: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> Entry:
+def packed_entry(module: str, tensors: dict[str, Tensor], packed_as: Format, config: dict[str, Any]) -> Entry:
     """A packed linear, unpacked to count its zeros."""
-    scheme = scheme_of(module, config)
+    scheme = {} if packed_as.name in OWN else scheme_of(module, config)
     try:
-        values = PACKED.unpack(tensors, scheme, transposed=False)
+        values = packed_as.unpack(tensors, scheme, transposed=False)
+    except FormatError as exc:
+        raise FormatError(f"{module}: {exc}") from None
     except (KeyError, RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as exc:
-        raise FormatError(f"{module}: its packed tensors do not fit its scheme {scheme['weights']}: {exc}") from None
+        raise FormatError(
+            f"{module}: its packed tensors do not fit its scheme {scheme.get('weights')}: {exc}"
+        ) from None
     stored = sum(t.nbytes for t in tensors.values())
     return Entry(
         module,
-        PACKED.name,
+        packed_as.name,
         list(values.shape),
         8 * stored / values.numel(),
         int(values.count_nonzero()) / values.numel(),

@@ -1,7 +1,8 @@
 """Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS [trust]`.
 
-Imports transformers and compressed-tensors, and nothing of llmcompress. Loads FOLDER with its first BLOCKS decoder
-blocks as any user would and compares, with what the run decided (EXPECTED, a safetensors file):
+Imports transformers and compressed-tensors, and nothing of llmcompress unless the folder is in one of its own formats,
+which `llmcompress.runtime` loads. Loads FOLDER with its first BLOCKS decoder blocks as any user would and compares,
+with what the run decided (EXPECTED, a safetensors file):
 
     tokens [n, length] int64, positions [m] int64, logits [n, m, vocabulary]
     metadata "digests": JSON, module path -> sha256 of the weight's bytes; "blocks": module path of the blocks
@@ -10,6 +11,7 @@ Weights of later blocks are unpacked one by one with the compressed-tensors libr
 """
 
 import hashlib
+import importlib
 import json
 import resource
 import sys
@@ -33,7 +35,7 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
     for name, digest in digests.items():
         if int(name.removeprefix(path).split(".", 1)[0]) >= blocks:
             rest[name] = digest
-        elif digest != sha256(model.get_submodule(name).weight):
+        elif digest != sha256(weight_of(model.get_submodule(name))):
             different.append(name)
     different += stored_differently(Path(folder), rest)
     difference = found.float() - wanted.float()
@@ -55,6 +57,8 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
 def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
     """The model as stock transformers loads it, cut after `blocks` blocks."""
     options = {"local_files_only": True, "trust_remote_code": trust}
+    if quantization(Path(folder)).get("quant_method") == "llmcompress":
+        importlib.import_module("llmcompress.runtime")
     config = transformers.AutoConfig.from_pretrained(folder, **options)
     if blocks < config.num_hidden_layers:
         if getattr(config, "layer_types", None):
@@ -64,20 +68,27 @@ def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
     return model.eval()
 
 
+def weight_of(linear: Any) -> torch.Tensor:
+    """The weight [out, in] that a linear computes with."""
+    weight: torch.Tensor = linear.dense() if hasattr(linear, "dense") else linear.weight
+    return weight
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    """`quantization_config` of a folder; empty if there is none."""
+    return json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config") or {}
+
+
 def stored_differently(folder: Path, digests: dict[str, str]) -> list[str]:
     """Those of `digests` whose stored weight, unpacked, has another digest."""
     if not digests:
         return []
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))["weight_map"]
-    quantization = json.loads((folder / "config.json").read_text("utf-8")).get("quantization_config")
-    return [
-        name for name, digest in digests.items() if sha256(unpacked(folder, name, weight_map, quantization)) != digest
-    ]
+    config = quantization(folder)
+    return [name for name, digest in digests.items() if sha256(unpacked(folder, name, weight_map, config)) != digest]
 
 
-def unpacked(
-    folder: Path, module: str, weight_map: dict[str, str], quantization: dict[str, Any] | None
-) -> torch.Tensor:
+def unpacked(folder: Path, module: str, weight_map: dict[str, str], config: dict[str, Any]) -> torch.Tensor:
     """One weight, read from its file, where its name may lack the prefix of the base model."""
     if not any(name.startswith(f"{module}.") for name in weight_map):
         module = module.partition(".")[2]
@@ -85,13 +96,15 @@ def unpacked(
     for name in (n for n in weight_map if n.startswith(f"{module}.weight")):
         with safe_open(folder / weight_map[name], "pt") as file:
             tensors[name.removeprefix(f"{module}.")] = file.get_tensor(name)
+    if config.get("quant_method") == "llmcompress":
+        own = importlib.import_module("llmcompress.formats").OWN[config["format"]]
+        return own.unpack(tensors, None, transposed=False)
     if "weight" in tensors:
         return tensors["weight"]
     from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    groups = list(quantization["config_groups"].values()) if quantization else []
-    group = next(g for g in groups if module in g["targets"] or "Linear" in g["targets"])
+    group = next(g for g in config["config_groups"].values() if module in g["targets"] or "Linear" in g["targets"])
     return PackedQuantizationCompressor.decompress(tensors, QuantizationScheme.model_validate(group))["weight"]
 
 

@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 LAYERS = [  # a module imports from its own layer and from those above it in this list
     "errors files options catalog engines progress quiet reload",
     "grid mask budget stats weight safetensors_file gguf_header",  # tensor maths and file headers
-    "methods formats",
+    "methods formats runtime",
     "source gguf_source hub_source text calibrate arch fused stream checkpoint",
     "recipe",
     "plan cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",

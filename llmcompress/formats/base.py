@@ -40,3 +40,15 @@ class Format(Protocol):
         kinds: of each compressed linear, by module name.  ignore: all other linears.
         """
         ...
+
+
+class OwnFormat(Format, Protocol):
+    """A format of this project: `llmcompress.runtime` loads it, and stock engines do not."""
+
+    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors by the names that `pack` gives, on the meta device, for a loader to fill; sizes may be the file's."""
+        ...
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        """Raise FormatError unless the tensors hold a weight of this shape; much cheaper than `unpack`."""
+        ...

@@ -49,9 +49,31 @@ class Bitmask:
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
         """The values. Raises FormatError if the tensors do not fit each other or the format."""
+        stored, keep = tensors["weight"], self.mask(tensors)
+        values = torch.zeros(keep.shape, dtype=stored.dtype, device=stored.device)
+        values[keep] = stored
+        return values
+
+    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of the right kind without content, for a loader to fill; how many stay is the file's."""
+        rows, columns = shape
+        return {
+            "weight": torch.empty(1, dtype=dtype, device="meta"),
+            "weight_mask": torch.empty(rows, ceil(columns / 8), dtype=torch.uint8, device="meta"),
+            "weight_shape": torch.empty(2, dtype=torch.int64, device="meta"),
+        }
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        """Raise FormatError unless the tensors hold a weight of this shape."""
+        found = tuple(self.mask(tensors).shape)
+        if found != shape:
+            raise FormatError(f"bitmask: the tensors hold a weight of {list(found)}, expected {list(shape)}")
+
+    def mask(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Which weights stay, [out, in] bool. Raises FormatError if the tensors do not fit each other."""
         stored, mask, shape = tensors["weight"], tensors.get("weight_mask"), tensors.get("weight_shape")
         if shape is None or shape.dtype != torch.int64 or tuple(shape.shape) != (2,) or int(shape.min()) < 1:
-            found = "missing" if shape is None else f"{describe(shape)}"
+            found = "missing" if shape is None else describe(shape)
             raise FormatError(f"bitmask: weight_shape is {found}, expected two positive int64 numbers, out and in")
         rows, columns = shape.tolist()
         if mask is None or mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, ceil(columns / 8)):
@@ -63,9 +85,7 @@ class Bitmask:
             raise FormatError("bitmask: bits after the last column must be zero; the file is damaged")
         if not stored.is_floating_point() or stored.ndim != 1 or len(stored) != int(keep.sum()):
             raise FormatError(f"bitmask: weight is {describe(stored)}, expected floats [{int(keep.sum())}]")
-        values = torch.zeros(rows, columns, dtype=stored.dtype, device=stored.device)
-        values[keep] = stored
-        return values
+        return keep
 
     def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """Which linears are stored so."""

@@ -55,10 +55,30 @@ class Sparse24:
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
         """The values. Raises FormatError if the tensors do not fit each other or the format."""
+        stored, (_, columns) = tensors["weight"], self.shape(tensors)
+        return spread(stored, read_positions(tensors, columns))
+
+    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of the right kind without content, for a loader to fill."""
+        rows, columns = shape
+        return {
+            "weight": torch.empty(rows, columns // 2, dtype=dtype, device="meta"),
+            "weight_index": torch.empty(rows, columns // 8, dtype=torch.uint8, device="meta"),
+        }
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
+        """Raise FormatError unless the tensors hold a weight of this shape."""
+        found = self.shape(tensors)
+        if found != shape:
+            raise FormatError(f"{self.name}: the tensors hold a weight of {list(found)}, expected {list(shape)}")
+        read_positions(tensors, shape[1])
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[out, in] by the stored weights. Raises FormatError."""
         stored = tensors["weight"]
         if not stored.is_floating_point() or stored.ndim != 2:
             raise FormatError(f"sparse24: weight is {describe(stored)}, expected floats [out, in / 2]")
-        return spread(stored, read_positions(tensors, stored.shape[1] * 2))
+        return stored.shape[0], stored.shape[1] * 2
 
     def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """Which linears are stored so."""
@@ -96,6 +116,24 @@ class Sparse24Int4(Sparse24):
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
         """The values. Raises FormatError if the tensors do not fit each other or the format."""
+        (_, columns), stored, scale = self.shape(tensors), tensors["weight"], tensors["weight_scale"]
+        kept = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)
+        codes = spread(kept, read_positions(tensors, columns), fill=8)
+        group = columns // scale.shape[1]
+        zero = torch.full(scale.shape, 8, dtype=torch.int32, device=scale.device)
+        return IntGrid(4, group, True, scale, zero).decode(codes)
+
+    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of the right kind without content, for a loader to fill; the groups are the file's."""
+        rows, columns = shape
+        return {
+            "weight": torch.empty(rows, columns // 4, dtype=torch.uint8, device="meta"),
+            "weight_index": torch.empty(rows, columns // 8, dtype=torch.uint8, device="meta"),
+            "weight_scale": torch.empty(rows, 1, dtype=dtype, device="meta"),
+        }
+
+    def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[out, in] by the stored codes, which the scales must fit. Raises FormatError."""
         stored, scale = tensors["weight"], tensors.get("weight_scale")
         if stored.dtype != torch.uint8 or stored.ndim != 2:
             raise FormatError(f"sparse24-int4: weight is {describe(stored)}, expected uint8 [out, in / 4]")
@@ -105,10 +143,9 @@ class Sparse24Int4(Sparse24):
             raise FormatError(f"sparse24-int4: weight_scale is {found}, expected floats [{rows}, in / group]")
         if scale.shape[1] == 0 or columns % scale.shape[1]:
             raise FormatError(f"sparse24-int4: {scale.shape[1]} groups do not divide {columns} input columns")
-        kept = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)
-        codes = spread(kept, read_positions(tensors, columns), fill=8)
-        group = columns // scale.shape[1]
-        return IntGrid(4, group, True, scale, torch.full(scale.shape, 8, dtype=torch.int32)).decode(codes)
+        if not bool((scale > 0).all()):
+            raise FormatError("sparse24-int4: a scale is zero, negative or not a number; the file is damaged")
+        return rows, columns
 
 
 def positions(keep: Tensor) -> Tensor:

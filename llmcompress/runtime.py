@@ -1,0 +1,152 @@
+"""Linears that hold packed tensors and compute with them; importing this module teaches transformers our formats.
+
+    import llmcompress.runtime
+    model = AutoModelForCausalLM.from_pretrained(folder)        # or: llmcompress.load(folder)
+
+A folder written by `llmcompress` in one of its own formats says in config.json
+
+    "quantization_config": {"quant_method": "llmcompress", "version": 1, "format": "sparse24", "modules": [names]}
+
+and every linear in `modules` becomes a `CompressedLinear`. Its tensors are checked after loading; `save_pretrained`
+writes the same tensors back, and `model.dequantize()` gives ordinary linears with the same values.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmcompress.errors import FormatError
+from llmcompress.formats import METHOD, OWN, VERSION
+
+
+class CompressedLinear(nn.Module):
+    """A linear [out, in] whose weight is stored in one of our formats.
+
+    The packed tensors are its parameters, by the names that the format gives them; none can be trained.
+    """
+
+    def __init__(self, linear: nn.Linear, format_name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.format_name = linear.in_features, linear.out_features, format_name
+        shape = (self.out_features, self.in_features)
+        for name, tensor in OWN[format_name].placeholders(shape, dtype).items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.bias = linear.bias
+
+    def packed(self) -> dict[str, Tensor]:
+        """The stored tensors."""
+        return {name: parameter.data for name, parameter in self.named_parameters() if name != "bias"}
+
+    def dense(self) -> Tensor:
+        """The weight [out, in]. Raises FormatError if the tensors are damaged."""
+        values = OWN[self.format_name].unpack(self.packed(), None, transposed=False)
+        if tuple(values.shape) != (self.out_features, self.in_features):
+            found = f"{list(values.shape)}, expected {[self.out_features, self.in_features]}"
+            raise FormatError(f"{self.format_name}: the stored weight has shape {found}")
+        return values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format_name}"
+
+
+@register_quantization_config(METHOD)
+class LLMCompressConfig(QuantizationConfigMixin):
+    """`quantization_config` of a folder in one of our formats. Raises FormatError if it is not one that is known."""
+
+    def __init__(self, format: str = "", version: int = 0, modules: list[str] | None = None, **unknown: Any) -> None:
+        unknown.pop("quant_method", None)
+        if format not in OWN or version != VERSION:
+            raise FormatError(
+                f"config.json: format {format!r} version {version!r} is not known; this llmcompress reads version "
+                f"{VERSION} of {', '.join(OWN)}: get the version that wrote the folder"
+            )
+        if unknown or not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+            raise FormatError(f"config.json: quantization_config holds {sorted(unknown)}, expected a list `modules`")
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.version, self.format, self.modules = version, format, modules
+
+
+@register_quantizer(METHOD)
+class LLMCompressQuantizer(HfQuantizer):
+    """What transformers asks while it loads such a folder."""
+
+    requires_calibration = True
+    quantization_config: LLMCompressConfig
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights stay as they are."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """The tensors in memory are those of the file."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Replace the linears that config.json names."""
+        for name in self.quantization_config.modules:
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                continue  # a checkpoint's name for it, where that differs from the model's
+            if not isinstance(linear, nn.Linear):
+                raise FormatError(f"config.json: {name} is a {type(linear).__name__} in this model, expected a linear")
+            dtype = linear.weight.dtype
+            model.set_submodule(name, CompressedLinear(linear, self.quantization_config.format, dtype))
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Look at what was loaded: files are somebody else's until they are checked."""
+        for name, linear in compressed_linears(model):
+            try:
+                OWN[linear.format_name].check(linear.packed(), (linear.out_features, linear.in_features))
+            except FormatError as exc:
+                raise FormatError(f"{name}: {exc}") from None
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (
+                module.out_features,
+                module.in_features,
+            ):
+                raise FormatError(
+                    f"{name}: shape {list(module.weight.shape)} in the file, expected "
+                    f"{[module.out_features, module.in_features]}; config.json does not list it among the packed ones"
+                )
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Ordinary linears with the same values."""
+        for name, packed in list(compressed_linears(model)):
+            weight = packed.dense()
+            linear = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(weight if dtype is None else weight.to(dtype), requires_grad=False)
+            linear.bias = packed.bias
+            model.set_submodule(name, linear)
+        return model
+
+
+def compressed_linears(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:
+    """Every linear of ours, by its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            yield name, module
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """The model of a folder, packed weights as they are. options: of transformers' `from_pretrained`.
+
+    Raises FormatError if a packed tensor is damaged, and what transformers raises for a folder that it cannot load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()

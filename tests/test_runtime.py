@@ -1,0 +1,195 @@
+"""Folders in our own formats: loaded packed, saved again, unpacked, refused when damaged, and never loaded by accident."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from safetensors.torch import load_file, save_file
+from tiny_runs import logits, proof_inside, recipe, write_text
+
+import llmcompress
+from llmcompress.errors import FormatError
+from llmcompress.inspection import inspect
+from llmcompress.run import run
+from llmcompress.runtime import CompressedLinear, compressed_linears, load
+
+TWO_OF_FOUR = {"method": "magnitude", "pattern": "2:4"}
+RTN = {"method": "rtn", "group_size": 32}
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "sparse24": [TWO_OF_FOUR],
+    "sparse24-int4": [TWO_OF_FOUR, RTN],
+    "bitmask": [{"method": "magnitude", "sparsity": 0.6}],
+}
+PLAIN = [kind for kind in ARCHITECTURES if kind != "gpt2"]
+formats = pytest.mark.parametrize("name", RECIPES)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder and results of a run, by architecture and format; each is made once."""
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    done: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+
+    def get(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
+        if (kind, name) not in done:
+            folder = tmp_path_factory.mktemp("runs") / name
+            with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+                values = recipe(tiny_folders(kind), text, *RECIPES[name], output={"format": name})
+                done[kind, name] = folder, run(values, folder)
+        return done[kind, name]
+
+    return get
+
+
+@pytest.fixture
+def folder(made: Any, name: str, tmp_path: Path) -> Path:
+    """A folder of the test's own, to be spoilt."""
+    return shutil.copytree(made("llama", name)[0], tmp_path / "copy")
+
+
+@formats
+@pytest.mark.parametrize("kind", PLAIN)
+def test_every_architecture_computes_what_the_dense_model_does(kind, name, made):
+    folder, results = made(kind, name)
+    model = load(folder)
+    assert {row["name"] for row in results["layers"]} <= {n for n, _ in compressed_linears(model)} | {
+        n.removeprefix(model.base_model_prefix + ".") for n, _ in compressed_linears(model)
+    }
+    packed = logits(model)
+    dense = model.dequantize()
+    assert not list(compressed_linears(dense))
+    assert torch.equal(logits(dense), packed)
+
+
+@formats
+def test_sizes_are_as_planned(name, made):
+    _, results = made("llama", name)
+    predicted, measured = (results["plan"][key]["output_bytes"] for key in ("predicted", "measured"))
+    linears = sum(row["after_bytes"] for row in results["layers"])
+    assert results["format"] == name
+    assert linears < 0.7 * sum(row["before_bytes"] for row in results["layers"])
+    assert abs(predicted - measured) < 0.2 * measured  # of a tiny file, headers are a large share
+
+
+@formats
+def test_saved_again_it_has_the_same_tensors(name, made, tmp_path):
+    folder, _ = made("llama", name)
+    load(folder).save_pretrained(tmp_path / "again")
+    again = {k: v for path in (tmp_path / "again").glob("*.safetensors") for k, v in load_file(path).items()}
+    first = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[key], first[key]) and again[key].dtype == first[key].dtype for key in first)
+    assert torch.equal(logits(load(tmp_path / "again")), logits(load(folder)))
+
+
+@formats
+def test_in_another_dtype(name, made):
+    model = load(made("llama", name)[0], dtype=torch.float32)
+    assert logits(model).dtype == torch.float32
+    first = next(linear for _, linear in compressed_linears(model))
+    assert first.dense().dtype == torch.float32
+
+
+@formats
+def test_inspect_unpacks_it(name, made):
+    found = inspect(made("llama", name)[0])
+    packed = [entry for entry in found["tensors"] if entry["format"] == name]
+    assert packed
+    assert all(entry["density"] <= 0.51 for entry in packed)
+    assert {engine["engine"]: engine["loads"] for engine in found["engines"]} == {
+        "llmcompress": True,
+        "transformers": False,
+        "vLLM": False,
+        "GGUF converters": False,
+    }
+
+
+@formats
+def test_stock_transformers_stops(name, made):
+    """Without the import nothing may start from random weights; in a process that has never seen this package."""
+    code = f"""
+import sys, transformers
+try:
+    transformers.AutoModelForCausalLM.from_pretrained({str(made("llama", name)[0])!r}, local_files_only=True)
+except Exception as exc:
+    sys.exit(f"stopped: {{type(exc).__name__}}: {{exc}}")
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "stopped: " in done.stderr
+    assert "size mismatch" in done.stderr or "mismatch" in done.stderr.lower()
+
+
+def test_load_is_a_name_of_the_package():
+    assert llmcompress.load is load
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = llmcompress.lod
+
+
+def shard_of(folder: Path, ending: str) -> tuple[Path, str]:
+    """The file and name of the first tensor whose name ends so."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for name in load_file(path):
+            if name.endswith(ending):
+                return path, name
+    raise LookupError(ending)
+
+
+def change(folder: Path, ending: str, make: Any) -> None:
+    path, name = shard_of(folder, ending)
+    tensors = load_file(path)
+    tensors[name] = make(tensors[name]).contiguous()
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "ending", "make", "words"),
+    [
+        ("sparse24", "q_proj.weight_index", lambda t: t * 0, "must rise"),
+        ("sparse24", "q_proj.weight", lambda t: t[:, :-4], "hold a weight of"),
+        ("sparse24-int4", "down_proj.weight_index", lambda t: t * 0, "must rise"),
+        ("sparse24-int4", "down_proj.weight_scale", lambda t: t * 0, "a scale is zero"),
+        ("sparse24-int4", "down_proj.weight_scale", lambda t: t * float("nan"), "a scale is zero, negative or not"),
+        ("bitmask", "up_proj.weight", lambda t: t[:-1], "expected floats"),
+        ("bitmask", "up_proj.weight_shape", lambda t: t + torch.tensor([1, 0]), "weight_mask is uint8"),
+    ],
+)
+def test_damaged_folders_are_refused(name, ending, make, words, folder):
+    change(folder, ending, make)
+    with pytest.raises(FormatError, match=words) as caught:
+        load(folder)
+    assert ending.rpartition(".")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sparse24"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"version": 2}, "version 2 is not known"),
+        ({"format": "sparse99"}, "format 'sparse99'"),
+        ({"modules": "all"}, "expected a list `modules`"),
+        ({"modules": [], "extra": 1}, "extra"),
+        ({"modules": []}, "config.json does not list it among the packed ones"),
+        ({"modules": ["model.norm"]}, "expected a linear"),
+    ],
+    ids=str,
+)
+def test_configs_that_are_not_ours_are_refused(name, changes, words, folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=words):
+        load(folder)
+
+
+def test_a_linear_shows_what_it_is(made):
+    text = repr(next(linear for _, linear in compressed_linears(load(made("llama", "sparse24")[0]))))
+    assert "CompressedLinear" in text
+    assert "format=sparse24" in text
+    assert CompressedLinear.__name__ in text

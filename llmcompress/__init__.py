@@ -12,15 +12,13 @@ From the command line: `python -m llmcompress --help`. From Python, the same ste
 This file imports nothing until a name is used, so that `import llmcompress` costs nothing.
 """
 
-from typing import Any
-
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """`load`, from `llmcompress.runtime`, when it is first asked for."""
     if name != "load":
         raise AttributeError(f"module 'llmcompress' has no attribute {name!r}")
-    from llmcompress.runtime import load
+    import importlib
 
-    return load
+    return importlib.import_module("llmcompress.runtime").load

@@ -1,4 +1,4 @@
-"""Folders in our own formats: loaded packed, saved again, unpacked, refused when damaged, and never loaded by accident."""
+"""Folders in our own formats: loaded packed, saved again, unpacked, refused if damaged, never loaded by accident."""
 
 import json
 import shutil

@@ -108,9 +108,9 @@ def seconds(plan: "Plan") -> float:
     samples, length = samples_and_length(plan)
     tokens, elements = samples * length, sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
     passes = 2 if plan.needs_data else 1
-    forward = 2.0 * elements * tokens * passes / speed(plan.dtype)
+    forward = 2.0 * elements * tokens * passes / speed(plan.dtype, plan.device)
     inputs = {(linear.block, linear.shape[1]) for linear in plan.linears if uses_gram(plan, linear)}
-    grams = sum(1.3 * tokens * columns**2 for _, columns in inputs) / speed(torch.float32)
+    grams = sum(1.3 * tokens * columns**2 for _, columns in inputs) / speed(torch.float32, plan.device)
     return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, linear) for linear in plan.linears)
 
 
@@ -124,20 +124,22 @@ def solve_seconds(plan: "Plan", linear: "PlannedLinear") -> float:
         touches = {"awq": 400.0, "sparsegpt": 60.0}.get(
             step.name, 250.0 if isinstance(step.method, IntMethod) else 30.0
         )
-        total += products * rows * columns**2 / speed(torch.float32) + touches * rows * columns / 1.5e9
+        total += products * rows * columns**2 / speed(torch.float32, plan.device) + touches * rows * columns / 1.5e9
     return total
 
 
-_SPEEDS: dict[torch.dtype, float] = {}
+_SPEEDS: dict[tuple[torch.dtype, str], float] = {}
 
 
-def speed(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a matrix product on this machine, measured once per process."""
-    if dtype not in _SPEEDS:
-        a = torch.ones(512, 1024, dtype=dtype)
-        a @ a.T
+def speed(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of a matrix product on this device, measured once per process."""
+    key = (dtype, device.type)
+    if key not in _SPEEDS:
+        a = torch.ones(512, 1024, dtype=dtype, device=device)
+        (a @ a.T).sum().item()
         start = time.perf_counter()
         for _ in range(3):
-            a @ a.T
-        _SPEEDS[dtype] = 3 * 2 * 512 * 512 * 1024 / (time.perf_counter() - start)
-    return _SPEEDS[dtype]
+            product = a @ a.T
+        product.sum().item()  # waits for the device
+        _SPEEDS[key] = 3 * 2 * 512 * 512 * 1024 / (time.perf_counter() - start)
+    return _SPEEDS[key]

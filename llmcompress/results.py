@@ -42,6 +42,7 @@ class Outcome:
     scores: dict[str, Any] | None
     clock: "Clock"
     peak_bytes: int  # of this process, up to the written checkpoint
+    peak_device_bytes: int  # of the same on a CUDA device; 0 without one
     fetched_bytes: int  # downloaded or converted
 
 
@@ -56,7 +57,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
     stages = outcome.clock.stages | {"compress": max(outcome.clock.stages["compress"], compress_seconds)}
     measured = {
         "peak_host_bytes": max([outcome.peak_bytes, *(record["peak_bytes"] for record in records)]),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "peak_device_bytes": outcome.peak_device_bytes,
         "disk_bytes": disk_bytes(checkpoint.partial) + outcome.fetched_bytes,
         "output_bytes": output,
         "seconds": sum(stages[name] for name in ("source", "calibrate", "compress")),

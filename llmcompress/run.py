@@ -6,7 +6,8 @@
 Until the last rename everything lives in DIR.partial; a killed run continues from its last finished block.
 """
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llmcompress.checkpoint import (
     full_disk_explained,
     partial_folder,
 )
-from llmcompress.errors import PublishError, ResumeError
+from llmcompress.errors import PlanError, PublishError, ResumeError
 from llmcompress.files import read_json, write_json
 from llmcompress.job import Data, Job, build, stock_errors
 from llmcompress.plan import Plan, check_machine, make_plan
@@ -42,7 +43,7 @@ def run(
     Raises a subclass of LLMCompressError for everything the user can mend; then nothing has the name `output`.
     """
     check_output(output, overwrite)
-    with full_disk_explained(partial_folder(output)):
+    with full_disk_explained(partial_folder(output)), full_device_explained():
         return run_stages(recipe, output, overwrite=overwrite, evaluate=evaluate, progress=progress or Silent())
 
 
@@ -73,6 +74,7 @@ def make_folder(job: "Job", checkpoint: Checkpoint, clock: Clock, *, evaluate: b
     with clock.stage("compress"):
         job.compress(checkpoint)
     peak = peak_bytes()
+    peak_device = torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0
     with clock.stage("prove"):
         progress.stage("proving that it loads", 1)
         proof = prove(plan, checkpoint.partial, checkpoint.state / "expected", job.proof_blocks)
@@ -80,12 +82,35 @@ def make_folder(job: "Job", checkpoint: Checkpoint, clock: Clock, *, evaluate: b
         scores = job.scores(checkpoint.partial) if evaluate and plan.recipe.evaluate else None
     parameters = sum(parameter.numel() for parameter in job.model.parameters())
     results = collect_results(
-        Outcome(plan, checkpoint, parameters, job.data.record, proof, scores, clock, peak, plan.source.fetch_bytes)
+        Outcome(
+            plan,
+            checkpoint,
+            parameters,
+            job.data.record,
+            proof,
+            scores,
+            clock,
+            peak,
+            peak_device,
+            plan.source.fetch_bytes,
+        )
     )
     write_json(checkpoint.partial / "results.json", results)
     write_json(checkpoint.partial / MANIFEST, manifest(results, checkpoint.fingerprint))
     write_report(checkpoint.partial)
     return results
+
+
+@contextmanager
+def full_device_explained() -> Iterator[None]:
+    """Say what to do when a GPU's memory does not suffice."""
+    try:
+        yield
+    except torch.OutOfMemoryError as exc:
+        raise PlanError(
+            f"device: its memory does not suffice ({' '.join(str(exc).split())[:200]}); use `device: cpu`, or fewer or "
+            "shorter calibration samples; the same command then starts anew"
+        ) from exc
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -159,6 +159,26 @@ def push_command(
         print(url)
 
 
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR")],
+    format_name: Annotated[str, typer.Option("--format", help="A name from `list formats`.")],
+    output: Annotated[Path | None, typer.Option(help="Folder to write; default DIR-FORMAT.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a finished folder in another storage format that holds the same values."""
+    from llmcompress.export import export
+    from llmcompress.formats import FORMATS
+
+    if format_name not in FORMATS:
+        raise RecipeError(f"--format {format_name}: no such format (known: {', '.join(FORMATS)})")
+    done = export(folder, format_name, output or folder.with_name(f"{folder.name}-{format_name}"))
+    if as_json:
+        print_json(done)
+    else:
+        print(done["folder"])
+
+
 class Listing(StrEnum):
     """What `list` can show."""
 

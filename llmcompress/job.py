@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import cost
-from llmcompress.arch import Architecture, discover, match_names, skeleton
+from llmcompress.arch import Architecture, discover, ignored_linears, match_names, skeleton
 from llmcompress.checkpoint import (
     Checkpoint,
     read_tensors,
@@ -257,20 +257,8 @@ class Job:
             for name in rows
             for alias in {name, module[name]}
         }
-        quantization = self.plan.format.config(kinds, self._ignored(set(rows)))
+        quantization = self.plan.format.config(kinds, ignored_linears(self.model, self.stored, set(rows)))
         return config | ({"quantization_config": quantization} if quantization else {})
-
-    def _ignored(self, compressed: set[str]) -> list[str]:
-        """All linears that stay as they are, the output head included.
-
-        By the names that engines match them with: the module's (transformers), the checkpoint's (vLLM).
-        """
-        names = []
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                stored = self.stored.get(f"{name}.weight", [f"{name}.weight"])[0].removesuffix(".weight")
-                names += [] if stored in compressed else [stored] if stored == name else [name, stored]
-        return names
 
     def scores(self, folder: Path) -> dict[str, Any]:
         """The recipe's suite on the reloaded result and on the base model."""

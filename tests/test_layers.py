@@ -23,7 +23,7 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "source gguf_source hub_source text calibrate arch fused stream checkpoint",
     "recipe",
     "plan cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
-    "compress results job run tables",
+    "compress results job run export tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

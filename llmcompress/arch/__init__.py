@@ -11,7 +11,7 @@ the same to 1e-5. Candidates differ only in which rows of the producer make whic
 a function of the head layout, so what is found on the tiny model holds for the full one.
 """
 
-from llmcompress.arch.discovery import Architecture, discover, match_names, skeleton
+from llmcompress.arch.discovery import Architecture, discover, ignored_linears, match_names, skeleton
 from llmcompress.arch.links import Heads, Link, row_factors, scale_consumers, scale_producer
 from llmcompress.arch.modules import Linear, Module, find_blocks, first, is_transposed, quiet_transformers, rows_of
 
@@ -24,6 +24,7 @@ __all__ = [
     "discover",
     "find_blocks",
     "first",
+    "ignored_linears",
     "is_transposed",
     "match_names",
     "quiet_transformers",

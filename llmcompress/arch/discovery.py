@@ -1,10 +1,11 @@
 """From a model to its `Architecture`: what was found on a tiny copy, with the row maps of the full sizes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from llmcompress.arch.links import Heads, Link
 from llmcompress.arch.modules import Linear, Module, block_linears, find_blocks, quiet_transformers
@@ -61,6 +62,20 @@ def match_names(model: Module, stored: Iterable[str]) -> dict[str, list[str]]:
             f"the checkpoint lacks {len(missing)} of the model's {len(names)} tensors, such as {missing[0]}; "
             "is it complete, and of the architecture that its config.json names?"
         )
+    return names
+
+
+def ignored_linears(model: Module, stored: Mapping[str, list[str]], compressed: set[str]) -> list[str]:
+    """All linears that are not among the `compressed` (checkpoint names), the output head included.
+
+    stored: see `match_names`. By the names that engines match them with: the module's (transformers), the
+    checkpoint's (vLLM).
+    """
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found = stored.get(f"{name}.weight", [f"{name}.weight"])[0].removesuffix(".weight")
+            names += [] if found in compressed else [found] if found == name else [name, found]
     return names
 
 

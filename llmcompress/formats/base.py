@@ -34,6 +34,10 @@ class Format(Protocol):
         """The weight's values [out, in] from what `pack` made; bit for bit. `scheme` is the linear's in `config`."""
         ...
 
+    def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+        """What `pack` was given, as far as the tensors hold it: values, and codes with their grid if there are any."""
+        ...
+
     def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None.
 

@@ -54,6 +54,10 @@ class Bitmask:
         values[keep] = stored
         return values
 
+    def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+        """The values and the mask."""
+        return CompressedWeight(self.unpack(tensors, None, transposed), mask=self.mask(tensors))
+
     def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of the right kind without content, for a loader to fill; how many stay is the file's."""
         rows, columns = shape

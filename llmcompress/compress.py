@@ -5,6 +5,7 @@ chose; so the block that is replayed computes with exactly what the file will ho
 step are stacked, so that one factorization of their Gram matrix serves them all.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,9 @@ from torch import Tensor
 
 from llmcompress.arch import Architecture, Link, is_transposed, row_factors, rows_of, scale_producer
 from llmcompress.errors import LLMCompressError, NumericalError
-from llmcompress.methods import IntMethod
+from llmcompress.methods import IntMethod, Method
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
-from llmcompress.recipe import Step
 from llmcompress.stats import InputGram
 from llmcompress.stream import Block, collect
 from llmcompress.weight import CompressedWeight, relative_error
@@ -48,34 +48,34 @@ class BlockCompressor:
         result, steps = BlockResult(), self._steps(block)
         inputs = self._inputs(block, steps)
         pruned: dict[str, Pruned] = {}
-        for step in self.plan.steps:
-            mine = [name for name, sequence in steps.items() if step in sequence]
-            scales = self._link_scales(block, step, mine, inputs, result) if step.method.rescales else Scales()
+        for index, step in enumerate(self.plan.steps):
+            mine = {name: methods[index] for name, methods in steps.items() if index in methods}
+            scales = self._link_scales(block, step.method, mine, inputs, result) if step.method.rescales else Scales()
             for group in self.architecture.shared:
-                for members in stacks([name for name in group if name in mine], step):
-                    gram = inputs.get(group[0]) if step.method.needs else None
-                    for name, done in self._compress(block, step, members, gram, scales, pruned).items():
-                        if steps[name][-1] is step:
+                for method, members in stacks({name: mine[name] for name in group if name in mine}):
+                    gram = inputs.get(group[0]) if method.needs else None
+                    for name, done in self._compress(block, method, members, gram, scales, pruned).items():
+                        if index == max(steps[name]):
                             self._store(block, steps[name], name, done, inputs.get(name), result)
                 for name in group:
-                    if name in inputs and (not steps[name] or steps[name][-1] is step):
-                        inputs.pop(name)
+                    if index >= max(steps[name], default=0):
+                        inputs.pop(name, None)
         return result
 
     def checkpoint_module(self, block: Block, linear: str) -> str:
         """Name of a linear in the checkpoint."""
         return self.stored[f"{block.name}.{linear}.weight"][0].removesuffix(".weight")
 
-    def _steps(self, block: Block) -> dict[str, tuple[Step, ...]]:
-        """The steps of every linear of the block."""
-        return {name: self.plan.steps_of(self.checkpoint_module(block, name)) for name in self.architecture.linears}
+    def _steps(self, block: Block) -> dict[str, dict[int, Method]]:
+        """Index of a step -> its method, for every linear of the block."""
+        return {name: self.plan.methods_of(self.checkpoint_module(block, name)) for name in self.architecture.linears}
 
-    def _inputs(self, block: Block, steps: dict[str, tuple[Step, ...]]) -> dict[str, Tensor]:
+    def _inputs(self, block: Block, steps: dict[str, dict[int, Method]]) -> dict[str, Tensor]:
         """Mean of x xᵀ of every linear in a group of which one needs it; the same matrix for those that share it."""
         needing = [
             group
             for group in self.architecture.shared
-            if any(step.method.needs for name in group for step in steps[name])
+            if any(method.needs for name in group for method in steps[name].values())
         ]
         grams = collect(block, needing) if needing else {}
         inputs: dict[str, Tensor] = {}
@@ -84,9 +84,9 @@ class BlockCompressor:
         return inputs
 
     def _link_scales(
-        self, block: Block, step: Step, mine: list[str], inputs: dict[str, Tensor], result: BlockResult
+        self, block: Block, method: Method, mine: Collection[str], inputs: dict[str, Tensor], result: BlockResult
     ) -> "Scales":
-        """Search the scale of every link whose consumers `step` is for, and move it into norms and biases at once.
+        """Search the scale of every link whose consumers the method is for, and move it into norms and biases at once.
 
         The factors on weights are kept aside until a weight is compressed, so that they are applied in float32.
         """
@@ -102,7 +102,7 @@ class BlockCompressor:
             weights = [scales.apply(weight_of(block, name), name) for name in link.consumers]
             gram = inputs[link.consumers[0]]
             index = link.rows.to(gram.device)
-            scale = step.method.link_scale(weights, gram, index, self.plan.dtype)
+            scale = method.link_scale(weights, gram, index, self.plan.dtype)
             moved = scales.add(block, link, scale)[index]
             gram.div_(moved).div_(moved[:, None])
         linked = {name for link in self.architecture.links for name in link.consumers}
@@ -110,7 +110,7 @@ class BlockCompressor:
             result.notes.append(f"{block.name}: no module can absorb a scale for {', '.join(without)}; only clipped")
         return scales
 
-    def _not_scaled(self, link: Link, mine: list[str]) -> str | None:
+    def _not_scaled(self, link: Link, mine: Collection[str]) -> str | None:
         """Why a link is left alone: all its linears must be changed by one step."""
         if any(name not in mine for name in link.consumers):
             return "its consumers are kept, or compressed by different steps"
@@ -121,13 +121,13 @@ class BlockCompressor:
     def _compress(
         self,
         block: Block,
-        step: Step,
+        method: Method,
         members: list[str],
         gram: Tensor | None,
         scales: "Scales",
         pruned: dict[str, "Pruned"],
     ) -> dict[str, "Done"]:
-        """Run a step on linears that share an input, and set their values; what it made of each."""
+        """Run a method on linears that share an input, and set their values; what it made of each."""
         weights = [scales.apply(weight_of(block, name), name) for name in members]
         mask = None
         if any(name in pruned for name in members):
@@ -135,7 +135,7 @@ class BlockCompressor:
             mask = torch.cat([pruned[n].mask if n in pruned else m for n, m in zip(members, all_stay, strict=True)])
         try:
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            whole = step.method.compress(stacked, gram, self.plan.dtype, mask)
+            whole = method.compress(stacked, gram, self.plan.dtype, mask)
         except LLMCompressError as exc:
             exc.add_note(f"in {block.name}.{members[0]}")
             raise
@@ -144,7 +144,8 @@ class BlockCompressor:
         for name, weight, compressed in zip(members, weights, parts, strict=True):
             if lost := compressed.lost_zeros():
                 raise NumericalError(
-                    f"{block.name}.{name}: {step.name} gave values to {lost} pruned weights; this is an error in it"
+                    f"{block.name}.{name}: {type(method).__name__} gave values to {lost} pruned weights; that is an "
+                    "error in it: please report it"
                 )
             before = weight
             if name in pruned:
@@ -158,7 +159,7 @@ class BlockCompressor:
     def _store(
         self,
         block: Block,
-        steps: tuple[Step, ...],
+        methods: dict[int, Method],
         linear: str,
         done: "Done",
         gram: Tensor | None,
@@ -170,15 +171,17 @@ class BlockCompressor:
         packed = self.plan.format.pack(compressed, is_transposed(module))
         result.tensors |= {f"{name}.{leaf}": tensor.cpu() for leaf, tensor in packed.items()}
         result.digests[f"{block.name}.{linear}"] = digest(module.weight)
-        method, pattern = steps[-1].method, next((p for step in steps if (p := step.method.prunes)), None)
+        method = methods[max(methods)]
+        pattern = next((p for method in methods.values() if (p := method.prunes)), None)
         grid = method.model_dump(include={"bits", "group_size", "symmetric"}) if isinstance(method, IntMethod) else {}
-        zeros = compressed.values.numel() - int(compressed.values.count_nonzero())
-        pruning = {"pattern": str(pattern), "sparsity": zeros / compressed.values.numel()} if pattern else {}
+        weights = compressed.values.numel()
+        zeros = weights - int(compressed.values.count_nonzero())
+        pruning = {"pattern": str(pattern), "zeros": zeros, "sparsity": zeros / weights} if pattern else {}
         result.layers.append(
             {
                 "name": name,
                 "block": block.index,
-                "method": " + ".join(step.name for step in steps),
+                "method": " + ".join(self.plan.steps[i].name for i in methods),
                 **grid,
                 **pruning,
                 "before_bytes": weight.numel() * self.plan.dtype.itemsize,
@@ -242,11 +245,16 @@ class Scales:
         return weight
 
 
-def stacks(members: list[str], step: Step) -> list[list[str]]:
-    """Linears that share an input and a step, in the stacks that the method takes."""
-    if step.method.stacks:
-        return [members] if members else []
-    return [[name] for name in members]
+def stacks(methods: dict[str, Method]) -> list[tuple[Method, list[str]]]:
+    """Linears that share an input and a method, in the stacks that it takes."""
+    found: list[tuple[Method, list[str]]] = []
+    for name, method in methods.items():
+        fitting = [members for other, members in found if other == method and method.stacks]
+        if fitting:
+            fitting[0].append(name)
+        else:
+            found.append((method, [name]))
+    return found
 
 
 def oriented(block: Block, linear: str) -> Tensor:

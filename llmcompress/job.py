@@ -33,7 +33,6 @@ from llmcompress.proof import positions, proof_blocks, write_expected
 from llmcompress.results import PACKAGES, peak_bytes, version
 from llmcompress.source import ModelSource
 from llmcompress.stream import StreamedModel, stream_blocks
-from llmcompress.weight import Kind
 
 COMPUTING = PACKAGES[:5]  # those whose version can change the bytes of a result
 
@@ -252,11 +251,7 @@ class Job:
         config["dtype"] = self.plan.recipe.dtype
         rows = [row["name"] for record in records for row in record["layers"]]
         module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
-        kinds = {
-            alias: Kind.after([step.method.kind for step in self.plan.steps_of(name)])
-            for name in rows
-            for alias in {name, module[name]}
-        }
+        kinds = {alias: self.plan.kind_of(name) for name in rows for alias in {name, module[name]}}
         quantization = self.plan.format.config(kinds, ignored_linears(self.model, self.stored, set(rows)))
         return config | ({"quantization_config": quantization} if quantization else {})
 

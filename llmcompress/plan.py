@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from llmcompress.budget import erk_densities
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
-from llmcompress.methods import IntMethod, Method
+from llmcompress.methods import IntMethod, Method, Pruner
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
 from llmcompress.source import ModelSource
@@ -38,6 +39,7 @@ class PlannedLinear:
     block: int
     shape: tuple[int, int]  # [out, in]
     steps: tuple[int, ...]  # indices into the recipe's steps, in order; empty: left alone
+    methods: tuple[Method, ...]  # of these steps, with what a budget gives to this linear
     before_bytes: int  # dense, in the recipe's dtype
     after_bytes: int
 
@@ -80,10 +82,14 @@ class Plan:
         """Whether any method gathers statistics."""
         return any(step.method.needs for step in self.steps)
 
-    def steps_of(self, linear: str) -> tuple[Step, ...]:
-        """The steps that compress the linear at this module path, in order."""
+    def methods_of(self, linear: str) -> dict[int, Method]:
+        """Index of a step -> its method for the linear at this module path, in order."""
         found = next((planned for planned in self.linears if planned.name == linear), None)
-        return () if found is None else tuple(self.steps[i] for i in found.steps)
+        return {} if found is None else dict(zip(found.steps, found.methods, strict=True))
+
+    def kind_of(self, linear: str) -> Kind:
+        """What the linear at this module path becomes."""
+        return Kind.after([method.kind for method in self.methods_of(linear).values()])
 
     def tensors_of(self, block: int | None) -> list[TensorInfo]:
         """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
@@ -103,7 +109,8 @@ class Plan:
             "before_bytes": self.before_bytes,
             "predicted": asdict(self.predicted),
             "linears": [
-                asdict(linear) | {"methods": [self.steps[i].name for i in linear.steps]} for linear in self.linears
+                plain_linear(linear) | {"methods": [self.steps[i].name for i in linear.steps]}
+                for linear in self.linears
             ],
             "kept": self.kept,
             "notes": self.notes,
@@ -134,14 +141,17 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     format_name = choose_format(recipe, steps, assigned, names, transposed, experts)
     dtype = getattr(torch, recipe.dtype)
     linears = []
+    budgets = [spread_budget(step, {n: names[n] for n in names if i in assigned[n]}) for i, step in enumerate(steps)]
     for name, shape in names.items():
         mine = assigned[name]
         after = dense = shape[0] * shape[1] * dtype.itemsize
         for i in mine:
             check_shape(name, shape[1], steps[i].method, i)
+        methods = tuple(budgets[i].get(name, steps[i].method) for i in mine)
         if mine:
-            after = FORMATS[format_name].stored_bytes(kind_of(steps, mine), shape, dtype)
-        linears.append(PlannedLinear(name, block_index(name, blocks), shape, mine, dense, after))
+            kind = Kind.after([method.kind for method in methods])
+            after = FORMATS[format_name].stored_bytes(kind, shape, dtype)
+        linears.append(PlannedLinear(name, block_index(name, blocks), shape, mine, methods, dense, after))
     plan = Plan(
         recipe,
         source,
@@ -256,6 +266,27 @@ def check_sequence(name: str, mine: tuple[int, ...], steps: list[Step]) -> None:
                 f"{name}: {first} has pruned it to pattern {steps[i].method.prunes}, and {second} would prune it to "
                 f"{prunes}; give them `targets` that do not overlap"
             )
+
+
+def plain_linear(linear: PlannedLinear) -> dict[str, Any]:
+    """For `--json`."""
+    return {
+        "name": linear.name,
+        "block": linear.block,
+        "shape": linear.shape,
+        "sparsity": next((method.share for method in linear.methods if method.prunes), None),
+        "before_bytes": linear.before_bytes,
+        "after_bytes": linear.after_bytes,
+    }
+
+
+def spread_budget(step: Step, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
+    """The step's method for each of its linears, where its budget is not the same for all."""
+    method = step.method
+    if not isinstance(method, Pruner) or method.budget == "uniform":
+        return {}
+    density = erk_densities(shapes, method.share)
+    return {name: method.model_copy(update={"sparsity": max(0.0, 1.0 - density[name])}) for name in shapes}
 
 
 def kind_of(steps: Sequence[Step], mine: Iterable[int]) -> Kind:

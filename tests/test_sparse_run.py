@@ -103,3 +103,36 @@ def test_steps_that_do_not_compose(steps, message, run_tiny, tmp_path):
     with pytest.raises(PlanError, match=message):
         run_tiny("llama", *steps)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_budget_over_unlike_matrices(run_tiny):
+    """Erdős-Rényi-Kernel: narrow matrices keep more, and the total is as asked, to the weight that rounding costs."""
+    _, results = run_tiny("llama", {"method": "magnitude", "sparsity": 0.6, "pattern": "layer", "budget": "erk"})
+    by_shape = {row["name"].rsplit(".", 1)[-1]: row["sparsity"] for row in results["layers"]}
+    assert by_shape["k_proj"] < by_shape["q_proj"] < by_shape["up_proj"]
+    assert results["sparsity"]["of_pruned_linears"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_achieved_sparsity_says_of_what(run_tiny, tiny_folders):
+    folder, results = run_tiny("llama", {"method": "magnitude", "pattern": "2:4", "targets": ["*.mlp.*"]})
+    found = weights(folder, results)
+    zeros = sum(w.numel() - int(w.count_nonzero()) for w in found.values())
+    model = reloaded(folder)
+    linears = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, LINEARS) and "layers." in n)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert results["sparsity"] == pytest.approx(
+        {
+            "zeros": zeros,
+            "of_pruned_linears": zeros / sum(w.numel() for w in found.values()),
+            "of_decoder_linears": zeros / linears,
+            "of_parameters": zeros / parameters,
+        }
+    )
+    assert "all linears of the decoder blocks" in (folder / "README.md").read_text()
+    assert "Share of zeros by block" in (folder / "report.html").read_text()
+
+
+def test_a_run_without_pruning_says_nothing_of_sparsity(run_tiny):
+    folder, results = run_tiny("llama", RTN)
+    assert results["sparsity"] is None
+    assert "Share of zeros" not in (folder / "report.html").read_text()

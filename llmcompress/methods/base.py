@@ -62,10 +62,15 @@ class Pruner(Method):
 
     pattern: str = Field("row", description="row, layer, n:m such as 2:4, or block:n")
     sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
+    budget: Literal["uniform", "erk"] = Field("uniform", description="how it is spread over the step's linears")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_sparsity(self.pattern, self.sparsity)
+        if self.budget != "uniform" and self.prunes.kind == "n:m":
+            raise ValueError(
+                f"pattern {self.pattern} has one sparsity for all; leave `budget` out, or use row or layer"
+            )
         return self
 
     @property

@@ -9,6 +9,7 @@ error (`range: search`), which is what makes RTN usable at 4 bits and below.
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from llmcompress.methods.base import IntMethod
@@ -18,11 +19,16 @@ from llmcompress.weight import CompressedWeight
 class RTN(IntMethod):
     """Options of `method: rtn`."""
 
-    range: Literal["minmax", "search"] = "search"
+    range: Literal["auto", "minmax", "search"] = Field("auto", description="auto: search on symmetric grids")
 
     def compress(
         self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
         """Round weight [out, in] float32; `gram` is not used."""
-        grid = self.fit(weight, dtype, search=self.range == "search")
+        grid = self.fit(weight, dtype, search=self.searches)
         return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
+
+    @property
+    def searches(self) -> bool:
+        """Whether ranges are searched: an asymmetric one fits both ends already, and clipping it costs more."""
+        return self.symmetric if self.range == "auto" else self.range == "search"

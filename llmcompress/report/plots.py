@@ -13,6 +13,7 @@ from llmcompress.report.figures import UNKNOWN, show, spread
 ERRORS = {  # keys of a layer: title, what is divided by what
     "error": ("Relative output error by block", "‖(W − Ŵ)x‖ / ‖Wx‖ on the calibration data"),
     "weight_error": ("Relative weight error by block", "‖W − Ŵ‖ / ‖W‖, for methods that saw no data"),
+    "sparsity": ("Share of zeros by block", "weights that are zero / weights, of pruned linears"),
 }
 
 
@@ -118,10 +119,10 @@ def kind_of(name: str) -> str:
 
 
 def error_plots(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One plot for linears with an output error and one for those with a weight error only, each if there are any."""
+    """Plots of output errors, of weight errors where there are no others, and of zeros; each if there are any."""
     plots = []
     for key, (title, formula) in ERRORS.items():
-        chosen = [x for x in layers if finite(x[key]) and (key == "error" or x["error"] is None)]
+        chosen = [x for x in layers if finite(x.get(key)) and (key != "weight_error" or x["error"] is None)]
         if chosen:
             plots.append({"title": title, "formula": formula, **error_lines(chosen, key)})
     return plots

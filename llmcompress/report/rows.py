@@ -16,6 +16,11 @@ QUANTITIES = {  # keys of plan.predicted and plan.measured: name, unit
     "output_bytes": ("size of the result", "bytes"),
     "seconds": ("time", "seconds"),
 }
+DENOMINATORS = {  # keys of sparsity: what the zeros are a share of
+    "of_pruned_linears": "the pruned linears",
+    "of_decoder_linears": "all linears of the decoder blocks",
+    "of_parameters": "all parameters",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,11 @@ def comparison(results: dict[str, Any]) -> list[Row]:
     change = Markup(f"× {show(size['ratio'], 'ratio')}")
     before, after = show(size["before_bytes"], "bytes"), show(size["after_bytes"], "bytes")
     rows = [Row("size of the weights", "", before, after, change)]
+    if sparsity := results.get("sparsity"):
+        rows += [
+            Row(f"zeros, of {words}", "", UNKNOWN, show(sparsity[key], "percent"), UNKNOWN)
+            for key, words in DENOMINATORS.items()
+        ]
     if scores is None:
         return rows
     rows += [perplexity_row(item) for item in scores["perplexity"]]

@@ -147,6 +147,8 @@ class BlockCompressor:
                     f"{block.name}.{name}: {type(method).__name__} gave values to {lost} pruned weights; that is an "
                     "error in it: please report it"
                 )
+            if compressed.mask is not None:
+                compressed.values.add_(0.0)  # -0.0 becomes 0.0, as formats that leave zeros out give it back
             before = weight
             if name in pruned:
                 before = scales.apply(pruned[name].original.float(), name)

@@ -22,7 +22,7 @@ from llmcompress.runtime import CompressedLinear, compressed_linears, load
 TWO_OF_FOUR = {"method": "magnitude", "pattern": "2:4"}
 RTN = {"method": "rtn", "group_size": 32}
 RECIPES: dict[str, list[dict[str, Any]]] = {
-    "sparse24": [TWO_OF_FOUR],
+    "sparse24": [{"method": "sparsegpt", "pattern": "2:4"}],  # whose update leaves zeros of both signs
     "sparse24-int4": [TWO_OF_FOUR, RTN],
     "bitmask": [{"method": "magnitude", "sparsity": 0.6}],
 }

@@ -1,6 +1,7 @@
 """Proof that a finished folder loads in stock libraries and computes what the methods decided.
 
-A clean Python process runs `reload.py`, which imports nothing of llmcompress. Two things are checked:
+A clean Python process runs `reload.py`, which imports nothing of llmcompress, unless the folder is in one of our own
+formats, which `llmcompress.runtime` loads. Two things are checked:
 
 - every compressed weight has the same bytes as the values the method chose, unpacked by the stock libraries;
 - logits on calibration tokens agree with those of the stream. The tolerance follows from the dtype: each of the 2 L

@@ -3,7 +3,7 @@
     code = clamp(round(w / scale) + zero, 0, 2^bits - 1)
 
 The range of a group is either its extremes (`range: minmax`) or the shrunken range with the least rounding
-error (`range: search`), which is what makes RTN usable at 4 bits and below.
+error (`range: search`). `range: auto` searches on symmetric grids only; asymmetric ones fit both ends already.
 """
 
 from typing import Literal

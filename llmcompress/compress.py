@@ -5,7 +5,7 @@ chose; so the block that is replayed computes with exactly what the file will ho
 step are stacked, so that one factorization of their Gram matrix serves them all.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from llmcompress.errors import LLMCompressError, NumericalError
 from llmcompress.methods import IntMethod, Method
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
-from llmcompress.stats import InputGram
-from llmcompress.stream import Block, collect
+from llmcompress.stats import GradientMean, InputGram
+from llmcompress.stream import Block, checkpoint_module, collect, oriented
 from llmcompress.weight import CompressedWeight, relative_error
 
 
@@ -36,25 +36,33 @@ class BlockCompressor:
     """Compresses blocks of one model.
 
     stored: parameter name -> its tensors in the checkpoint; a linear's weight has exactly one.
+    gradients: gives the statistics of gradients that a survey has found for a block, [out, in] float32 by linear.
     """
 
-    def __init__(self, plan: Plan, architecture: Architecture, stored: dict[str, list[str]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        architecture: Architecture,
+        stored: dict[str, list[str]],
+        gradients: Callable[[Block], dict[str, Tensor]],
+    ) -> None:
         self.plan = plan
         self.architecture = architecture
         self.stored = stored
+        self.gradients = gradients
 
     def __call__(self, block: Block) -> BlockResult:
         """Replace the weights of `block` by what the recipe's steps make of them, one step after another."""
         result, steps = BlockResult(), self._steps(block)
-        inputs = self._inputs(block, steps)
+        inputs, gradients = self._inputs(block, steps), self.gradients(block)
         pruned: dict[str, Pruned] = {}
         for index, step in enumerate(self.plan.steps):
             mine = {name: methods[index] for name, methods in steps.items() if index in methods}
             scales = self._link_scales(block, step.method, mine, inputs, result) if step.method.rescales else Scales()
             for group in self.architecture.shared:
                 for method, members in stacks({name: mine[name] for name in group if name in mine}):
-                    gram = inputs.get(group[0]) if method.needs else None
-                    for name, done in self._compress(block, method, members, gram, scales, pruned).items():
+                    statistics = gather(method, members, inputs, gradients)
+                    for name, done in self._compress(block, method, members, statistics, scales, pruned).items():
                         if index == max(steps[name]):
                             self._store(block, steps[name], name, done, inputs.get(name), result)
                 for name in group:
@@ -62,20 +70,19 @@ class BlockCompressor:
                         inputs.pop(name, None)
         return result
 
-    def checkpoint_module(self, block: Block, linear: str) -> str:
-        """Name of a linear in the checkpoint."""
-        return self.stored[f"{block.name}.{linear}.weight"][0].removesuffix(".weight")
-
     def _steps(self, block: Block) -> dict[str, dict[int, Method]]:
         """Index of a step -> its method, for every linear of the block."""
-        return {name: self.plan.methods_of(self.checkpoint_module(block, name)) for name in self.architecture.linears}
+        return {
+            name: self.plan.methods_of(checkpoint_module(self.stored, block, name))
+            for name in self.architecture.linears
+        }
 
     def _inputs(self, block: Block, steps: dict[str, dict[int, Method]]) -> dict[str, Tensor]:
         """Mean of x xᵀ of every linear in a group of which one needs it; the same matrix for those that share it."""
         needing = [
             group
             for group in self.architecture.shared
-            if any(method.needs for name in group for method in steps[name].values())
+            if any(method.needs is InputGram for name in group for method in steps[name].values())
         ]
         grams = collect(block, needing) if needing else {}
         inputs: dict[str, Tensor] = {}
@@ -123,7 +130,7 @@ class BlockCompressor:
         block: Block,
         method: Method,
         members: list[str],
-        gram: Tensor | None,
+        statistics: Tensor | None,
         scales: "Scales",
         pruned: dict[str, "Pruned"],
     ) -> dict[str, "Done"]:
@@ -135,7 +142,7 @@ class BlockCompressor:
             mask = torch.cat([pruned[n].mask if n in pruned else m for n, m in zip(members, all_stay, strict=True)])
         try:
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            whole = method.compress(stacked, gram, self.plan.dtype, mask)
+            whole = method.compress(stacked, statistics, self.plan.dtype, mask)
         except LLMCompressError as exc:
             exc.add_note(f"in {block.name}.{members[0]}")
             raise
@@ -168,7 +175,7 @@ class BlockCompressor:
         result: BlockResult,
     ) -> None:
         """Put the packed tensors and the record of a linear into the result."""
-        name, weight, compressed = self.checkpoint_module(block, linear), done.before, done.compressed
+        name, weight, compressed = checkpoint_module(self.stored, block, linear), done.before, done.compressed
         module = block.module.get_submodule(linear)
         packed = self.plan.format.pack(compressed, is_transposed(module))
         result.tensors |= {f"{name}.{leaf}": tensor.cpu() for leaf, tensor in packed.items()}
@@ -259,11 +266,13 @@ def stacks(methods: dict[str, Method]) -> list[tuple[Method, list[str]]]:
     return found
 
 
-def oriented(block: Block, linear: str) -> Tensor:
-    """The weight [out, in] of a linear, as it is in memory."""
-    module = block.module.get_submodule(linear)
-    weight: Tensor = module.weight.data
-    return weight.T if is_transposed(module) else weight
+def gather(
+    method: Method, members: list[str], inputs: dict[str, Tensor], gradients: dict[str, Tensor]
+) -> Tensor | None:
+    """The statistics that a method needs for stacked linears."""
+    if method.needs and issubclass(method.needs, GradientMean):
+        return torch.cat([gradients[name] for name in members])
+    return inputs[members[0]] if method.needs else None
 
 
 def set_values(block: Block, linear: str, compressed: CompressedWeight) -> None:

@@ -33,6 +33,7 @@ from llmcompress.proof import positions, proof_blocks, write_expected
 from llmcompress.results import PACKAGES, peak_bytes, version
 from llmcompress.source import ModelSource
 from llmcompress.stream import StreamedModel, stream_blocks
+from llmcompress.survey import Survey
 
 COMPUTING = PACKAGES[:5]  # those whose version can change the bytes of a result
 
@@ -71,8 +72,11 @@ class Data:
     record: dict[str, Any] | None  # None: random tokens, which only prove the result
 
 
-def build(plan: Plan) -> tuple[Any, Architecture]:
-    """The model without its weights, and what it is made of; needs no more of the source than its config.json."""
+def build(plan: Plan, dtype: torch.dtype | None = None) -> tuple[Any, Architecture]:
+    """The model without its weights, and what it is made of; needs no more of the source than its config.json.
+
+    dtype: of its parameters, if not the recipe's.
+    """
     from transformers import AutoConfig
 
     source, trust = plan.source, plan.recipe.trust_remote_code
@@ -81,7 +85,7 @@ def build(plan: Plan) -> tuple[Any, Architecture]:
             config = AutoConfig.for_model(**source.config)
         else:
             config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=trust)
-        model = skeleton(config, plan.dtype, trust_remote_code=trust)
+        model = skeleton(config, dtype or plan.dtype, trust_remote_code=trust)
     return model, discover(model)
 
 
@@ -140,8 +144,10 @@ class Job:
     def compress(self, checkpoint: Checkpoint) -> None:
         """All blocks, then all else."""
         done = len(checkpoint.records())
+        survey = Survey(self.plan, self.architecture, self.stored, checkpoint.state)
+        self.plan = self.plan.with_sparsities(survey.run(self.stream, self._exact, self.data.tokens, self.progress))
         self.progress.stage("compressing", self.plan.count)
-        compressor = BlockCompressor(self.plan, self.architecture, self.stored)
+        compressor = BlockCompressor(self.plan, self.architecture, self.stored, survey.gradients)
         if done:
             self.progress.note(f"continuing after block {done - 1}")
             self.stream.prepare(self.data.tokens)
@@ -164,6 +170,11 @@ class Job:
         records = checkpoint.records()
         self._write_expected(checkpoint, records)
         self._write_small_files(checkpoint, records)
+
+    def _exact(self) -> StreamedModel:
+        """A stream of the dense model in float32, of a skeleton of its own: this one's must stay as it is."""
+        model, architecture = build(self.plan, torch.float32)
+        return StreamedModel(model, architecture, self._read, dtype=torch.float32, device=self.plan.device)
 
     def _finish(self, checkpoint: Checkpoint, hidden: Tensor, index: int, result: BlockResult) -> None:
         start, self.lap = self.lap, time.monotonic()

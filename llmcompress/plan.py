@@ -7,7 +7,7 @@ predicts output size, peak memory, disk and time. The run reports what it measur
 
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -79,8 +79,29 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any method gathers statistics."""
-        return any(step.method.needs for step in self.steps)
+        """Whether anything is gathered from calibration data."""
+        return any(needs_data(step.method) for step in self.steps)
+
+    @property
+    def survey(self) -> list[str]:
+        """The walks over the dense model that come first; see `survey.py`."""
+        return sorted({walk for step in self.steps for walk in step.method.survey})
+
+    def budgeted(self, step: int) -> list[PlannedLinear]:
+        """The linears among which the budget of a step is spread: all of its own but those with `overrides`."""
+        method = self.steps[step].method
+        apart = list(method.overrides) if isinstance(method, Pruner) else []
+        return [linear for linear in self.linears if step in linear.steps and not matches(linear.name, apart)]
+
+    def with_sparsities(self, sparsities: Mapping[str, float]) -> "Plan":
+        """The plan in which these linears are pruned to sparsities of their own."""
+
+        def updated(linear: PlannedLinear) -> PlannedLinear:
+            share = {"sparsity": sparsities[linear.name]}
+            methods = tuple(m.model_copy(update=share) if isinstance(m, Pruner) else m for m in linear.methods)
+            return replace(linear, methods=methods)
+
+        return replace(self, linears=[updated(x) if x.name in sparsities else x for x in self.linears])
 
     def methods_of(self, linear: str) -> dict[int, Method]:
         """Index of a step -> its method for the linear at this module path, in order."""
@@ -125,10 +146,9 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
             f"{source.name}: its config.json asks for Python code from the repository (auto_map), which is not run; "
             "read that code, then set `trust_remote_code: true` in the recipe if you trust it"
         )
-    if recipe.calibration is None and any(step.method.needs for step in steps):
-        needing = next(step.name for step in steps if step.method.needs)
+    if recipe.calibration is None and (needing := [step.name for step in steps if needs_data(step.method)]):
         raise PlanError(
-            f"steps: method {needing!r} needs `calibration` data; add that block, or use a data-free method"
+            f"steps: method {needing[0]!r} needs `calibration` data; add that block, or use a data-free method"
         )
     device_of(recipe)
     check_length(recipe, source)
@@ -141,7 +161,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     format_name = choose_format(recipe, steps, assigned, names, transposed, experts)
     dtype = getattr(torch, recipe.dtype)
     linears = []
-    budgets = [spread_budget(step, {n: names[n] for n in names if i in assigned[n]}) for i, step in enumerate(steps)]
+    budgets = [spread_budget(step, i, {n: names[n] for n in names if i in assigned[n]}) for i, step in enumerate(steps)]
     for name, shape in names.items():
         mine = assigned[name]
         after = dense = shape[0] * shape[1] * dtype.itemsize
@@ -280,13 +300,26 @@ def plain_linear(linear: PlannedLinear) -> dict[str, Any]:
     }
 
 
-def spread_budget(step: Step, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
-    """The step's method for each of its linears, where its budget is not the same for all."""
+def needs_data(method: Method) -> bool:
+    """Whether a method, or its budget, gathers anything from calibration data."""
+    return method.needs is not None or bool(method.survey - {"weights"})
+
+
+def spread_budget(step: Step, index: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
+    """The step's method for each linear that has its own sparsity already now: by `overrides`, or by shape."""
     method = step.method
-    if not isinstance(method, Pruner) or method.budget == "uniform":
+    if not isinstance(method, Pruner):
         return {}
-    density = erk_densities(shapes, method.share)
-    return {name: method.model_copy(update={"sparsity": max(0.0, 1.0 - density[name])}) for name in shapes}
+    shares: dict[str, float] = {}
+    for glob, share in method.overrides.items():
+        found = [name for name in shapes if matches(name, [glob])]
+        if not found:
+            raise PlanError(f"steps[{index}].overrides: {glob!r} matches no linear of this step")
+        shares |= dict.fromkeys(found, share)
+    if method.budget == "erk":
+        density = erk_densities({name: shape for name, shape in shapes.items() if name not in shares}, method.share)
+        shares |= {name: max(0.0, 1.0 - found) for name, found in density.items()}
+    return {name: method.model_copy(update={"sparsity": share}) for name, share in shares.items()}
 
 
 def kind_of(steps: Sequence[Step], mine: Iterable[int]) -> Kind:

@@ -1,4 +1,4 @@
-"""Statistics of a linear layer's inputs, kept as sums and counts so that batches, shards and ranks add up exactly."""
+"""Statistics of a linear layer, kept as sums and counts so that batches, shards and ranks add up exactly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -63,3 +63,40 @@ class InputGram:
             mean[here, here] = mean[here, here].triu() + mean[here, here].triu(1).T
             mean[start + PANEL :, here] = mean[here, start + PANEL :].T
         return mean
+
+
+class GradientMean:
+    """Mean over windows of text of dL/dW, the gradient of the next-token loss of the whole model; [out, in] float32."""
+
+    def __init__(self, shape: torch.Size, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.windows = 0
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradient [out, in] of one window's mean loss."""
+        self.total += gradient
+        self.windows += 1
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or shard saw."""
+        self.total += other.total
+        self.windows += other.windows
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, [out, in] float32; a new tensor."""
+        if self.windows == 0:
+            raise CalibrationError("no text reached this layer; give more calibration text, or list it in `keep`")
+        return self.total / self.windows
+
+
+class GradientSquare(GradientMean):
+    """Mean over windows of (dL/dW)²: the diagonal of the empirical Fisher matrix; [out, in] float32."""
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the square of the gradient [out, in] of one window's mean loss."""
+        self.total.addcmul_(gradient, gradient)
+        self.windows += 1
+
+
+Statistics = type[InputGram] | type[GradientMean]

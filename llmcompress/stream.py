@@ -13,7 +13,7 @@ the depth. Hidden states are kept in the dtype of the checkpoint and computed as
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.arch import Architecture, Module, first
+from llmcompress.arch import Architecture, Module, first, is_transposed
 from llmcompress.errors import CalibrationError, FormatError
 from llmcompress.stats import InputGram
 
@@ -99,20 +99,33 @@ class StreamedModel:
         return_heap()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, length, vocabulary] for the last block's outputs [n, length, width], in the dtype of the model.
+        """Logits [n, length, vocabulary] for the last block's outputs [n, length, width], in the dtype of the model."""
+        with self.head() as logits:
+            return logits(hidden.to(self.device)).to("cpu")
 
-        The model's own forward runs with every block returning its input, so that the final norm, the head and
-        whatever the model does to its logits are its own.
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from the last block's outputs [n, length, width] to logits [n, length, vocabulary], for a while.
+
+        The model's own forward runs with every block returning what the function was given, so that the final norm,
+        the head and whatever the model does to its logits are its own.
         """
+        given: list[Tensor] = []
 
         def outputs(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return hidden.to(self.device)
+            return given[0]
+
+        def logits(hidden: Tensor) -> Tensor:
+            # Without token ids the model needs no embedding table, the largest tensor of all; what it gets is not used.
+            unused = torch.zeros(*hidden.shape[:2], width, dtype=self.dtype, device=self.device)
+            given[:] = [hidden]
+            found: Tensor = self.model(inputs_embeds=unused, use_cache=False).logits
+            return found
 
         with self._parameters(self._outside_blocks(head=True)), self._blocks_as(lambda index: outputs):
-            # Without token ids the model needs no embedding table, the largest tensor of all; what it gets is not used.
             width = self.model.get_input_embeddings().weight.shape[1]
-            unused = torch.zeros(*hidden.shape[:2], width, dtype=self.dtype, device=self.device)
-            return self.model(inputs_embeds=unused, use_cache=False).logits.to("cpu")
+            yield logits
+            given.clear()
 
     def _embed_batch(self, tokens: Tensor) -> Tensor:
         """Inputs of the first block for tokens [n, length]; notes what every block was called with."""
@@ -213,6 +226,18 @@ def collect(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, InputG
         for hook in hooks:
             hook.remove()
     return grams
+
+
+def checkpoint_module(stored: Mapping[str, list[str]], block: Block, linear: str) -> str:
+    """Name in the checkpoint of a linear of a block; stored: parameter name -> its tensors there."""
+    return stored[f"{block.name}.{linear}.weight"][0].removesuffix(".weight")
+
+
+def oriented(block: Block, linear: str) -> Tensor:
+    """The weight [out, in] of a linear, as it is in memory."""
+    module = block.module.get_submodule(linear)
+    weight: Tensor = module.weight.data
+    return weight.T if is_transposed(module) else weight
 
 
 def in_features(linear: Module) -> int:

@@ -20,15 +20,15 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "errors files options catalog engines progress quiet reload",
     "grid mask budget stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats runtime",
-    "source gguf_source hub_source text calibrate arch fused stream checkpoint",
+    "source gguf_source hub_source text calibrate arch fused stream checkpoint gradients",
     "recipe",
     "plan cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
-    "compress results job run export tables",
+    "compress survey results job run export tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 FILES = sorted(PACKAGE.rglob("*.py"))
-PLUMBING = ["arch", "calibrate", "stream", "checkpoint", "source", "stats", "fused", "text"]
+PLUMBING = ["arch", "calibrate", "stream", "gradients", "checkpoint", "source", "stats", "fused", "text"]
 
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "huggingface_hub", "compressed_tensors", "matplotlib", "numpy"}
 LOAD_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -14,6 +14,7 @@ from llmcompress.mask import Pattern, follows, kept
 from llmcompress.methods import METHODS, IntMethod, Method, Pruner, sparsegpt
 from llmcompress.methods.base import ScoreMethod
 from llmcompress.methods.sparsegpt import column_order
+from llmcompress.stats import GradientMean, GradientSquare
 
 PRUNERS = [name for name, cls in METHODS.items() if issubclass(cls, Pruner)]
 QUANTIZERS = [name for name, cls in METHODS.items() if issubclass(cls, IntMethod)]
@@ -35,6 +36,13 @@ def gram_matrix(features: int, seed: int = 0) -> Tensor:
     return x.T @ x / len(x)
 
 
+def statistics(name: str, weight: Tensor, seed: int = 0) -> Tensor:
+    """What a method needs for this weight: a Gram matrix of its inputs, or a gradient of its shape."""
+    if METHODS[name].needs in (GradientMean, GradientSquare):
+        return normal(*weight.shape, seed=seed + 7).square()
+    return gram_matrix(weight.shape[1], seed)
+
+
 def make(name: str, **options: Any) -> Method:
     return METHODS[name].parse({key: value for key, value in options.items() if value is not None}, name)
 
@@ -49,7 +57,8 @@ def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> float:
 def test_contract(name, pattern, sparsity):
     """Exact counts in the asked pattern; zeros where the mask says so; same bytes again; arguments unchanged."""
     method = make(name, pattern=pattern, sparsity=sparsity)
-    weight, gram = normal(6, 160), gram_matrix(160)
+    weight = normal(6, 160)
+    gram = statistics(name, weight)
     before = weight.clone(), gram.clone()
     result = method.compress(weight, gram, BF16)
     mask, shape = result.mask, Pattern.parse(pattern)
@@ -70,30 +79,38 @@ def test_contract(name, pattern, sparsity):
     assert torch.equal(gram, before[1])
     assert torch.equal(result.values, method.compress(weight, gram, BF16).values)
     if method.stacks and name != "random":  # its numbers depend on the whole stack
-        parts = [method.compress(rows, gram, BF16).values for rows in weight.split([2, 4])]
+        shared = gram.shape == (160, 160)
+        split = [gram, gram] if shared else gram.split([2, 4])
+        rows = zip(weight.split([2, 4]), split, strict=True)
+        parts = [method.compress(part, found, BF16).values for part, found in rows]
         assert torch.equal(result.values, torch.cat(parts))
 
 
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_change_no_weight_that_stays(name):
     weight = normal(6, 64)
-    result = make(name, pattern="2:4").compress(weight, gram_matrix(64), FP32)
+    result = make(name, pattern="2:4").compress(weight, statistics(name, weight), FP32)
     assert torch.equal(result.values[result.mask], weight[result.mask])
 
 
 def test_scores_are_their_equations():
     """On a hand-made 4 x 8 matrix, against numpy in float64."""
-    weight, gram = normal(4, 8), gram_matrix(8)
+    weight, gram, gradient = normal(4, 8), gram_matrix(8), normal(4, 8, seed=3).abs()
+    damped = 0.01 * np.diag(gram.double().numpy()).mean() * np.eye(8)
     w, norm = np.abs(weight.double().numpy()), np.sqrt(np.diag(gram.double().numpy()))
     expected = {
         "magnitude": w,
         "wanda": w * norm,
         "ria": (w / w.sum(0, keepdims=True) + w / w.sum(1, keepdims=True)) * norm**0.5,
+        "snip": w * np.abs(gradient.double().numpy()),
+        "taylor": w**2 * np.abs(gradient.double().numpy()),
+        "sparsegpt": w**2 / np.diag(np.linalg.inv(gram.double().numpy() + damped)),
     }
     for name, score in expected.items():
         method = make(name, pattern="2:4")
-        assert isinstance(method, ScoreMethod)
-        np.testing.assert_allclose(method.score(weight, gram).numpy(), score, rtol=1e-5)
+        assert isinstance(method, Pruner)
+        found = gradient if name in ("snip", "taylor") else gram
+        np.testing.assert_allclose(method.score(weight, found).numpy(), score, rtol=2e-5)
 
 
 def test_random_depends_on_seed_and_weight():

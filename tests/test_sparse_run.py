@@ -8,7 +8,7 @@ import torch
 from conftest import ARCHITECTURES
 from tiny_runs import proof_inside, recipe, reloaded, write_text
 
-from llmcompress.errors import PlanError
+from llmcompress.errors import PlanError, RecipeError
 from llmcompress.mask import Pattern, follows
 from llmcompress.run import run
 
@@ -136,3 +136,85 @@ def test_a_run_without_pruning_says_nothing_of_sparsity(run_tiny):
     folder, results = run_tiny("llama", RTN)
     assert results["sparsity"] is None
     assert "Share of zeros" not in (folder / "report.html").read_text()
+
+
+# surveys: what must be known of the dense model first
+
+
+@pytest.mark.parametrize("method", ["snip", "taylor"])
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2"])
+def test_scores_from_gradients(method, kind, run_tiny, tmp_path):
+    folder, results = run_tiny(kind, {"method": method, "sparsity": 0.5})
+    for row in results["layers"]:
+        assert row["sparsity"] == pytest.approx(0.5, abs=0.01), row["name"]
+    assert results["calibration"]["samples"] == 4
+    assert not list(folder.glob("**/gradients*"))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "taylor"])
+def test_a_global_ranking_keeps_the_total(method, run_tiny):
+    _, results = run_tiny("llama", {"method": method, "sparsity": 0.6, "pattern": "global"})
+    shares = {row["sparsity"] for row in results["layers"]}
+    assert len(shares) > 3
+    assert {row["pattern"] for row in results["layers"]} == {"layer"}
+    assert results["sparsity"]["of_pruned_linears"] == pytest.approx(0.6, abs=1e-5)
+
+
+def test_a_global_magnitude_ranking_is_a_sort_of_all_weights(run_tiny, tiny_folders):
+    """bfloat16 weights fall into bins of their own, so the counts by matrix are those of one sort."""
+    folder, results = run_tiny("qwen2", {"method": "magnitude", "sparsity": 0.7, "pattern": "global"})
+    dense = {name: w.abs() for name, w in weights(tiny_folders("qwen2"), results).items()}
+    everything = torch.cat([w.flatten() for w in dense.values()])
+    limit = everything.sort(descending=True).values[everything.numel() - round(everything.numel() * 0.7) - 1]
+    for name, weight in weights(folder, results).items():
+        assert int((dense[name] > limit).sum()) <= int(weight.count_nonzero()) <= int((dense[name] >= limit).sum())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "snip"])
+def test_owl_gives_blocks_their_own_sparsity(method, run_tiny):
+    step = {"method": method, "sparsity": 0.6, "budget": "owl", "outlier_factor": 2.0}
+    _, results = run_tiny("llama", step)
+    by_block: dict[int, set[float]] = {}
+    for row in results["layers"]:
+        by_block.setdefault(row["block"], set()).add(round(row["sparsity"], 1))
+    assert sorted(share for shares in by_block.values() for share in shares) == [0.5, 0.7]  # 0.6 +- 0.08, by rows
+    assert results["sparsity"]["of_pruned_linears"] == pytest.approx(0.6, abs=6e-3)
+
+
+def test_overrides_are_outside_the_budget(run_tiny):
+    step = {"method": "magnitude", "sparsity": 0.6, "budget": "global", "pattern": "layer"}
+    _, results = run_tiny("llama", step | {"overrides": {"*.down_proj": 0.25}})
+    down = [row for row in results["layers"] if row["name"].endswith("down_proj")]
+    rest = [row for row in results["layers"] if not row["name"].endswith("down_proj")]
+    assert [row["sparsity"] for row in down] == [0.25, 0.25]
+    zeros, size = sum(row["zeros"] for row in rest), sum(row["zeros"] / row["sparsity"] for row in rest)
+    assert zeros / size == pytest.approx(0.6, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": "2:4", "budget": "owl"}, "pattern 2:4 has one sparsity for all"),
+        ({"pattern": "2:4", "overrides": {"*": 0.3}}, "pattern 2:4 has one sparsity for all"),
+        ({"sparsity": 0.95, "budget": "owl"}, "set outlier_range to at most 0.025"),
+        ({"sparsity": 0.5, "overrides": {"*.q_proj": 1.0}}, r"'\*\.q_proj' is 1\.0, expected a share"),
+        ({"sparsity": 1.0}, "less than 1"),
+        ({"sparsity": -0.1}, "greater than or equal to 0"),
+        ({"pattern": "global"}, "needs `sparsity`"),
+    ],
+    ids=["owl 2:4", "overrides 2:4", "owl range", "override", "all", "negative", "global without"],
+)
+def test_budgets_that_cannot_be(options, message, run_tiny, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        run_tiny("llama", {"method": "wanda"} | options)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_override_that_matches_nothing(run_tiny):
+    with pytest.raises(PlanError, match=r"steps\[0\]\.overrides: 'c_fc' matches no linear of this step"):
+        run_tiny("llama", {"method": "wanda", "sparsity": 0.5, "overrides": {"c_fc": 0.3}})
+
+
+def test_survey_without_calibration(run_tiny):
+    with pytest.raises(PlanError, match="method 'magnitude' needs `calibration` data"):
+        run_tiny("llama", {"method": "magnitude", "sparsity": 0.6, "budget": "owl"}, calibration=None)

@@ -8,7 +8,9 @@ from llmcompress.methods.magnitude import Magnitude
 from llmcompress.methods.random import Random
 from llmcompress.methods.ria import RIA
 from llmcompress.methods.rtn import RTN
+from llmcompress.methods.snip import SNIP
 from llmcompress.methods.sparsegpt import SparseGPT
+from llmcompress.methods.taylor import Taylor
 from llmcompress.methods.wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
@@ -21,6 +23,8 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "ria": RIA,
     "sparsegpt": SparseGPT,
+    "snip": SNIP,
+    "taylor": Taylor,
 }
 
 __all__ = ["METHODS", "IntMethod", "Method", "Pruner"]

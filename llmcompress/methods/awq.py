@@ -24,8 +24,8 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.grid import row_chunks, snap
-from llmcompress.methods.base import IntMethod, gram_of
-from llmcompress.stats import InputGram
+from llmcompress.methods.base import IntMethod, required
+from llmcompress.stats import InputGram, Statistics
 from llmcompress.weight import CompressedWeight, quadratic
 
 FLOOR = 1e-4  # of the mean: a dead channel must not set the normalization of all others
@@ -38,14 +38,14 @@ class AWQ(IntMethod):
     duo: bool = Field(True, description="also try scales that look at the weights")
     clip: bool = Field(True, description="search the range of each group")
     search_rows: int = Field(512, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
-    needs: ClassVar[type[InputGram] | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputGram
     rescales: ClassVar[bool] = True
 
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
         """Search the ranges of weight [out, in] float32, already scaled, as is gram [in, in]; then round."""
-        gram = gram_of(self, gram)
+        gram = required(self, statistics)
         blocks = diagonal_blocks(gram, self.group(weight.shape[1])) if self.clip else None
         grid = self.fit(weight, dtype, search=self.clip, importance=blocks)
         return CompressedWeight.on_grid(grid.encode(weight), grid, mask)

@@ -9,8 +9,10 @@ from torch import Tensor
 from llmcompress.grid import IntGrid, fit_range
 from llmcompress.mask import Pattern, keep_best
 from llmcompress.options import Options
-from llmcompress.stats import InputGram
+from llmcompress.stats import GradientMean, Statistics
 from llmcompress.weight import CompressedWeight, Kind
+
+Survey = Literal["weights", "inputs", "gradients"]  # of every linear of the dense model
 
 
 class Method(Options):
@@ -19,16 +21,17 @@ class Method(Options):
     A method knows one weight: no model, no names, no files.
     """
 
-    needs: ClassVar[type[InputGram] | None] = None  # statistics gathered for `compress`; None for data-free methods
+    needs: ClassVar[Statistics | None] = None  # gathered for `compress`; None for data-free methods
     rescales: ClassVar[bool] = False  # True: `link_scale` is asked before `compress`, for every link
 
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
         """The weight as a checkpoint of `dtype` holds it.
 
-        weight: [out, in] float32.  gram: [in, in] float32, the mean of x xᵀ, or None.  mask: [out, in] bool from an
-        earlier step, True where a weight stays; others are zero in `weight` and must be zero in the result.
+        weight: [out, in] float32.  statistics: the float32 mean of what the method `needs`, [in, in] of InputGram or
+        [out, in] of gradients, or None.  mask: [out, in] bool from an earlier step, True where a weight stays; others
+        are zero in `weight` and must be zero in the result.
         """
         raise NotImplementedError(f"{type(self).__name__}.compress")
 
@@ -52,6 +55,11 @@ class Method(Options):
         """Whether output rows are independent, so that weights that share an input can be stacked."""
         return True
 
+    @property
+    def survey(self) -> frozenset[Survey]:
+        """What must be gathered of the dense model before its first block is compressed."""
+        return frozenset()
+
     def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Factors to move from consumers to their producer before `compress`; see `methods/awq.py`."""
         raise NotImplementedError(f"{type(self).__name__}.link_scale")
@@ -60,18 +68,54 @@ class Method(Options):
 class Pruner(Method):
     """A method whose result is a mask, and the weights that stay."""
 
-    pattern: str = Field("row", description="row, layer, n:m such as 2:4, or block:n")
+    pattern: str = Field("row", description="row, layer, global, n:m such as 2:4, or block:n")
     sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
-    budget: Literal["uniform", "erk"] = Field("uniform", description="how it is spread over the step's linears")
+    budget: Literal["uniform", "erk", "owl", "global"] = Field("uniform", description="how the sparsity is spread")
+    overrides: dict[str, float] = Field({}, description="other sparsities, by globs on module names; outside `budget`")
+    outlier_factor: float = Field(5.0, gt=1, description="owl: a score above so many means is an outlier")
+    outlier_range: float = Field(0.08, gt=0, lt=0.5, description="owl: blocks differ by twice this at most")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _global(cls, values: Any) -> Any:
+        """`pattern: global` is short for counts by matrix that a ranking over all matrices decides."""
+        if isinstance(values, dict) and values.get("pattern") == "global":
+            return values | {"pattern": "layer", "budget": "global"}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_sparsity(self.pattern, self.sparsity)
-        if self.budget != "uniform" and self.prunes.kind == "n:m":
+        if self.prunes.kind == "n:m" and (self.budget != "uniform" or self.overrides):
             raise ValueError(
-                f"pattern {self.pattern} has one sparsity for all; leave `budget` out, or use row or layer"
+                f"pattern {self.pattern} has one sparsity for all; leave `budget` and `overrides` out, or use row or "
+                "layer"
+            )
+        for glob, sparsity in self.overrides.items():
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"overrides: {glob!r} is {sparsity}, expected a share from 0 to below 1")
+        if self.budget == "owl" and not 2 * self.outlier_range <= 1 - self.share:
+            raise ValueError(
+                f"budget owl moves a block's density by up to {2 * self.outlier_range:g}, and a sparsity of "
+                f"{self.share:g} leaves {1 - self.share:g}; set outlier_range to at most {(1 - self.share) / 2:.3g}"
             )
         return self
+
+    @property
+    def survey(self) -> frozenset[Survey]:
+        """Gradients for scores that need them, and whatever the budget looks at."""
+        found: set[Survey] = set()
+        if self.needs and issubclass(self.needs, GradientMean):
+            found.add("gradients")
+        if self.budget == "owl" or (self.budget == "global" and self.needs and not found):
+            found.add("inputs")
+        if self.budget == "global" and not found:
+            found.add("weights")
+        return frozenset(found)
+
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
+        """How much each weight of [out, in] matters in the dense model, same shape, >= 0, higher is better."""
+        raise NotImplementedError(f"{type(self).__name__}.score")
 
     @property
     def prunes(self) -> Pattern:
@@ -93,15 +137,11 @@ class Pruner(Method):
 class ScoreMethod(Pruner):
     """A pruner that keeps the weights of the highest score and changes none of them."""
 
-    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
-        """How much each weight of [out, in] matters, same shape, higher is better."""
-        raise NotImplementedError(f"{type(self).__name__}.score")
-
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
         """The weight with the lowest scores set to zero."""
-        keep = keep_best(self.score(weight, gram), self.prunes, self.share)
+        keep = keep_best(self.score(weight, statistics), self.prunes, self.share)
         return CompressedWeight(values=weight.masked_fill(~keep, 0).to(dtype), mask=keep)
 
 
@@ -152,8 +192,8 @@ class IntMethod(Method):
         )
 
 
-def gram_of(method: Method, gram: Tensor | None) -> Tensor:
-    """`gram`, which a method with `needs` always gets."""
-    if gram is None:
-        raise ValueError(f"{type(method).__name__.lower()} needs the Gram matrix of its inputs")
-    return gram
+def required(method: Method, statistics: Tensor | None) -> Tensor:
+    """The statistics, which a method with `needs` always gets."""
+    if statistics is None:
+        raise ValueError(f"{type(method).__name__.lower()} needs statistics: {getattr(method.needs, '__name__', None)}")
+    return statistics

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from llmcompress.grid import IntGrid
 from llmcompress.mask import Pattern
-from llmcompress.methods.base import IntMethod, check_sparsity, gram_of
+from llmcompress.methods.base import IntMethod, check_sparsity, required
 from llmcompress.methods.sparsegpt import MaskChoice, chunk_rows, column_order
 from llmcompress.methods.sweep import Sweep, reversed_factor
-from llmcompress.stats import InputGram
+from llmcompress.stats import InputGram, Statistics
 from llmcompress.weight import CompressedWeight
 
 
@@ -34,7 +34,7 @@ class GPTQ(IntMethod):
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")
     pattern: str | None = Field(None, description="also prune: row, layer, n:m such as 2:4, or block:n")
     sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
-    needs: ClassVar[type[InputGram] | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputGram
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -55,10 +55,10 @@ class GPTQ(IntMethod):
         return self.pattern != "layer"
 
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32. Raises NumericalError if gram stays singular."""
-        gram, pattern = gram_of(self, gram), self.prunes
+        gram, pattern = required(self, statistics), self.prunes
         diagonal = gram.diagonal()
         dead = diagonal == 0  # inputs that were always zero: any weight is right, zero is cheap
         order = column_order(diagonal, pattern.m if pattern else 1, by_size=self.act_order)

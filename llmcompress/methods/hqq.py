@@ -31,9 +31,9 @@ class HQQ(IntMethod):
     beta: float = Field(10.0, gt=0)
 
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
-        """Fit scale and zero to weight [out, in] float32; `gram` is not used."""
+        """Fit scale and zero to weight [out, in] float32; `statistics` are not used."""
         group = self.group(weight.shape[1])
         start = self.fit(weight, dtype)
         groups = weight.reshape(len(weight), -1, group)

@@ -8,6 +8,6 @@ from llmcompress.methods.base import ScoreMethod
 class Magnitude(ScoreMethod):
     """Options of `method: magnitude`."""
 
-    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
-        """|W| for weight [out, in] float32; `gram` is not used."""
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
+        """|W| for weight [out, in] float32; `statistics` are not used."""
         return weight.abs()

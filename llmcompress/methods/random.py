@@ -14,7 +14,7 @@ class Random(ScoreMethod):
 
     seed: int = Field(0, ge=0, lt=2**32)
 
-    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
         """Uniform numbers; different for every weight [out, in], the same for the same one on any device."""
         content = zlib.crc32(weight.cpu().contiguous().numpy().data, self.seed)
         generator = torch.Generator().manual_seed(content)

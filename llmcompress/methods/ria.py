@@ -12,24 +12,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.methods.base import ScoreMethod, gram_of
-from llmcompress.stats import InputGram
+from llmcompress.methods.base import ScoreMethod, required
+from llmcompress.stats import InputGram, Statistics
 
 
 class RIA(ScoreMethod):
     """Options of `method: ria`."""
 
     a: float = Field(0.5, ge=0, le=2, description="weight of the activations")
-    needs: ClassVar[type[InputGram] | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputGram
 
     @property
     def stacks(self) -> bool:
         """Never: column sums are over the rows of one matrix."""
         return False
 
-    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
         """The equation above for weight [out, in] and gram [in, in] float32, with RMS inputs."""
         size = weight.abs()
         tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column has scores of zero
         share = size / size.sum(0).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
-        return share * gram_of(self, gram).diagonal().pow(self.a / 2)
+        return share * required(self, statistics).diagonal().pow(self.a / 2)

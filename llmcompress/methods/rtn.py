@@ -22,9 +22,9 @@ class RTN(IntMethod):
     range: Literal["auto", "minmax", "search"] = Field("auto", description="auto: search on symmetric grids")
 
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
-        """Round weight [out, in] float32; `gram` is not used."""
+        """Round weight [out, in] float32; `statistics` are not used."""
         grid = self.fit(weight, dtype, search=self.searches)
         return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
 

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.mask import Pattern, first_of, kept
-from llmcompress.methods.base import Pruner, gram_of
+from llmcompress.methods.base import Pruner, required
 from llmcompress.methods.sweep import SWEPT, Sweep, reversed_factor
-from llmcompress.stats import InputGram
+from llmcompress.stats import InputGram, Statistics
 from llmcompress.weight import CompressedWeight
 
 BLOCK = 128  # columns whose weights compete for their place, where the pattern leaves it open
@@ -30,13 +30,13 @@ class SparseGPT(Pruner):
 
     act_order: bool = Field(False, description="columns with large inputs first, whole groups of m together")
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")
-    needs: ClassVar[type[InputGram] | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputGram
 
     def compress(
-        self, weight: Tensor, gram: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32. Raises NumericalError if gram stays singular."""
-        gram, pattern = gram_of(self, gram), self.prunes
+        gram, pattern = required(self, statistics), self.prunes
         dead = gram.diagonal() == 0
         order = column_order(gram.diagonal(), pattern.m, by_size=self.act_order)
         factor = reversed_factor(gram, order, self.damp)
@@ -54,6 +54,13 @@ class SparseGPT(Pruner):
             back = order.argsort()
             parts.append(CompressedWeight(values[back].T.to(dtype).contiguous(), mask=choice.keep[back].T.contiguous()))
         return CompressedWeight.join(parts)
+
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
+        """What removing one weight alone costs if all others may adapt: w² / [G⁻¹]_jj; for ranking matrices."""
+        gram = required(self, statistics)
+        order = torch.arange(len(gram), device=gram.device)
+        factor = reversed_factor(gram, order, self.damp)  # [G⁻¹]_jj is the squared norm of column j of U
+        return weight.square() / factor.square().sum(0).flip(0)
 
 
 @dataclass(frozen=True, slots=True)

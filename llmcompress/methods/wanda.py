@@ -10,15 +10,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llmcompress.methods.base import ScoreMethod, gram_of
-from llmcompress.stats import InputGram
+from llmcompress.methods.base import ScoreMethod, required
+from llmcompress.stats import InputGram, Statistics
 
 
 class Wanda(ScoreMethod):
     """Options of `method: wanda`."""
 
-    needs: ClassVar[type[InputGram] | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputGram
 
-    def score(self, weight: Tensor, gram: Tensor | None) -> Tensor:
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
         """|W_ij| sqrt(G_jj) for weight [out, in] and gram [in, in] float32."""
-        return weight.abs() * gram_of(self, gram).diagonal().sqrt()
+        return weight.abs() * required(self, statistics).diagonal().sqrt()

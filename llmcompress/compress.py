@@ -18,7 +18,7 @@ from llmcompress.methods import IntMethod, Method
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
 from llmcompress.stats import GradientMean, InputGram
-from llmcompress.stream import Block, checkpoint_module, collect, oriented
+from llmcompress.stream import Block, checkpoint_module, collect_means, oriented
 from llmcompress.weight import CompressedWeight, relative_error
 
 
@@ -84,11 +84,7 @@ class BlockCompressor:
             for group in self.architecture.shared
             if any(method.needs is InputGram for name in group for method in steps[name].values())
         ]
-        grams = collect(block, needing) if needing else {}
-        inputs: dict[str, Tensor] = {}
-        for group in needing:  # one at a time: a mean is as large as its sum, which goes at once
-            inputs |= dict.fromkeys(group, take_mean(grams, group))
-        return inputs
+        return collect_means(block, needing)
 
     def _link_scales(
         self, block: Block, method: Method, mine: Collection[str], inputs: dict[str, Tensor], result: BlockResult
@@ -278,14 +274,6 @@ def gather(
 def set_values(block: Block, linear: str, compressed: CompressedWeight) -> None:
     """Let a linear compute with the values that a method chose."""
     oriented(block, linear).copy_(compressed.values)
-
-
-def take_mean(grams: dict[str, InputGram], group: tuple[str, ...]) -> Tensor:
-    """The mean of what a group of linears shares; its sum is forgotten."""
-    gram = grams[group[0]]
-    for name in group:
-        del grams[name]
-    return gram.mean
 
 
 def weight_of(block: Block, linear: str) -> Tensor:

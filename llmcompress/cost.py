@@ -1,11 +1,14 @@
 """What a run will take, predicted from shapes: output size, peak memory, disk and time.
 
-Peak host memory is the largest of the run's three phases, each on top of the interpreter with its libraries:
+Peak host memory is the largest of the run's phases, each on top of the interpreter with its libraries:
 
     embedding    embedding table + hidden states
     compressing  block + hidden states + Gram matrices + the larger of
                  - what one batch of tokens needs inside a block
                  - the largest group of stacked weights, three times in float32, and a factor of its Gram matrix
+    gradients    only if surveyed, all in float32: the larger of
+                 - output head + hidden states + a window's logits, three times
+                 - block with gradients and their statistics + hidden states twice + a window's activations
     proving      output head + hidden states of two samples + their logits
 """
 
@@ -16,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmcompress.methods import IntMethod
+from llmcompress.stats import InputGram
 
 if TYPE_CHECKING:
     from llmcompress.plan import Plan, PlannedLinear
@@ -47,7 +50,7 @@ def predict(plan: "Plan") -> Cost:
     return Cost(
         peak_host_bytes=peak,
         peak_device_bytes=0 if plan.device.type == "cpu" else peak - LIBRARIES,
-        disk_bytes=output + 2 * hidden_bytes(plan) + plan.source.fetch_bytes,
+        disk_bytes=output + 2 * hidden_bytes(plan) + surveyed_bytes(plan) + plan.source.fetch_bytes,
         output_bytes=output,
         seconds=seconds(plan),
     )
@@ -81,26 +84,53 @@ def peak_memory(plan: "Plan") -> int:
     samples, length = samples_and_length(plan)
     tokens = min(samples * length, max(BATCH_TOKENS, length))
     widths = sorted({linear.shape[1] for linear in first})
-    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(plan, linear)) if plan.needs_data else 0
-    solving = max((solving_bytes(plan, linear) for linear in first), default=0)
+    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(linear)) if plan.needs_data else 0
+    solving = max((solving_bytes(linear) for linear in first), default=0)
     inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
     embedding = 2 * table + hidden
     compressing = 2 * block + hidden + grams + max(solving, inside)
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     proving = 2 * table + 2 * min(length, 512) * vocabulary * (item + 4)
-    return LIBRARIES + max(embedding, compressing, proving)
+    gradients = gradient_memory(plan, table) if "gradients" in plan.survey else 0
+    return LIBRARIES + max(embedding, compressing, gradients, proving)
 
 
-def solving_bytes(plan: "Plan", linear: "PlannedLinear") -> int:
+def gradient_memory(plan: "Plan", table: int) -> int:
+    """What backpropagation needs besides the libraries; table: bytes of the embedding table."""
+    _, length = samples_and_length(plan)
+    hidden = hidden_bytes(plan) * 4 // plan.dtype.itemsize
+    vocabulary = int(plan.source.config.get("vocab_size", 0))
+    head = table + table * 4 // plan.dtype.itemsize + hidden + 3 * 4 * length * vocabulary
+    first = [linear for linear in plan.linears if linear.block == 0]
+    block = sum(prod(info.shape) for info in plan.tensors_of(0))
+    surveyed = sum(prod(linear.shape) for linear in first if uses_gradients(linear))
+    activations = 3 * 4 * length * sum(sum(linear.shape) for linear in first)
+    return max(head, block * (plan.dtype.itemsize + 4) + 2 * 4 * surveyed + 2 * hidden + activations)
+
+
+def surveyed_bytes(plan: "Plan") -> int:
+    """Disk for inputs of every block, and for statistics of gradients."""
+    if "gradients" not in plan.survey:
+        return 0
+    inputs = plan.count * hidden_bytes(plan) * 4 // plan.dtype.itemsize
+    return inputs + sum(4 * prod(linear.shape) for linear in plan.linears if uses_gradients(linear))
+
+
+def solving_bytes(linear: "PlannedLinear") -> int:
     """What a method holds while it works on a linear, and on one other of the same shape that shares its input."""
     rows, columns = linear.shape
-    factor = 4 * columns**2 * 3 // 2 if uses_gram(plan, linear) else 0
+    factor = 4 * columns**2 * 3 // 2 if uses_gram(linear) else 0
     return 3 * 2 * 4 * rows * columns + factor
 
 
-def uses_gram(plan: "Plan", linear: "PlannedLinear") -> bool:
-    """Whether statistics are gathered for this linear."""
-    return any(plan.steps[i].method.needs is not None for i in linear.steps)
+def uses_gram(linear: "PlannedLinear") -> bool:
+    """Whether a Gram matrix is gathered for this linear."""
+    return any(method.needs is InputGram for method in linear.methods)
+
+
+def uses_gradients(linear: "PlannedLinear") -> bool:
+    """Whether statistics of its gradient are gathered."""
+    return any("gradients" in method.survey for method in linear.methods)
 
 
 def seconds(plan: "Plan") -> float:
@@ -109,23 +139,35 @@ def seconds(plan: "Plan") -> float:
     tokens, elements = samples * length, sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
     passes = 2 if plan.needs_data else 1
     forward = 2.0 * elements * tokens * passes / speed(plan.dtype, plan.device)
-    inputs = {(linear.block, linear.shape[1]) for linear in plan.linears if uses_gram(plan, linear)}
-    grams = sum(1.3 * tokens * columns**2 for _, columns in inputs) / speed(torch.float32, plan.device)
-    return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, linear) for linear in plan.linears)
+    grams = gram_seconds(plan, [linear for linear in plan.linears if uses_gram(linear)])
+    return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, x) for x in plan.linears) + survey_seconds(plan)
+
+
+def gram_seconds(plan: "Plan", linears: list["PlannedLinear"]) -> float:
+    """Time for the Gram matrices of these linears' inputs."""
+    samples, length = samples_and_length(plan)
+    inputs = {(linear.block, linear.shape[1]) for linear in linears}
+    return sum(1.3 * samples * length * columns**2 for _, columns in inputs) / speed(torch.float32, plan.device)
+
+
+def survey_seconds(plan: "Plan") -> float:
+    """Time of the walks over the dense model: two passes forward, or the same and one back in float32."""
+    samples, length = samples_and_length(plan)
+    operations = 2.0 * samples * length * sum(prod(linear.shape) for linear in plan.linears)
+    total = 0.0
+    if "inputs" in plan.survey:
+        total += 2 * 1.6 * operations / speed(plan.dtype, plan.device) + gram_seconds(plan, plan.linears)
+    if "gradients" in plan.survey:
+        total += 4 * operations / speed(torch.float32, plan.device)
+    return total
 
 
 def solve_seconds(plan: "Plan", linear: "PlannedLinear") -> float:
     """Time of the methods themselves on one linear: products with the Gram matrix, and passes over the weights."""
     rows, columns = linear.shape
-    total = 0.0
-    for step in (plan.steps[i] for i in linear.steps):
-        searched = 2.0 * 2 * getattr(step.method, "grid_points", 0)
-        products = {"gptq": 2.0, "sparsegpt": 2.0, "awq": searched}.get(step.name, 0.0)
-        touches = {"awq": 400.0, "sparsegpt": 60.0}.get(
-            step.name, 250.0 if isinstance(step.method, IntMethod) else 30.0
-        )
-        total += products * rows * columns**2 / speed(torch.float32, plan.device) + touches * rows * columns / 1.5e9
-    return total
+    products = sum(method.products for method in linear.methods) * rows * columns**2
+    passes = sum(method.passes for method in linear.methods) * rows * columns
+    return products / speed(torch.float32, plan.device) + passes / 1.5e9
 
 
 _SPEEDS: dict[tuple[torch.dtype, str], float] = {}

@@ -7,7 +7,8 @@ gradients of its weights and of its inputs, which are what the block before it n
     dL/dx_i = (dy_i/dx_i)ᵀ dL/dy_i          y_i = x_(i+1)
 
 Memory holds one block, its statistics and one window's graph, whatever the depth; the disk holds one set of hidden
-states per block. Everything is computed in float32: sums of small products that partly cancel need it.
+states per block. Everything is kept in float32, since sums of small products partly cancel; CPUs with bfloat16 matrix
+units round the factors of products.
 """
 
 import shutil

@@ -7,26 +7,24 @@ predicts output size, peak memory, disk and time. The run reports what it measur
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmcompress.budget import erk_densities
+from llmcompress.assignment import assign, kind_after, methods_by_linear, needs_data
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
-from llmcompress.methods import IntMethod, Method, Pruner
+from llmcompress.methods import Method, Pruner
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
 from llmcompress.source import ModelSource
 from llmcompress.weight import Kind
 
-GROUPS = (128, 64, 32)
 CONV1D_MODELS = ("gpt2",)  # model types that keep weights as [in, out]; checked against the modules before a run
 DENSE_EXPERTS = "stock transformers takes the experts of a packed checkpoint for packed, and these are kept dense"
 
@@ -110,7 +108,7 @@ class Plan:
 
     def kind_of(self, linear: str) -> Kind:
         """What the linear at this module path becomes."""
-        return Kind.after([method.kind for method in self.methods_of(linear).values()])
+        return kind_after(tuple(self.methods_of(linear).values()))
 
     def tensors_of(self, block: int | None) -> list[TensorInfo]:
         """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
@@ -158,20 +156,17 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     refuse_experts(source, blocks, recipe.keep)
     assigned = assign(names, steps, recipe.keep)
     experts = any(is_expert(name) for name in source.tensors)
-    format_name = choose_format(recipe, steps, assigned, names, transposed, experts)
+    methods = methods_by_linear(steps, assigned, names)
+    format_name = choose_format(recipe, methods, names, transposed, experts)
     dtype = getattr(torch, recipe.dtype)
     linears = []
-    budgets = [spread_budget(step, i, {n: names[n] for n in names if i in assigned[n]}) for i, step in enumerate(steps)]
     for name, shape in names.items():
-        mine = assigned[name]
         after = dense = shape[0] * shape[1] * dtype.itemsize
-        for i in mine:
-            check_shape(name, shape[1], steps[i].method, i)
-        methods = tuple(budgets[i].get(name, steps[i].method) for i in mine)
-        if mine:
-            kind = Kind.after([method.kind for method in methods])
-            after = FORMATS[format_name].stored_bytes(kind, shape, dtype)
-        linears.append(PlannedLinear(name, block_index(name, blocks), shape, mine, methods, dense, after))
+        if name in methods:
+            after = FORMATS[format_name].stored_bytes(kind_after(methods[name]), shape, dtype)
+        linears.append(
+            PlannedLinear(name, block_index(name, blocks), shape, assigned[name], methods.get(name, ()), dense, after)
+        )
     plan = Plan(
         recipe,
         source,
@@ -253,41 +248,6 @@ def refuse_experts(source: ModelSource, blocks: str, keep: list[str]) -> None:
             )
 
 
-def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str, tuple[int, ...]]:
-    """Linear -> indices of its steps. Every target must match something, and the steps of a linear must compose."""
-    assigned: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        mine = tuple(i for i, step in enumerate(steps) if step.matches(name) and not matches(name, keep))
-        check_sequence(name, mine, steps)
-        assigned[name] = mine
-    for i, step in enumerate(steps):
-        for target in step.targets:
-            if not any(matches(name, [target]) for name in assigned):
-                some = ", ".join(list(assigned)[:3])
-                raise PlanError(
-                    f"steps[{i}].targets: {target!r} matches no linear of the decoder blocks (such as {some})"
-                )
-        if not any(i in mine for mine in assigned.values()):
-            raise PlanError(f"steps[{i}]: `keep` {keep} leaves nothing for this step to do")
-    return assigned
-
-
-def check_sequence(name: str, mine: tuple[int, ...], steps: list[Step]) -> None:
-    """A linear is pruned once at most, then quantized once at most."""
-    for i, j in pairwise(mine):
-        first, second = (f"steps[{k}] ({steps[k].name})" for k in (i, j))
-        quantized, prunes = isinstance(steps[i].method, IntMethod), steps[j].method.prunes
-        if quantized and not isinstance(steps[j].method, IntMethod):
-            raise PlanError(f"{name}: {second} would prune what {first} has quantized; put the pruning step first")
-        if quantized:
-            raise PlanError(f"{name}: {first} and {second} both quantize it; give them `targets` that do not overlap")
-        if prunes:
-            raise PlanError(
-                f"{name}: {first} has pruned it to pattern {steps[i].method.prunes}, and {second} would prune it to "
-                f"{prunes}; give them `targets` that do not overlap"
-            )
-
-
 def plain_linear(linear: PlannedLinear) -> dict[str, Any]:
     """For `--json`."""
     return {
@@ -300,54 +260,9 @@ def plain_linear(linear: PlannedLinear) -> dict[str, Any]:
     }
 
 
-def needs_data(method: Method) -> bool:
-    """Whether a method, or its budget, gathers anything from calibration data."""
-    return method.needs is not None or bool(method.survey - {"weights"})
-
-
-def spread_budget(step: Step, index: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
-    """The step's method for each linear that has its own sparsity already now: by `overrides`, or by shape."""
-    method = step.method
-    if not isinstance(method, Pruner):
-        return {}
-    shares: dict[str, float] = {}
-    for glob, share in method.overrides.items():
-        found = [name for name in shapes if matches(name, [glob])]
-        if not found:
-            raise PlanError(f"steps[{index}].overrides: {glob!r} matches no linear of this step")
-        shares |= dict.fromkeys(found, share)
-    if method.budget == "erk":
-        density = erk_densities({name: shape for name, shape in shapes.items() if name not in shares}, method.share)
-        shares |= {name: max(0.0, 1.0 - found) for name, found in density.items()}
-    return {name: method.model_copy(update={"sparsity": share}) for name, share in shares.items()}
-
-
-def kind_of(steps: Sequence[Step], mine: Iterable[int]) -> Kind:
-    """Of a linear after these of the steps."""
-    return Kind.after([steps[i].method.kind for i in mine])
-
-
-def check_shape(name: str, columns: int, method: Method, step: int) -> None:
-    """Groups and patterns must divide the row."""
-    pattern = method.prunes
-    if pattern and columns % pattern.m:
-        fitting = [f"{max(1, m // 2)}:{m}" for m in (16, 8, 4, 2) if columns % m == 0]
-        raise PlanError(
-            f"{name}: {columns} input columns are not divisible by the {pattern.m} of steps[{step}].pattern "
-            f"{str(pattern)!r}; try {' or '.join(['row', *fitting])}, or add the tensor to `keep`"
-        )
-    if isinstance(method, IntMethod) and columns % method.group(columns):
-        fitting = [str(size) for size in GROUPS if columns % size == 0] + ["row"]
-        raise PlanError(
-            f"{name}: {columns} input columns are not divisible by steps[{step}].group_size {method.group_size}; "
-            f"try group_size: {' or '.join(fitting)}, or add the tensor to `keep`"
-        )
-
-
 def choose_format(
     recipe: Recipe,
-    steps: list[Step],
-    assigned: dict[str, tuple[int, ...]],
+    methods: dict[str, tuple[Method, ...]],
     names: dict[str, tuple[int, int]],
     transposed: bool,
     experts: bool,
@@ -359,9 +274,8 @@ def choose_format(
         if experts and format_name == "pack-quantized":
             reason = f"output.format: {format_name!r} cannot hold this mixture of experts: {DENSE_EXPERTS}"
             continue
-        for name, mine in assigned.items():
-            refusal = FORMATS[format_name].refuses(kind_of(steps, mine), names[name], transposed) if mine else None
-            if refusal:
+        for name, mine in methods.items():
+            if refusal := FORMATS[format_name].refuses(kind_after(mine), names[name], transposed):
                 reason = f"{name}: cannot be stored as {format_name!r}: {refusal}"
                 break
         else:

@@ -207,6 +207,20 @@ def stream_blocks(model: StreamedModel, hidden: Tensor, start: int = 0) -> Itera
             )
 
 
+def collect_means(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
+    """The means of `collect`, [in, in] float32: one matrix for all linears that share an input."""
+    groups = list(shared)
+    grams = collect(block, groups) if groups else {}
+    means: dict[str, Tensor] = {}
+    for group in groups:  # one at a time: a mean is as large as its sum, which goes at once
+        gram = grams[group[0]]
+        for name in group:
+            del grams[name]
+        means |= dict.fromkeys(group, gram.mean)
+        del gram
+    return means
+
+
 def collect(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, InputGram]:
     """Second moments of the inputs of a block's linears, gathered once per group of linears that share an input.
 

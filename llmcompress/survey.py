@@ -27,7 +27,7 @@ from llmcompress.methods import Pruner
 from llmcompress.plan import Plan, PlannedLinear
 from llmcompress.progress import Progress
 from llmcompress.stats import GradientMean
-from llmcompress.stream import Block, StreamedModel, checkpoint_module, collect, oriented, stream_blocks
+from llmcompress.stream import Block, StreamedModel, checkpoint_module, collect_means, oriented, stream_blocks
 
 Found = dict[str, Tensor | None]  # statistics of some linears of a block, by name below it
 
@@ -104,7 +104,7 @@ class Survey:
             for block in stream_blocks(dense, dense.embed(tokens)):
                 names = {name for name in self.architecture.linears if self._module(block, name) in judged}
                 groups = [group for group in self.architecture.shared if names & set(group)]
-                yield block, {name: gram.mean for name, gram in collect(block, groups).items()}
+                yield block, dict(collect_means(block, groups))
         else:
             for block, sums in stream_gradients(exact(), tokens, self.folder / "inputs", self._accumulators):
                 means = {name: total.mean for name, total in sums.items()}

@@ -22,7 +22,7 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "methods formats runtime",
     "source gguf_source hub_source text calibrate arch fused stream checkpoint gradients",
     "recipe",
-    "plan cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
+    "plan assignment cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
     "compress survey results job run export tables",
     "cli __main__",
 ]

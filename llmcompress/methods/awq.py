@@ -39,7 +39,13 @@ class AWQ(IntMethod):
     clip: bool = Field(True, description="search the range of each group")
     search_rows: int = Field(512, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
     needs: ClassVar[Statistics | None] = InputGram
+    passes: ClassVar[float] = 400.0
     rescales: ClassVar[bool] = True
+
+    @property
+    def products(self) -> float:
+        """One of rows x in x in for every candidate, on a sample of the rows."""
+        return 4.0 * self.grid_points
 
     def compress(
         self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None

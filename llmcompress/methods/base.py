@@ -22,6 +22,7 @@ class Method(Options):
     """
 
     needs: ClassVar[Statistics | None] = None  # gathered for `compress`; None for data-free methods
+    passes: ClassVar[float] = 30.0  # over the weights, about: for predictions of time
     rescales: ClassVar[bool] = False  # True: `link_scale` is asked before `compress`, for every link
 
     def compress(
@@ -34,6 +35,11 @@ class Method(Options):
         are zero in `weight` and must be zero in the result.
         """
         raise NotImplementedError(f"{type(self).__name__}.compress")
+
+    @property
+    def products(self) -> float:
+        """Multiplications per weight and input column, about: for predictions of time."""
+        return 0.0
 
     @property
     def prunes(self) -> Pattern | None:
@@ -157,6 +163,7 @@ def check_sparsity(pattern: str, sparsity: float | None) -> None:
 class IntMethod(Method):
     """A method whose result lies on an integer grid."""
 
+    passes: ClassVar[float] = 250.0
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int | Literal["row"] = Field(64, description="input columns per scale, or 'row' for whole rows")
     symmetric: bool = True

@@ -36,6 +36,11 @@ class GPTQ(IntMethod):
     sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
     needs: ClassVar[Statistics | None] = InputGram
 
+    @property
+    def products(self) -> float:
+        """The sweep, and its factor."""
+        return 2.0
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.pattern is None and self.sparsity is not None:

@@ -31,6 +31,12 @@ class SparseGPT(Pruner):
     act_order: bool = Field(False, description="columns with large inputs first, whole groups of m together")
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")
     needs: ClassVar[Statistics | None] = InputGram
+    passes: ClassVar[float] = 60.0
+
+    @property
+    def products(self) -> float:
+        """The sweep, and its factor."""
+        return 2.0
 
     def compress(
         self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from llmcompress.budget import erk_densities
 from llmcompress.errors import PlanError
+from llmcompress.mask import Pattern
 from llmcompress.methods import IntMethod, Method, Pruner
 from llmcompress.recipe import Step, matches
 from llmcompress.weight import Kind
@@ -64,9 +65,32 @@ def methods_by_linear(
     return found
 
 
-def kind_after(methods: tuple[Method, ...]) -> Kind:
-    """Of a linear after these methods."""
-    return Kind.after([method.kind for method in methods])
+def earlier_patterns(
+    texts: Mapping[str, str], steps: list[Step], assigned: Mapping[str, tuple[int, ...]]
+) -> dict[str, Pattern]:
+    """The pattern of every linear that an earlier run has pruned; texts: as its manifest says.
+
+    Raises PlanError if a step would prune one to another pattern.
+    """
+    found = {}
+    for name in texts.keys() & assigned.keys():
+        try:
+            found[name] = Pattern.parse(texts[name])
+        except ValueError:  # of a version that knows more patterns: its zeros are kept all the same
+            continue
+        for i in assigned[name]:
+            asked = steps[i].method.prunes
+            if asked and asked != found[name]:
+                raise PlanError(
+                    f"{name}: an earlier run has pruned it to pattern {found[name]}, and steps[{i}] ({steps[i].name}) "
+                    f"would prune it to {asked}; start from the dense model, or set pattern: {str(found[name])!r}"
+                )
+    return found
+
+
+def kind_after(methods: tuple[Method, ...], found: Pattern | None = None) -> Kind:
+    """Of a linear after these methods, whose zeros follow the pattern `found` before."""
+    return Kind.after([Kind(pattern=found), *(method.kind for method in methods)])
 
 
 def check_shape(name: str, columns: int, method: Method, step: int) -> None:

@@ -25,10 +25,9 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.errors import ResumeError
-from llmcompress.files import read_json, replacing, write_json
+from llmcompress.files import MANIFEST, read_json, replacing, write_json
 
 STATE = ".state"
-MANIFEST = "llmcompress.json"
 NO_SPACE = "os error 28"  # how the safetensors library spells ENOSPC
 
 

@@ -21,6 +21,8 @@ from llmcompress.stats import GradientMean, InputGram
 from llmcompress.stream import Block, checkpoint_module, collect_means, oriented
 from llmcompress.weight import CompressedWeight, relative_error
 
+ZEROS = 0.05  # share of zeros from which they are taken for a mask: weights that were trained dense hold next to none
+
 
 @dataclass(slots=True)
 class BlockResult:
@@ -55,7 +57,7 @@ class BlockCompressor:
         """Replace the weights of `block` by what the recipe's steps make of them, one step after another."""
         result, steps = BlockResult(), self._steps(block)
         inputs, gradients = self._inputs(block, steps), self.gradients(block)
-        pruned: dict[str, Pruned] = {}
+        pruned = self._already_zero(block, steps, result)
         for index, step in enumerate(self.plan.steps):
             mine = {name: methods[index] for name, methods in steps.items() if index in methods}
             scales = self._link_scales(block, step.method, mine, inputs, result) if step.method.rescales else Scales()
@@ -76,6 +78,21 @@ class BlockCompressor:
             name: self.plan.methods_of(checkpoint_module(self.stored, block, name))
             for name in self.architecture.linears
         }
+
+    def _already_zero(
+        self, block: Block, steps: dict[str, dict[int, Method]], result: BlockResult
+    ) -> dict[str, "Pruned"]:
+        """Linears that come with zeros, whoever made them: no step may fill these again."""
+        found = {}
+        for name in steps:
+            weight = oriented(block, name)
+            if steps[name] and weight.numel() - int(weight.count_nonzero()) >= ZEROS * weight.numel():
+                found[name] = Pruned(weight.clone(), weight != 0)
+        if found:
+            result.notes.append(
+                f"weights that were zero before stay zero, in linears with {ZEROS:.0%} of them and more"
+            )
+        return found
 
     def _inputs(self, block: Block, steps: dict[str, dict[int, Method]]) -> dict[str, Tensor]:
         """Mean of x xᵀ of every linear in a group of which one needs it; the same matrix for those that share it."""
@@ -155,8 +172,9 @@ class BlockCompressor:
             before = weight
             if name in pruned:
                 before = scales.apply(pruned[name].original.float(), name)
-            elif compressed.mask is not None:
-                pruned[name] = Pruned(oriented(block, name).clone(), compressed.mask)
+            if compressed.mask is not None:
+                original = pruned[name].original if name in pruned else oriented(block, name).clone()
+                pruned[name] = Pruned(original, compressed.mask)
             set_values(block, name, compressed)
             done[name] = Done(before, compressed)
         return done
@@ -177,7 +195,7 @@ class BlockCompressor:
         result.tensors |= {f"{name}.{leaf}": tensor.cpu() for leaf, tensor in packed.items()}
         result.digests[f"{block.name}.{linear}"] = digest(module.weight)
         method = methods[max(methods)]
-        pattern = next((p for method in methods.values() if (p := method.prunes)), None)
+        pattern = self.plan.kind_of(name).pattern or ("as found" if compressed.mask is not None else None)
         grid = method.model_dump(include={"bits", "group_size", "symmetric"}) if isinstance(method, IntMethod) else {}
         weights = compressed.values.numel()
         zeros = weights - int(compressed.values.count_nonzero())
@@ -199,9 +217,9 @@ class BlockCompressor:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A linear that an earlier step of the block has pruned."""
+    """A linear with weights that must stay zero."""
 
-    original: Tensor  # [out, in] in the dtype of the checkpoint: the weight before
+    original: Tensor  # [out, in] in the dtype of the checkpoint: the weight before the first step
     mask: Tensor  # [out, in] bool
 
 

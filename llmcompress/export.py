@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.arch import ignored_linears, match_names, quiet_transformers, skeleton
-from llmcompress.checkpoint import MANIFEST, Checkpoint, read_tensors
+from llmcompress.checkpoint import Checkpoint, read_tensors
 from llmcompress.engines import verdicts
 from llmcompress.errors import FormatError, PlanError
-from llmcompress.files import read_json, write_json
+from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.formats import FORMATS
 from llmcompress.inspection import read_object, weight_files
 from llmcompress.mask import Pattern

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MANIFEST = "llmcompress.json"  # what a run says of its result
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -11,8 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import SourceError
+from llmcompress.files import MANIFEST
 from llmcompress.safetensors_file import TensorInfo, parse_entries
-from llmcompress.source import CONVERT_PICKLE, PICKLES, ModelSource, Progress, check_config, open_folder, read_json
+from llmcompress.source import (
+    CONVERT_PICKLE,
+    PICKLES,
+    ModelSource,
+    Progress,
+    check_config,
+    open_folder,
+    patterns_in,
+    read_json,
+)
 
 TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
 
@@ -38,6 +48,9 @@ def open_hub(repo: str, revision: str | None) -> ModelSource:
         path = Path(hf_hub_download(repo, "config.json", revision=revision))
         commit = path.parent.name  # asking by branch makes the cache remember which commit the branch stood for
         config = check_config(read_json(path), repo)
+        pruned = {}
+        if MANIFEST in names:
+            pruned = patterns_in(read_json(Path(hf_hub_download(repo, MANIFEST, revision=commit))))
         try:
             headers = get_safetensors_metadata(repo, revision=commit)
         except (NotASafetensorsRepoError, SafetensorsParsingError) as exc:
@@ -46,7 +59,7 @@ def open_hub(repo: str, revision: str | None) -> ModelSource:
     return ModelSource(
         name=repo, hub_id=info.id, revision=commit, fingerprint=commit, config=config,
         license=license_name if isinstance(license_name, str) else None,
-        tensors=_tensors(repo, headers), local=False,
+        tensors=_tensors(repo, headers), local=False, pruned=pruned,
     )  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from llmcompress.assignment import assign, kind_after, methods_by_linear, needs_data
+from llmcompress.assignment import assign, earlier_patterns, kind_after, methods_by_linear, needs_data
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
+from llmcompress.mask import Pattern
 from llmcompress.methods import Method, Pruner
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
@@ -38,6 +39,7 @@ class PlannedLinear:
     shape: tuple[int, int]  # [out, in]
     steps: tuple[int, ...]  # indices into the recipe's steps, in order; empty: left alone
     methods: tuple[Method, ...]  # of these steps, with what a budget gives to this linear
+    found: Pattern | None  # an earlier run has pruned it: what is zero stays so
     before_bytes: int  # dense, in the recipe's dtype
     after_bytes: int
 
@@ -108,7 +110,8 @@ class Plan:
 
     def kind_of(self, linear: str) -> Kind:
         """What the linear at this module path becomes."""
-        return kind_after(tuple(self.methods_of(linear).values()))
+        planned = next((planned for planned in self.linears if planned.name == linear), None)
+        return Kind() if planned is None else kind_after(planned.methods, planned.found)
 
     def tensors_of(self, block: int | None) -> list[TensorInfo]:
         """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
@@ -157,16 +160,18 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     assigned = assign(names, steps, recipe.keep)
     experts = any(is_expert(name) for name in source.tensors)
     methods = methods_by_linear(steps, assigned, names)
-    format_name = choose_format(recipe, methods, names, transposed, experts)
+    found = earlier_patterns(source.pruned, steps, assigned)
+    kinds = {name: kind_after(mine, found.get(name)) for name, mine in methods.items()}
+    format_name = choose_format(recipe, kinds, names, transposed, experts)
     dtype = getattr(torch, recipe.dtype)
     linears = []
     for name, shape in names.items():
         after = dense = shape[0] * shape[1] * dtype.itemsize
-        if name in methods:
-            after = FORMATS[format_name].stored_bytes(kind_after(methods[name]), shape, dtype)
-        linears.append(
-            PlannedLinear(name, block_index(name, blocks), shape, assigned[name], methods.get(name, ()), dense, after)
-        )
+        if name in kinds:
+            after = FORMATS[format_name].stored_bytes(kinds[name], shape, dtype)
+        block = block_index(name, blocks)
+        mine = (assigned[name], methods.get(name, ()), found.get(name))
+        linears.append(PlannedLinear(name, block, shape, *mine, dense, after))
     plan = Plan(
         recipe,
         source,
@@ -262,7 +267,7 @@ def plain_linear(linear: PlannedLinear) -> dict[str, Any]:
 
 def choose_format(
     recipe: Recipe,
-    methods: dict[str, tuple[Method, ...]],
+    kinds: dict[str, Kind],
     names: dict[str, tuple[int, int]],
     transposed: bool,
     experts: bool,
@@ -274,8 +279,8 @@ def choose_format(
         if experts and format_name == "pack-quantized":
             reason = f"output.format: {format_name!r} cannot hold this mixture of experts: {DENSE_EXPERTS}"
             continue
-        for name, mine in methods.items():
-            if refusal := FORMATS[format_name].refuses(kind_after(mine), names[name], transposed):
+        for name, kind in kinds.items():
+            if refusal := FORMATS[format_name].refuses(kind, names[name], transposed):
                 reason = f"{name}: cannot be stored as {format_name!r}: {refusal}"
                 break
         else:

@@ -17,13 +17,12 @@ from llmcompress import cost
 from llmcompress.arch import quiet_transformers
 from llmcompress.calibrate import load_calibration
 from llmcompress.checkpoint import (
-    MANIFEST,
     Checkpoint,
     full_disk_explained,
     partial_folder,
 )
 from llmcompress.errors import PlanError, PublishError, ResumeError
-from llmcompress.files import read_json, write_json
+from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.job import Data, Job, build, stock_errors
 from llmcompress.plan import Plan, check_machine, make_plan
 from llmcompress.progress import Progress, Silent

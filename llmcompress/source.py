@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.catalog import MODELS, PackagedFile
 from llmcompress.errors import SourceError
+from llmcompress.files import MANIFEST
 from llmcompress.safetensors_file import TensorInfo, hash_file, header_bytes, read_header, read_tensors
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class ModelSource:
     local: bool  # nothing has to be downloaded
     folder: Path | None = None  # holds config, safetensors and tokenizer
     gguf: "GGUFFile | None" = field(default=None, repr=False)
+    pruned: dict[str, str] = field(default_factory=dict, repr=False)  # linear -> pattern, if a run of ours pruned it
 
     @property
     def needs_remote_code(self) -> bool:
@@ -201,7 +203,16 @@ def open_folder(name: str, path: Path, hub_id: str | None = None, revision: str 
     return ModelSource(
         name=name, hub_id=hub_id, revision=revision, fingerprint=revision or _fingerprint(path, config, tensors),
         config=config, license=_license(path / "README.md"), tensors=tensors, local=True, folder=path.resolve(),
+        pruned=patterns_in(read_json(path / MANIFEST)) if (path / MANIFEST).is_file() else {},
     )  # fmt: skip
+
+
+def patterns_in(manifest: Any) -> dict[str, str]:
+    """The pattern of every linear that an earlier run has pruned, by its manifest; what makes no sense is left out."""
+    layers = manifest.get("layers") if isinstance(manifest, dict) else None
+    rows = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
+    found = {row.get("name"): row.get("pattern") for row in rows}
+    return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def read_json(path: Path) -> Any:

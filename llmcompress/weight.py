@@ -31,9 +31,9 @@ class Kind:
 
     @classmethod
     def after(cls, kinds: Sequence["Kind"]) -> "Kind":
-        """Of a weight after several steps: the last grid, and the pattern of the one that pruned."""
+        """Of a weight after several steps: the last grid, and the last pattern."""
         grid = next((kind for kind in reversed(kinds) if kind.bits), cls())
-        pruned = next((kind for kind in kinds if kind.pattern), cls())
+        pruned = next((kind for kind in reversed(kinds) if kind.pattern), cls())
         return replace(grid, pattern=pruned.pattern, sparsity=pruned.sparsity)
 
     def group(self, columns: int) -> int:

@@ -14,6 +14,7 @@ from llmcompress.mask import Pattern, follows, kept
 from llmcompress.methods import METHODS, IntMethod, Method, Pruner, sparsegpt
 from llmcompress.methods.base import ScoreMethod
 from llmcompress.methods.sparsegpt import column_order
+from llmcompress.methods.sweep import reversed_factor
 from llmcompress.stats import GradientMean, GradientSquare
 
 PRUNERS = [name for name, cls in METHODS.items() if issubclass(cls, Pruner)]
@@ -207,6 +208,35 @@ def test_every_quantizer_keeps_every_mask(rows, groups, pruning, pruner, quantiz
     assert torch.equal(result.mask, pruned.mask)
     assert result.lost_zeros() == 0
     assert torch.equal(result.values, result.grid.decode(result.codes))
+
+
+@pytest.mark.parametrize("features", [128, 256])
+def test_gptq_moves_errors_on_through_masked_weights(features):
+    """Less output error than where updates skip masked weights, as some do, and what they would carry is lost."""
+    weight, gram = normal(32, features), gram_matrix(features)
+    pruned = make("wanda", pattern="2:4").compress(weight, gram, BF16)
+    method, start, mask = make("gptq", group_size=32, act_order=False), pruned.values.float(), pruned.mask
+    result = method.compress(start, gram, BF16, mask)
+    u = reversed_factor(gram, torch.arange(features), 0.01).flip(0, 1)
+    scale, _ = result.grid.columns()
+    w, skipping = start.clone(), torch.zeros_like(start)
+    for j in range(features):
+        rounded = (w[:, j] / scale[:, j]).round().clamp(-8, 7) * scale[:, j]
+        skipping[:, j] = torch.where(mask[:, j], rounded, 0.0)
+        error = (w[:, j] - skipping[:, j]) / u[j, j]
+        w[:, j + 1 :] -= error[:, None] * u[j, j + 1 :] * mask[:, j + 1 :]
+    assert output_error(start, result.values, gram) < 0.95 * output_error(start, skipping, gram)
+
+
+def test_masked_weights_do_not_move_the_zero_of_hqq():
+    """The grid of a half-masked group is the one that its weights have without the masked ones."""
+    weight = normal(8, 64, seed=4).abs() + 0.2  # one sign: the zero is at an end, and zeros would pull at it
+    mask = torch.arange(64) % 2 == 0
+    method = make("hqq", bits=4, group_size="row", symmetric=False)
+    masked = method.compress(weight * mask, None, FP32, mask.expand(8, 64))
+    alone = method.compress(weight[:, mask], None, FP32)
+    torch.testing.assert_close(masked.grid.scale, alone.grid.scale)
+    assert torch.equal(masked.grid.zero, alone.grid.zero)
 
 
 @patterns

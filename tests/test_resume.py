@@ -100,6 +100,36 @@ def test_killed_run_continues_to_the_same_bytes(moment, killed, model, text, uni
     assert not list(folder.rglob(".*"))
 
 
+OTHERS = {
+    "awq": ([{"method": "awq", "group_size": 32}], ["block-00000.json"]),
+    "owl": (
+        [{"method": "wanda", "sparsity": 0.6, "budget": "owl"}, {"method": "gptq", "group_size": 32}],
+        ["survey.json", "block-00000.json"],
+    ),
+    "taylor": (
+        [{"method": "taylor", "sparsity": 0.5, "pattern": "global"}],
+        ["00001.safetensors", "gradients-00001.safetensors", "survey.json", "block-00000.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_and_surveys_continue_to_the_same_bytes(name, model, text, inside, tmp_path):
+    """Norms that absorbed scales, budgets and gradients of the dense model: all is on disk, or made again."""
+    steps, files = OTHERS[name]
+    folders = {file: tmp_path / file / "out" for file in files}
+    for folder in folders.values():
+        folder.parent.mkdir()
+    moments = [{"folder": str(folder), "side": "after", "file": file} for file, folder in folders.items()]
+    run_die_at(moments, tmp_path / "whole", values(model, text, *steps))
+    expected = digests(tmp_path / "whole")
+    for folder in folders.values():
+        assert not folder.exists()
+        run(recipe(model, text, *steps), folder)
+        assert digests(folder) == expected
+        assert not list(folder.rglob(".*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_killed_at_every_file(side, model, text, uninterrupted, inside, tmp_path):

@@ -1,14 +1,16 @@
 """Whole runs that prune: zeros in every file, in every later step, and in what stock libraries load."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from tiny_runs import proof_inside, recipe, reloaded, write_text
+from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
 
-from llmcompress.errors import PlanError, RecipeError
+from llmcompress import load
+from llmcompress.errors import PlanError, RecipeError, SourceError
 from llmcompress.mask import Pattern, follows
 from llmcompress.run import run
 
@@ -136,6 +138,76 @@ def test_a_run_without_pruning_says_nothing_of_sparsity(run_tiny):
     folder, results = run_tiny("llama", RTN)
     assert results["sparsity"] is None
     assert "Share of zeros" not in (folder / "report.html").read_text()
+
+
+# models that come with zeros
+
+
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq", "awq", "hqq"])
+def test_zeros_of_an_earlier_run_survive(quantizer, run_tiny, text, tmp_path, monkeypatch):
+    """Pruned in one run, quantized in another: the same zeros, and the pattern is known to formats."""
+    pruned, _ = run_tiny("llama", TWO_OF_FOUR)
+    second = recipe(pruned, text, {"method": quantizer, "group_size": 32}, output={"format": "sparse24-int4"})
+    with proof_inside(monkeypatch):
+        results = run(second, tmp_path / "second")
+    assert all(row["pattern"] == "2:4" and row["sparsity"] >= 0.5 for row in results["layers"])
+    before = {name: t for name, t in tensors(pruned).items() if name.endswith("_proj.weight")}
+    model = load(tmp_path / "second")
+    for name, weight in before.items():
+        assert not model.get_submodule(name.removesuffix(".weight")).dense()[weight == 0].any(), name
+
+
+@pytest.mark.parametrize(
+    "step", [GPTQ, {"method": "sparsegpt", "sparsity": 0.6}, {"method": "random", "sparsity": 0.6}]
+)
+def test_zeros_that_nobody_tells_of_stay(step, tiny_folders, text, tmp_path, monkeypatch):
+    """Another tool's pruning: no manifest, only zeros."""
+    model = reloaded(tiny_folders("llama"))
+    kept = {}
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, LINEARS):
+            module.weight.data *= torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+            kept[f"model.layers.{name}"] = module.weight != 0
+    shutil.copytree(tiny_folders("llama"), tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "theirs")
+    with proof_inside(monkeypatch):
+        results = run(recipe(tmp_path / "theirs", text, step), tmp_path / "out")
+    assert any("stay zero" in note for note in results["notes"])
+    for name, weight in weights(tmp_path / "out", results).items():
+        assert not weight[~kept[name]].any(), name
+    assert {row["pattern"] for row in results["layers"]} == {"row" if "sparsity" in step else "as found"}
+    assert all(row["sparsity"] > 0.25 for row in results["layers"])
+
+
+def test_a_model_pruned_to_another_pattern_is_refused(run_tiny, text, tmp_path):
+    pruned, _ = run_tiny("llama", TWO_OF_FOUR)
+    other = recipe(pruned, text, {"method": "wanda", "sparsity": 0.5})
+    with pytest.raises(PlanError, match=r"an earlier run has pruned it to pattern 2:4, and steps\[0\] \(wanda\)"):
+        run(other, tmp_path / "second")
+    assert not (tmp_path / "second.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        "{",
+        '{"layers": 3}',
+        '{"layers": [1, {"name": 2, "pattern": []}]}',
+        '{"layers": [{"name": "model.layers.0.mlp.up_proj", "pattern": "9-9"}]}',
+    ],
+)
+def test_a_manifest_that_makes_no_sense(manifest, tiny_folders, text, tmp_path, monkeypatch):
+    """Somebody else's file: refused if it is not JSON, else what cannot be used is left out."""
+    shutil.copytree(tiny_folders("llama"), tmp_path / "theirs")
+    (tmp_path / "theirs" / "llmcompress.json").write_text(manifest)
+    if manifest == "{":
+        with pytest.raises(SourceError, match="cannot read this file as JSON"):
+            run(recipe(tmp_path / "theirs", text, RTN), tmp_path / "out")
+        return
+    with proof_inside(monkeypatch):
+        results = run(recipe(tmp_path / "theirs", text, RTN), tmp_path / "out")
+    assert not any("pattern" in row for row in results["layers"])
 
 
 # surveys: what must be known of the dense model first

@@ -146,8 +146,11 @@ class ScoreMethod(Pruner):
     def compress(
         self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
     ) -> CompressedWeight:
-        """The weight with the lowest scores set to zero."""
-        keep = keep_best(self.score(weight, statistics), self.prunes, self.share)
+        """The weight with the lowest scores set to zero; what was masked before goes first."""
+        score = self.score(weight, statistics)
+        keep = keep_best(score if mask is None else score.masked_fill(~mask, -1), self.prunes, self.share)
+        if mask is not None:
+            keep &= mask
         return CompressedWeight(values=weight.masked_fill(~keep, 0).to(dtype), mask=keep)
 
 

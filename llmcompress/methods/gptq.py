@@ -7,8 +7,10 @@ paper, both so that stock engines can use the file as it is:
   matrix and their ranges are fixed beforehand from the original weights. So the file needs no `g_idx`.
 * Ranges are searched under the weight of diag(G) instead of taken from the extremes, which small models need.
 
-Masked weights are zeros before and after; zero is on every grid. With a `pattern` the mask is chosen in the same sweep,
-with SparseGPT's score, so that one factor serves both and errors of pruning and rounding are compensated together.
+Masked weights are zeros before and after; zero is on every grid. Errors pass through them: what one would take up moves
+on to the columns after it, which leaves less output error than to skip masked weights in every update. With a
+`pattern` the mask is chosen in the same sweep, with SparseGPT's score, so that one factor serves both and errors of
+pruning and rounding are compensated together.
 """
 
 from typing import ClassVar, Literal, Self
@@ -73,7 +75,7 @@ class GPTQ(IntMethod):
             alive = rows.masked_fill(dead, 0)
             grid = self.fit(alive, dtype, search=self.range == "search", importance=diagonal)
             keep = None if mask is None else mask[start : start + len(rows)].T[order]
-            if pattern:
+            if pattern and keep is None:
                 keep = torch.ones_like(alive.T, dtype=torch.bool)
             parts.append(self._sweep(alive, grid, order, factor, keep, pattern))
             start += len(rows)
@@ -82,7 +84,7 @@ class GPTQ(IntMethod):
     def _sweep(
         self, weight: Tensor, grid: IntGrid, order: Tensor, factor: Tensor, keep: Tensor | None, pattern: Pattern | None
     ) -> CompressedWeight:
-        """The codes of algorithm 1 for some rows; keep [in, out] bool in order is filled here if there is a pattern."""
+        """The codes of algorithm 1 for some rows; keep [in, out] bool in order is narrowed to the pattern."""
         w = weight.T.contiguous()[order]
         scale, zero = (t.float().T.contiguous() for t in (grid.scale, grid.zero))  # [groups, out]
         groups = (order // grid.group).tolist()

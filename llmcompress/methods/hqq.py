@@ -37,16 +37,23 @@ class HQQ(IntMethod):
         group = self.group(weight.shape[1])
         start = self.fit(weight, dtype)
         groups = weight.reshape(len(weight), -1, group)
+        keep = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
+        keep = keep.reshape(groups.shape)
         scale, zero = start.scale.float(), start.zero.float()
         for rows in row_chunks(groups):
             unit = scale[rows].clone()  # errors are measured in steps of the start, so that beta fits any weight
-            found, zero[rows] = self._solve(groups[rows] / unit[..., None], zero[rows], unit, dtype)
+            found, zero[rows] = self._solve(groups[rows] / unit[..., None], zero[rows], unit, keep[rows], dtype)
             scale[rows] = found * unit
         grid = IntGrid(self.bits, group, self.symmetric, scale.to(dtype), zero.to(torch.int32))
         return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
 
-    def _solve(self, w: Tensor, zero: Tensor, unit: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Half-quadratic iterations on w [rows, groups, group], in units of `unit` [rows, groups]; scale and zero."""
+    def _solve(self, w: Tensor, zero: Tensor, unit: Tensor, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Half-quadratic iterations on w [rows, groups, group], in units of `unit` [rows, groups]; scale and zero.
+
+        keep: like w, 0 where a mask has made the weight zero, which it is at any scale and zero; so only the others
+        say where the zero goes. In the other two updates such weights have no part anyway.
+        """
+        count = keep.sum(-1)
         top, beta, scale = 2**self.bits - 1, self.beta, torch.ones_like(unit)
         best, best_scale, best_zero = torch.full_like(scale, torch.inf), scale, zero
         for _ in range(self.iterations):
@@ -61,7 +68,8 @@ class HQQ(IntMethod):
             fitted = self._least_squares(target, steps, scale) * unit
             scale = fitted.to(dtype).float() / unit  # what will be stored
             if not self.symmetric:
-                zero = (code - target / scale[..., None]).mean(-1).round_().clamp_(0, top)
+                moved = (code - target / scale[..., None]).mul_(keep).sum(-1) / count.clamp(min=1)
+                zero = moved.round_().clamp_(0, top).where(count > 0, zero)
             beta *= 1.01
         return best_scale, best_zero
 

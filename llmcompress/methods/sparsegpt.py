@@ -46,10 +46,11 @@ class SparseGPT(Pruner):
         dead = gram.diagonal() == 0
         order = column_order(gram.diagonal(), pattern.m, by_size=self.act_order)
         factor = reversed_factor(gram, order, self.damp)
-        parts = []
-        for rows in weight.split(chunk_rows(weight, pattern)):
+        mask = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+        size, parts = chunk_rows(weight, pattern), []
+        for rows, allowed in zip(weight.split(size), mask.split(size), strict=True):
             w = rows.masked_fill(dead, 0).T.contiguous()[order]
-            choice = MaskChoice(pattern, self.share, torch.ones_like(w, dtype=torch.bool))
+            choice = MaskChoice(pattern, self.share, allowed.T.contiguous()[order])
             values = torch.empty_like(w)
 
             def allow(j: int, column: Tensor, keep: Tensor = choice.keep, values: Tensor = values) -> Tensor:
@@ -71,11 +72,11 @@ class SparseGPT(Pruner):
 
 @dataclass(frozen=True, slots=True)
 class MaskChoice:
-    """The mask of some rows, filled block by block of columns."""
+    """The mask of some rows, narrowed block by block of columns."""
 
     pattern: Pattern
     share: float  # of the weights that go
-    keep: Tensor  # [in, out] bool, in the order of the sweep
+    keep: Tensor  # [in, out] bool, in the order of the sweep; what is masked from the start goes first
 
     @property
     def block(self) -> int:
@@ -85,7 +86,7 @@ class MaskChoice:
 
     def select(self, here: slice, w: Tensor, u: Tensor) -> None:
         """Choose among the columns `here` with weights w [columns, out] and U_jj u [columns]."""
-        score = (w / u[:, None]).square_().T  # [out, columns]
+        score = (w / u[:, None]).square_().masked_fill_(~self.keep[here], -1).T  # [out, columns]
         pattern, out = self.pattern, score.shape[0]
         if pattern.kind == "n:m":
             best = first_of(score.reshape(-1, pattern.m), pattern.n).reshape(score.shape)
@@ -96,7 +97,7 @@ class MaskChoice:
             runs = score.reshape(out, -1, pattern.m).sum(-1)
             count = kept(here.stop // pattern.m, self.share) - kept(here.start // pattern.m, self.share)
             best = first_of(runs, count).repeat_interleave(pattern.m, 1)
-        self.keep[here] = best.T
+        self.keep[here] &= best.T
 
 
 def column_order(size: Tensor, together: int, *, by_size: bool) -> Tensor:

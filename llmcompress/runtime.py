@@ -11,7 +11,7 @@ and every linear in `modules` becomes a `CompressedLinear`. Its tensors are chec
 writes the same tensors back, and `model.dequantize()` gives ordinary linears with the same values.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmcompress.errors import FormatError
+from llmcompress.errors import FormatError, SourceError
 from llmcompress.formats import METHOD, OWN, VERSION
+from llmcompress.safetensors_file import read_header
 
 
 class CompressedLinear(nn.Module):
@@ -94,7 +95,7 @@ class LLMCompressQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Replace the linears that config.json names."""
+        """Replace the linears that config.json names, whose tensors must all be in the files."""
         for name in self.quantization_config.modules:
             try:
                 linear = model.get_submodule(name)
@@ -104,6 +105,8 @@ class LLMCompressQuantizer(HfQuantizer):
                 raise FormatError(f"config.json: {name} is a {type(linear).__name__} in this model, expected a linear")
             dtype = linear.weight.dtype
             model.set_submodule(name, CompressedLinear(linear, self.quantization_config.format, dtype))
+        leaves = set(OWN[self.quantization_config.format].placeholders((8, 8), model.dtype))
+        check_stored(kwargs.get("checkpoint_files") or [], self.quantization_config.modules, leaves)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -133,6 +136,28 @@ class LLMCompressQuantizer(HfQuantizer):
             linear.bias = packed.bias
             model.set_submodule(name, linear)
         return model
+
+
+def check_stored(files: Sequence[str | Path], modules: list[str], leaves: set[str]) -> None:
+    """Every module must have all tensors of its format; what is missing would be filled with anything.
+
+    A module has two names where the checkpoint's differ from the model's; then one is the end of the other.
+    """
+    stored: set[str] = set()
+    for file in files:
+        try:
+            stored |= set(read_header(Path(file)))
+        except SourceError as exc:
+            raise FormatError(str(exc)) from None
+    found = {name for name in modules if any(f"{name}.{leaf}" in stored for leaf in leaves)}
+    for name in found if files else ():
+        if missing := sorted(leaf for leaf in leaves if f"{name}.{leaf}" not in stored):
+            raise FormatError(
+                f"{name}: {missing[0]} is not in the files; they are damaged, or others than config.json's"
+            )
+    for name in modules if files else ():
+        if name not in found and not any(f".{a}".endswith(f".{b}") for f in found for a, b in ((f, name), (name, f))):
+            raise FormatError(f"{name}: none of its tensors is in the files, though config.json lists it")
 
 
 def compressed_linears(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:

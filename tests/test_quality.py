@@ -2,16 +2,22 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import llmcompress
 from llmcompress.evaluate import evaluate
+from llmcompress.export import export
 from llmcompress.recipe import parse_recipe
 from llmcompress.run import run
+from llmcompress.source import open_source
 from llmcompress.suite import Suite
 
 pytestmark = pytest.mark.slow
@@ -76,3 +82,38 @@ def test_memory_and_size_are_as_planned(tmp_path):
     assert measured["peak_host_bytes"] < 1.2 * 2**30
     assert predicted["peak_host_bytes"] == pytest.approx(measured["peak_host_bytes"], rel=0.2)
     assert predicted["output_bytes"] == pytest.approx(measured["output_bytes"], rel=0.01)
+
+
+BITS = {"sparse24": 9.0, "sparse24-int4": 3 + 16 / 64, "bitmask": 1 + 16 * 0.4}
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "sparse24": [{"method": "wanda", "pattern": "2:4"}],
+    "sparse24-int4": [{"method": "gptq", "pattern": "2:4", "bits": 4, "group_size": 64}],
+    "bitmask": [{"method": "wanda", "sparsity": 0.6}],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_our_formats_on_the_real_model(name, tmp_path):
+    """Bits per weight on disk, and logits against the dense export of the same values: 1e-2 bf16, 1e-5 fp32."""
+    recipe = {
+        "model": "smollm2-135m",
+        "calibration": {"data": "boolq-calibration", "samples": 16, "length": 512},
+        "steps": STEPS[name],
+        "output": {"format": name},
+    }
+    results = run(parse_recipe(recipe), tmp_path / "packed")
+    weights = sum(math.prod(t.shape) for t in open_source("smollm2-135m").tensors.values() if "_proj" in t.name)
+    stored = sum(row["after_bytes"] for row in results["layers"])
+    assert stored == pytest.approx(weights * BITS[name] / 8, rel=0.01)
+    files = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    outside = results["size"]["after_bytes"] - stored
+    assert files == pytest.approx(outside + weights * BITS[name] / 8, rel=0.01)
+    export(tmp_path / "packed", "dense", tmp_path / "dense")
+    tokens = torch.randint(49152, (2, 128), generator=torch.Generator().manual_seed(0))
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+        with torch.no_grad():
+            ours = llmcompress.load(tmp_path / "packed", dtype=dtype)(tokens).logits.float()
+            dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)(tokens).logits.float()
+        assert float((ours - dense).abs().max()) <= tolerance * (
+            1 if dtype is torch.bfloat16 else float(dense.abs().max())
+        )

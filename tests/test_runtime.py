@@ -167,6 +167,33 @@ def test_damaged_folders_are_refused(name, ending, make, words, folder):
     assert ending.rpartition(".")[0] in str(caught.value)
 
 
+@pytest.mark.parametrize("ending", ["q_proj.weight", "q_proj.weight_index", "q_proj.weight_scale"])
+@pytest.mark.parametrize("name", ["sparse24-int4"])
+def test_a_tensor_that_is_missing(ending, name, folder):
+    """transformers would warn and fill it with whatever is in memory."""
+    path, tensor = shard_of(folder, ending)
+    save_file({n: t for n, t in load_file(path).items() if n != tensor}, path, {"format": "pt"})
+    with pytest.raises(FormatError, match=rf"{tensor.rpartition('.')[0]}: {tensor.rpartition('.')[2]} is not in the"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["sparse24"])
+def test_a_linear_that_is_missing(name, folder):
+    path, _ = shard_of(folder, "q_proj.weight")
+    save_file({n: t for n, t in load_file(path).items() if "q_proj" not in n}, path, {"format": "pt"})
+    with pytest.raises(FormatError, match="q_proj: none of its tensors is in the files"):
+        load(folder)
+
+
+@formats
+@pytest.mark.parametrize("kept", [4, 100, -1], ids=["length", "header", "data"])
+def test_truncated_files_are_refused(kept, name, folder):
+    path, _ = shard_of(folder, "q_proj.weight")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(FormatError, match=path.name):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["sparse24"])
 @pytest.mark.parametrize(
     ("changes", "words"),

@@ -1,5 +1,6 @@
 """Formats for zeros: what comes back is what went in, sizes are exact, and damaged tensors are refused."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llmcompress.errors import FormatError
 from llmcompress.formats import FORMATS
 from llmcompress.mask import Pattern, keep_best
 from llmcompress.methods import METHODS
+from llmcompress.runtime import check_stored
 from llmcompress.weight import CompressedWeight, Kind
 
 BF16 = torch.bfloat16
+HERE = Path(__file__).parent / "hostile"
 Tensors = dict[str, Tensor]
 
 
@@ -184,15 +187,45 @@ HOSTILE = [
 ]
 
 
+def hostile_files() -> dict[str, bytes]:
+    """The files of tests/hostile: every damage above, and one file of each format that ends too early."""
+    files = {}
+    for name, case, change, _ in HOSTILE:
+        weight = (
+            quantized(6, 64)[1] if name == "sparse24-int4" else pruned(6, 64, "row" if name == "bitmask" else "2:4")
+        )
+        tensors = FORMATS[name].pack(weight, False)
+        files[f"{name}/whole.safetensors"] = save(tensors)
+        files[f"{name}/truncated.safetensors"] = save(tensors)[:-40]
+        change(tensors)
+        files[f"{name}/{case.replace(' ', '-')}.safetensors"] = save(tensors)
+    return files
+
+
+def test_the_hostile_folder_is_complete():
+    """Readers in other languages can be tested with it. To write it anew: python tests/test_sparse_formats.py"""
+    found = {path.relative_to(HERE).as_posix(): path.read_bytes() for path in HERE.rglob("*.safetensors")}
+    assert found == hostile_files()
+
+
 @pytest.mark.parametrize(
-    ("name", "change", "words"), [(n, c, w) for n, _, c, w in HOSTILE], ids=[f"{n}: {i}" for n, i, *_ in HOSTILE]
+    ("name", "case", "words"), [(n, i, w) for n, i, _, w in HOSTILE], ids=[f"{n}: {i}" for n, i, *_ in HOSTILE]
 )
-def test_damaged_tensors_are_refused(name, change, words, tmp_path):
-    """Written to a file and read again, as they would come from somebody else."""
-    weight = quantized(6, 64)[1] if name == "sparse24-int4" else pruned(6, 64, "row" if name == "bitmask" else "2:4")
-    tensors = FORMATS[name].pack(weight, False)
-    change(tensors)
-    path: Path = tmp_path / "hostile.safetensors"
-    save_file(tensors, path)
+def test_hostile_files_are_refused(name, case, words):
+    tensors = load_file(HERE / name / f"{case.replace(' ', '-')}.safetensors")
     with pytest.raises(FormatError, match=words):
-        FORMATS[name].unpack(load_file(path), None, False)
+        FORMATS[name].unpack(tensors, None, False)
+
+
+@pytest.mark.parametrize("name", ["sparse24", "sparse24-int4", "bitmask"])
+def test_the_undamaged_file_is_read_and_the_truncated_one_is_not(name):
+    assert FORMATS[name].unpack(load_file(HERE / name / "whole.safetensors"), None, False).shape == (6, 64)
+    with pytest.raises(FormatError, match="truncated"):
+        check_stored([HERE / name / "truncated.safetensors"], [], set())
+
+
+if __name__ == "__main__":
+    shutil.rmtree(HERE, ignore_errors=True)
+    for name, content in hostile_files().items():
+        (HERE / name).parent.mkdir(parents=True, exist_ok=True)
+        (HERE / name).write_bytes(content)

@@ -37,7 +37,7 @@ class AWQ(IntMethod):
     grid_points: int = Field(20, ge=1, le=200, description="values of r between 0 and 1")
     duo: bool = Field(True, description="also try scales that look at the weights")
     clip: bool = Field(True, description="search the range of each group")
-    search_rows: int = Field(512, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
+    search_rows: int = Field(256, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
     needs: ClassVar[Statistics | None] = InputGram
     passes: ClassVar[float] = 400.0
     rescales: ClassVar[bool] = True

@@ -66,31 +66,32 @@ def methods_by_linear(
 
 
 def earlier_patterns(
-    texts: Mapping[str, str], steps: list[Step], assigned: Mapping[str, tuple[int, ...]]
-) -> dict[str, Pattern]:
-    """The pattern of every linear that an earlier run has pruned; texts: as its manifest says.
+    said: Mapping[str, tuple[str, float]], steps: list[Step], assigned: Mapping[str, tuple[int, ...]]
+) -> dict[str, Kind]:
+    """Pattern and sparsity of every linear that an earlier run has pruned; said: by its manifest.
 
     Raises PlanError if a step would prune one to another pattern.
     """
     found = {}
-    for name in texts.keys() & assigned.keys():
+    for name in said.keys() & assigned.keys():
         try:
-            found[name] = Pattern.parse(texts[name])
+            before = Pattern.parse(said[name][0])
         except ValueError:  # of a version that knows more patterns: its zeros are kept all the same
             continue
+        found[name] = Kind(pattern=before, sparsity=said[name][1])
         for i in assigned[name]:
             asked = steps[i].method.prunes
-            if asked and asked != found[name]:
+            if asked and asked != before:
                 raise PlanError(
-                    f"{name}: an earlier run has pruned it to pattern {found[name]}, and steps[{i}] ({steps[i].name}) "
-                    f"would prune it to {asked}; start from the dense model, or set pattern: {str(found[name])!r}"
+                    f"{name}: an earlier run has pruned it to pattern {before}, and steps[{i}] ({steps[i].name}) "
+                    f"would prune it to {asked}; start from the dense model, or set pattern: {str(before)!r}"
                 )
     return found
 
 
-def kind_after(methods: tuple[Method, ...], found: Pattern | None = None) -> Kind:
-    """Of a linear after these methods, whose zeros follow the pattern `found` before."""
-    return Kind.after([Kind(pattern=found), *(method.kind for method in methods)])
+def kind_after(methods: tuple[Method, ...], before: Kind | None = None) -> Kind:
+    """Of a linear after these methods; before: what an earlier run has made of it."""
+    return Kind.after([before or Kind(), *(method.kind for method in methods)])
 
 
 def check_shape(name: str, columns: int, method: Method, step: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcompress.arch import Architecture, Link, is_transposed, row_factors, rows_of, scale_producer
 from llmcompress.errors import LLMCompressError, NumericalError
+from llmcompress.mask import Pattern, follows
 from llmcompress.methods import IntMethod, Method
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
@@ -67,6 +68,7 @@ class BlockCompressor:
                     for name, done in self._compress(block, method, members, statistics, scales, pruned).items():
                         if index == max(steps[name]):
                             self._store(block, steps[name], name, done, inputs.get(name), result)
+                            pruned.pop(name, None)
                 for name in group:
                     if index >= max(steps[name], default=0):
                         inputs.pop(name, None)
@@ -195,7 +197,9 @@ class BlockCompressor:
         result.tensors |= {f"{name}.{leaf}": tensor.cpu() for leaf, tensor in packed.items()}
         result.digests[f"{block.name}.{linear}"] = digest(module.weight)
         method = methods[max(methods)]
-        pattern = self.plan.kind_of(name).pattern or ("as found" if compressed.mask is not None else None)
+        pattern = self.plan.kind_of(name).pattern
+        if compressed.mask is not None and (pattern is None or not follows(compressed.values != 0, pattern)):
+            pattern = Pattern("layer")  # zeros that the model came with: a count over the matrix is all there is to say
         grid = method.model_dump(include={"bits", "group_size", "symmetric"}) if isinstance(method, IntMethod) else {}
         weights = compressed.values.numel()
         zeros = weights - int(compressed.values.count_nonzero())
@@ -246,10 +250,13 @@ class Scales:
         """
         producer = block.module.get_submodule(link.producer)
         if producer.weight.ndim == 1:
-            before = producer.weight.float() + link.offset
+            before, bias = producer.weight.float() + link.offset, getattr(producer, "bias", None)
+            old_bias = bias.float() if isinstance(bias, Tensor) else None
             scale_producer(block.module, link, scale)
             after = producer.weight.float() + link.offset
             scale = torch.where((after != 0) & (before != 0), before / after, scale)
+            if isinstance(bias, Tensor) and old_bias is not None:
+                bias.data.copy_(old_bias / row_factors(link, scale, rows_of(producer)))
         else:
             factor = row_factors(link, scale, rows_of(producer))
             self.rows[link.producer] = factor

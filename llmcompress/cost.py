@@ -3,7 +3,8 @@
 Peak host memory is the largest of the run's phases, each on top of the interpreter with its libraries:
 
     embedding    embedding table + hidden states
-    compressing  block + hidden states + Gram matrices + the larger of
+    compressing  block + hidden states + Gram matrices + statistics of gradients + weights and masks that a later step
+                 of the block needs + the larger of
                  - what one batch of tokens needs inside a block
                  - the largest group of stacked weights, three times in float32, and a factor of its Gram matrix
     gradients    only if surveyed, all in float32: the larger of
@@ -88,7 +89,9 @@ def peak_memory(plan: "Plan") -> int:
     solving = max((solving_bytes(linear) for linear in first), default=0)
     inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
     embedding = 2 * table + hidden
-    compressing = 2 * block + hidden + grams + max(solving, inside)
+    waiting = sum((item + 1) * prod(x.shape) for x in first if len(x.steps) > 1 and any(m.prunes for m in x.methods))
+    waiting += sum(4 * prod(linear.shape) for linear in first if uses_gradients(linear))
+    compressing = 2 * block + hidden + grams + waiting + max(solving, inside)
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     proving = 2 * table + 2 * min(length, 512) * vocabulary * (item + 4)
     gradients = gradient_memory(plan, table) if "gradients" in plan.survey else 0

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from llmcompress.calibrate import load_text, tokens_sha256
 from llmcompress.errors import EvaluationError
-from llmcompress.files import write_text
+from llmcompress.files import read_json, write_text
+from llmcompress.formats import METHOD
 from llmcompress.offline_tasks import OFFLINE_TASKS, cache_folder, lm_eval_tasks
 from llmcompress.perplexity import (
     Progress,
@@ -133,7 +134,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Model, in eval mode on `device`, and tokenizer of a local folder, loaded as any user of transformers would.
 
-    The weights of a packed folder are unpacked into `dtype`, as stock transformers does at the first forward pass.
+    The weights of a packed folder are unpacked into `dtype`, as stock transformers does at the first forward pass. For
+    the formats of this project `runtime` is imported, as its users do.
     dtype: of weights and arithmetic, whatever the checkpoint stores ("float32", "bfloat16", "float16").
     Raises EvaluationError if the folder cannot be loaded.
     """
@@ -142,14 +144,26 @@ def load_model(
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
+            ours = _teach_our_formats(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
             model.to(device).eval()
-            if getattr(model.config, "quantization_config", None) is not None:
+            if ours:
+                model.dequantize(getattr(torch, dtype))
+            elif getattr(model.config, "quantization_config", None) is not None:
                 _unpack(model)
     except LOADING as exc:
         raise _unloadable(folder, exc) from exc
     return model, tokenizer
+
+
+def _teach_our_formats(folder: Path) -> bool:
+    """Let transformers load the formats of this project, if the folder is in one; whether it is."""
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    ours = isinstance(config, dict) and config.get("quant_method") == METHOD
+    if ours:
+        import llmcompress.runtime  # noqa: F401  (registers them)
+    return ours
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.formats import FORMATS
 from llmcompress.inspection import read_object, weight_files
 from llmcompress.mask import Pattern
+from llmcompress.plan import CONV1D_MODELS
 from llmcompress.report import write_report
 from llmcompress.weight import Kind
 
@@ -42,12 +43,13 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
     rows = {row["name"]: row for row in results["layers"]}
     kinds = {name: kind_of_row(row) for name, row in rows.items()}
     files = weight_files(folder)
+    transposed = read_object(folder / "config.json").get("model_type") in CONV1D_MODELS
     checkpoint = Checkpoint(output, len(files), f"export {format_name} of {results['name']} {results['created']}")
     checkpoint.open(overwrite=True)
     try:
         names: set[str] = set()
         for number, path in enumerate(files):
-            names |= export_shard(checkpoint, number, path, results["format"], format_name, kinds, rows)
+            names |= export_shard(checkpoint, number, path, results["format"], format_name, kinds, rows, transposed)
         if missing := sorted(set(rows) - names):
             raise FormatError(f"{folder}: the weight of {missing[0]} is missing")
         write_json(checkpoint.partial / "config.json", config_of(folder, format_name, kinds, names))
@@ -78,6 +80,7 @@ def export_shard(
     after: str,
     kinds: dict[str, Kind],
     rows: dict[str, dict[str, Any]],
+    transposed: bool,
 ) -> set[str]:
     """Convert the linears of one file and copy its other tensors; the linears' names. `rows` get their new sizes."""
     old, new = FORMATS[before], FORMATS[after]
@@ -86,14 +89,14 @@ def export_shard(
     packed: dict[str, Tensor] = {}
     for name in sorted(mine):
         stored = {k.removeprefix(f"{name}."): tensors.pop(k) for k in list(tensors) if k.startswith(f"{name}.weight")}
-        weight = old.read(stored, kinds[name], transposed=False)
+        weight = old.read(stored, kinds[name], transposed=transposed)
         shape = (weight.values.shape[0], weight.values.shape[1])
-        if reason := new.refuses(kinds[name], shape, transposed=False):
+        if reason := new.refuses(kinds[name], shape, transposed=transposed):
             raise PlanError(f"{name}: cannot be stored as {after!r}: {reason}")
         if new.suffix == "weight_packed" and weight.codes is None:
             raise PlanError(f"{name}: {before!r} does not hold the codes that {after!r} stores; run the recipe with it")
-        parts = new.pack(weight, transposed=False)
-        if not torch.equal(new.read(parts, kinds[name], transposed=False).values, weight.values):
+        parts = new.pack(weight, transposed=transposed)
+        if not torch.equal(new.read(parts, kinds[name], transposed=transposed).values, weight.values):
             raise FormatError(f"{name}: {after!r} gave back other values; this is an error in the format")
         rows[name]["after_bytes"] = sum(part.nbytes for part in parts.values())
         packed |= {f"{name}.{leaf}": part for leaf, part in parts.items()}
@@ -133,11 +136,13 @@ def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any]) -> Non
     engines = verdicts(read_json(checkpoint.partial / "config.json"))
     before = results["size"]["before_bytes"]
     saved = {"after_bytes": size, "ratio": size / before, "parts": new_parts(results)}
+    old = read_json(folder / "results.json")
+    source = old.get("exported_from") or {"name": old["name"], "format": old["format"]}
     results = results | {"name": checkpoint.folder.name, "engines": engines, "size": results["size"] | saved}
-    results["notes"] = [*results["notes"], f"exported to {results['format']}; plan, proof and times are of the run"]
+    results["exported_from"] = source
     write_json(checkpoint.partial / "results.json", results)
     manifest = read_json(folder / MANIFEST)
-    kept = {key: results[key] for key in manifest if key in results}
+    kept = {key: results[key] for key in (*manifest, "exported_from") if key in results}
     write_json(checkpoint.partial / MANIFEST, manifest | kept | {"fingerprint": checkpoint.fingerprint})
     write_report(checkpoint.partial)
 

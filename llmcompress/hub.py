@@ -22,6 +22,7 @@ chunks that are deduplicated. Where the server does not, they go through git-LFS
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ from llmcompress.errors import PublishError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 REQUIRED = ("config.json", "llmcompress.json")
 INDEX = "model.safetensors.index.json"
 NEVER_UPLOADED = (".*", "*.partial", "*.tmp", "*.incomplete", "*.lock", "*~", "__pycache__")
@@ -109,6 +111,7 @@ def push(
 
     private: visibility of the repository if this push creates it; an existing one keeps its own.
     progress: see `Progress`; without it, the client's own bars show on a terminal.
+    Weight files of an earlier push that this folder does not have are removed in the same commit.
     If nothing changed since the last push, no commit is made and the URL is that of the last one.
     Raises PublishError as `plan_push` and `check_rights` do, and if the upload fails; `folder` is intact in every case,
     and the same call continues.
@@ -133,12 +136,16 @@ def _upload(
 
     File by file, because each one is then complete on the server before the next begins, whatever the transport.
     """
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     report = progress or (lambda done, total: None)
     xet = _offers_xet(client, repo_id)
     total, done = sum(upload.bytes for upload in uploads), 0
-    operations = []
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    mine = {upload.path for upload in uploads}
+    for sibling in client.model_info(repo_id).siblings or ():  # shards of an earlier result with another number of them
+        if WEIGHTS.fullmatch(sibling.rfilename) and sibling.rfilename not in mine:
+            operations.append(CommitOperationDelete(sibling.rfilename))
     for upload in uploads:
         path = folder / upload.path
         # The client takes Xet for every path, but git-LFS for open files: so a server without Xet gets open files.

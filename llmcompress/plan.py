@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from llmcompress.assignment import assign, earlier_patterns, kind_after, methods_by_linear, needs_data
+from llmcompress.checkpoint import partial_folder
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, Format
-from llmcompress.mask import Pattern
 from llmcompress.methods import Method, Pruner
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
@@ -39,7 +39,7 @@ class PlannedLinear:
     shape: tuple[int, int]  # [out, in]
     steps: tuple[int, ...]  # indices into the recipe's steps, in order; empty: left alone
     methods: tuple[Method, ...]  # of these steps, with what a budget gives to this linear
-    found: Pattern | None  # an earlier run has pruned it: what is zero stays so
+    earlier: Kind | None  # an earlier run has pruned it so: what is zero stays zero
     before_bytes: int  # dense, in the recipe's dtype
     after_bytes: int
 
@@ -111,7 +111,7 @@ class Plan:
     def kind_of(self, linear: str) -> Kind:
         """What the linear at this module path becomes."""
         planned = next((planned for planned in self.linears if planned.name == linear), None)
-        return Kind() if planned is None else kind_after(planned.methods, planned.found)
+        return Kind() if planned is None else kind_after(planned.methods, planned.earlier)
 
     def tensors_of(self, block: int | None) -> list[TensorInfo]:
         """Checkpoint tensors of one block, or with None those outside all blocks, in stored order."""
@@ -160,8 +160,8 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
     assigned = assign(names, steps, recipe.keep)
     experts = any(is_expert(name) for name in source.tensors)
     methods = methods_by_linear(steps, assigned, names)
-    found = earlier_patterns(source.pruned, steps, assigned)
-    kinds = {name: kind_after(mine, found.get(name)) for name, mine in methods.items()}
+    earlier = earlier_patterns(source.pruned, steps, assigned)
+    kinds = {name: kind_after(mine, earlier.get(name)) for name, mine in methods.items()}
     format_name = choose_format(recipe, kinds, names, transposed, experts)
     dtype = getattr(torch, recipe.dtype)
     linears = []
@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         if name in kinds:
             after = FORMATS[format_name].stored_bytes(kinds[name], shape, dtype)
         block = block_index(name, blocks)
-        mine = (assigned[name], methods.get(name, ()), found.get(name))
+        mine = (assigned[name], methods.get(name, ()), earlier.get(name))
         linears.append(PlannedLinear(name, block, shape, *mine, dense, after))
     plan = Plan(
         recipe,
@@ -354,9 +354,10 @@ def check_machine(plan: Plan, output: Path) -> None:
     if not place.is_dir():
         raise PlanError(f"{output}: cannot be made, {place} is a file; give another --output")
     free = shutil.disk_usage(place).free
-    if cost.disk_bytes > free:
+    written = sum(path.stat().st_size for path in partial_folder(output).rglob("*") if path.is_file())
+    if cost.disk_bytes > free + written:  # a run that continues has written some of it already
         raise PlanError(
-            f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free)} are free; "
+            f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free + written)} are free; "
             "free some, or give another --output"
         )
 

@@ -102,7 +102,7 @@ def prove(plan: Plan, folder: Path, expected: Path, blocks: int) -> dict[str, An
             f"{folder}: {len(different)} weights differ after reloading in {found['engine']}, the first is "
             f"{different[0]}"
         )
-    if found.pop("imported_llmcompress") and plan.format_name not in OWN:
+    if found["imported_llmcompress"] and plan.format_name not in OWN:
         raise FormatError(f"{folder}: the process that should prove stock loading imported llmcompress")
     if not rms <= tolerance:  # also refuses NaN
         raise FormatError(

@@ -11,7 +11,7 @@ and every linear in `modules` becomes a `CompressedLinear`. Its tensors are chec
 writes the same tensors back, and `model.dequantize()` gives ordinary linears with the same values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import FormatError, SourceError
 from llmcompress.formats import METHOD, OWN, VERSION
-from llmcompress.safetensors_file import read_header
+from llmcompress.safetensors_file import TensorInfo, read_header
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CompressedLinear(nn.Module):
@@ -95,7 +97,14 @@ class LLMCompressQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Replace the linears that config.json names, whose tensors must all be in the files."""
+        """Replace the linears that config.json names, whose tensors must all be in the files.
+
+        Packed tensors keep the dtype of the file, whatever the model computes in: their values are defined by it.
+        """
+        stored = headers(kwargs.get("checkpoint_files") or [])
+        leaves = set(OWN[self.quantization_config.format].placeholders((8, 8), model.dtype))
+        packed = {f"{name}.{leaf}" for name in self.quantization_config.modules for leaf in leaves}
+        dtypes = [FLOATS[info.dtype] for info in stored.values() if info.name in packed and info.dtype in FLOATS]
         for name in self.quantization_config.modules:
             try:
                 linear = model.get_submodule(name)
@@ -103,10 +112,10 @@ class LLMCompressQuantizer(HfQuantizer):
                 continue  # a checkpoint's name for it, where that differs from the model's
             if not isinstance(linear, nn.Linear):
                 raise FormatError(f"config.json: {name} is a {type(linear).__name__} in this model, expected a linear")
-            dtype = linear.weight.dtype
+            dtype = dtypes[0] if dtypes else linear.weight.dtype
             model.set_submodule(name, CompressedLinear(linear, self.quantization_config.format, dtype))
-        leaves = set(OWN[self.quantization_config.format].placeholders((8, 8), model.dtype))
-        check_stored(kwargs.get("checkpoint_files") or [], self.quantization_config.modules, leaves)
+        if stored:
+            check_stored(stored, self.quantization_config.modules, leaves)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -138,24 +147,27 @@ class LLMCompressQuantizer(HfQuantizer):
         return model
 
 
-def check_stored(files: Sequence[str | Path], modules: list[str], leaves: set[str]) -> None:
+def headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
+    """Tensors of safetensors files by name. Raises FormatError if one is truncated or contradicts itself."""
+    stored: dict[str, TensorInfo] = {}
+    for file in files:
+        try:
+            stored |= read_header(Path(file))
+        except SourceError as exc:
+            raise FormatError(str(exc)) from None
+    return stored
+
+
+def check_stored(stored: Collection[str], modules: list[str], leaves: set[str]) -> None:
     """Every module must have all tensors of its format; what is missing would be filled with anything.
 
     A module has two names where the checkpoint's differ from the model's; then one is the end of the other.
     """
-    stored: set[str] = set()
-    for file in files:
-        try:
-            stored |= set(read_header(Path(file)))
-        except SourceError as exc:
-            raise FormatError(str(exc)) from None
     found = {name for name in modules if any(f"{name}.{leaf}" in stored for leaf in leaves)}
-    for name in found if files else ():
+    for name in found:
         if missing := sorted(leaf for leaf in leaves if f"{name}.{leaf}" not in stored):
-            raise FormatError(
-                f"{name}: {missing[0]} is not in the files; they are damaged, or others than config.json's"
-            )
-    for name in modules if files else ():
+            raise FormatError(f"{name}: {missing[0]} is not in the files; they are damaged, or not of this config.json")
+    for name in modules:
         if name not in found and not any(f".{a}".endswith(f".{b}") for f in found for a, b in ((f, name), (name, f))):
             raise FormatError(f"{name}: none of its tensors is in the files, though config.json lists it")
 

@@ -62,7 +62,8 @@ class ModelSource:
     local: bool  # nothing has to be downloaded
     folder: Path | None = None  # holds config, safetensors and tokenizer
     gguf: "GGUFFile | None" = field(default=None, repr=False)
-    pruned: dict[str, str] = field(default_factory=dict, repr=False)  # linear -> pattern, if a run of ours pruned it
+    pruned: dict[str, tuple[str, float]] = field(default_factory=dict, repr=False)
+    # linear -> pattern and share of zeros, if the manifest of an earlier run says so
 
     @property
     def needs_remote_code(self) -> bool:
@@ -207,12 +208,17 @@ def open_folder(name: str, path: Path, hub_id: str | None = None, revision: str 
     )  # fmt: skip
 
 
-def patterns_in(manifest: Any) -> dict[str, str]:
-    """The pattern of every linear that an earlier run has pruned, by its manifest; what makes no sense is left out."""
+def patterns_in(manifest: Any) -> dict[str, tuple[str, float]]:
+    """Pattern and share of zeros of every linear that an earlier run has pruned; what makes no sense is left out."""
     layers = manifest.get("layers") if isinstance(manifest, dict) else None
-    rows = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
-    found = {row.get("name"): row.get("pattern") for row in rows}
-    return {name: text for name, text in found.items() if isinstance(name, str) and isinstance(text, str)}
+    found = {}
+    for row in layers if isinstance(layers, list) else ():
+        name, pattern, share = (
+            row.get(key) if isinstance(row, dict) else None for key in ("name", "pattern", "sparsity")
+        )
+        if isinstance(name, str) and isinstance(pattern, str) and isinstance(share, float) and 0 <= share < 1:
+            found[name] = (pattern, share)
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -9,7 +9,7 @@ from rich.text import Text
 from llmcompress.catalog import DATASETS, MODELS
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
-from llmcompress.methods import METHODS
+from llmcompress.methods import METHODS, Method, Pruner
 from llmcompress.plan import Plan, gib
 from llmcompress.recipe import recipe_paths
 from llmcompress.suite import suite_paths
@@ -17,17 +17,19 @@ from llmcompress.suite import suite_paths
 
 def plan_tables(plan: Plan) -> Iterator[Table]:
     """What happens to the linears, kind by kind; what is left alone; what it costs."""
-    kinds: dict[tuple[str, tuple[int, int], tuple[int, ...]], list[int]] = {}
+    kinds: dict[tuple[str, tuple[int, int], str], list[int]] = {}
     for linear in plan.linears:
         kind = linear.name.split(".", len(plan.blocks.split(".")) + 1)[-1]
-        row = kinds.setdefault((kind, linear.shape, linear.steps), [0, 0, 0])
+        what = ", then ".join(
+            describe(plan.steps[i].name, method) for i, method in zip(linear.steps, linear.methods, strict=True)
+        )
+        row = kinds.setdefault((kind, linear.shape, what or "left alone"), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
     table = make_table(
         f"{plan.source.name} as {plan.format_name}", "linear", "number", "out x in", "method", "before", "after"
     )
-    for (kind, shape, steps), (count, before, after) in kinds.items():
-        method = ", then ".join(describe(plan.steps[i].name, plan.steps[i].method) for i in steps) or "left alone"
+    for (kind, shape, method), (count, before, after) in kinds.items():
         add(table, kind, str(count), f"{shape[0]} x {shape[1]}", method, gib(before), gib(after))
     yield table
     yield from ([two_columns("Left alone", plan.kept.items())] if plan.kept else [])
@@ -51,7 +53,8 @@ def describe(name: str, method: Any) -> str:
     options = method.model_dump()
     words = [name]
     if method.prunes:
-        words.append(f"{method.prunes}, {method.share:.0%} removed")
+        over = {"owl": " on average, by owl", "global": " on average, by a global ranking"}
+        words.append(f"{method.prunes}, {method.share:.0%} removed{over.get(options.get('budget', ''), '')}")
     if "bits" in options:
         words.append(f"{options['bits']}-bit")
         words.append("whole rows" if options["group_size"] == "row" else f"group {options['group_size']}")
@@ -66,7 +69,7 @@ def score_table(scores: dict[str, Any]) -> Table:
     for row in scores["perplexity"]:
         add(table, f"perplexity {row['name']}", spread(row["compressed"], 1, 2), spread(row["base"], 1, 2))
     if divergence := scores["divergence"]:
-        add(table, "KL to the base, nats", f"{divergence['kl']:.4f} ± {divergence['kl_stderr']:.4f}", "")
+        add(table, "KL to the base, nats", plus_minus(divergence["kl"], divergence["kl_stderr"], 1, 4), "")
         add(table, "top-1 agreement, %", f"{100 * divergence['top1_agreement']:.1f}", "")
     for row in scores["tasks"]:
         add(table, f"{row['name']} {row['metric']}, %", spread(row["compressed"], 100, 1), spread(row["base"], 100, 1))
@@ -74,8 +77,14 @@ def score_table(scores: dict[str, Any]) -> Table:
 
 
 def spread(score: dict[str, float] | None, unit: float, digits: int) -> str:
-    """value ± stderr."""
-    return f"{score['value'] * unit:.{digits}f} ± {score['stderr'] * unit:.{digits}f}" if score else ""
+    """value ± stderr of a score, nothing for none."""
+    return plus_minus(score["value"], score["stderr"], unit, digits) if score else ""
+
+
+def plus_minus(value: float, stderr: float | None, unit: float, digits: int) -> str:
+    """value ± stderr; the value alone where there is no error to give, as for a single window."""
+    error = "" if stderr is None else f" ± {stderr * unit:.{digits}f}"
+    return f"{value * unit:.{digits}f}{error}"
 
 
 def inspection_tables(found: dict[str, Any]) -> Iterator[Table]:
@@ -113,15 +122,24 @@ def listing(what: str) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "description": first_line(method),
-                "data": "calibration" if method.needs else "none",
+                "data": data_of(method),
                 "options": {k: f.default for k, f in method.model_fields.items()},
             }
             for name, method in METHODS.items()
         ]
     if what == "formats":
-        return [{"name": name, "description": first_line(type(fmt))} for name, fmt in FORMATS.items()]
+        return [
+            {"name": name, "description": (type(fmt).__doc__ or "").partition("\n")[0]} for name, fmt in FORMATS.items()
+        ]
     table: dict[str, Any] = dict(MODELS if what == "models" else DATASETS)
     return [{"name": name, "description": entry.description, "license": entry.license} for name, entry in table.items()]
+
+
+def data_of(method: type[Method]) -> str:
+    """What data a method takes, in a few words."""
+    if method.needs:
+        return "calibration"
+    return "none; calibration with budget owl" if issubclass(method, Pruner) else "none"
 
 
 def listing_table(what: str, rows: list[dict[str, Any]]) -> Table:

@@ -358,6 +358,9 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(400, "the first line of a commit is its header, with a summary")
         for operation in operations:
             value = operation["value"]
+            if operation["key"] == "deletedFile":
+                del files[value["path"]]
+                continue
             files[value["path"]] = self.committed(operation["key"], value)
         with self.hub.lock:
             sha = found.commit(files)

@@ -187,7 +187,6 @@ def test_interleaved_value_rows_of_two_heads():
     assert rows.tolist() == [4, 5, 10, 11]
 
 
-# FAILS: Probe._holds takes its generator from torch.manual_seed(1), which reseeds everybody's
 def test_discovery_reads_no_weights_and_leaves_the_random_state_alone():
     model = skeleton(tiny_config("llama"))
     state = torch.random.get_rng_state()

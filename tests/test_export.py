@@ -132,3 +132,22 @@ def test_command(made, tmp_path, capsys):
             main(["export", str(folder), *arguments])
         assert stop.value.code == 2
         assert words in capsys.readouterr().err
+
+
+def test_conv1d_has_no_packed_form(made, tmp_path):
+    with pytest.raises(PlanError, match="Conv1D weights have no packed form"):
+        export(made("gpt2", "rows"), "bitmask", tmp_path / "out")
+    export(made("gpt2", "rows"), "dense", tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(load(made("gpt2", "rows"))))
+
+
+def test_the_card_says_where_its_numbers_are_from(made, tmp_path):
+    """Of the run, however often it was exported since."""
+    folder = made("llama", "pruned")
+    export(folder, "sparse24", tmp_path / "first")
+    export(tmp_path / "first", "bitmask", tmp_path / "second")
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"Exported from {folder.name} (dense)" in card
+    assert f"{folder.name} and compared its logits" in card
+    assert "measured on this folder" not in card
+    assert "Exported from" not in (folder / "README.md").read_text()

@@ -294,6 +294,17 @@ def test_public_push_leaves_a_private_repository_private(hub, folder):
     assert hub.files("me/old").keys() >= set(SENT)
 
 
+def test_shards_of_another_number_are_removed(hub, folder):
+    """And nothing else: what a user has put there stays."""
+    old = folder.parent / "old"
+    old.mkdir()
+    for name in ("model-00001-of-00003.safetensors", "model.safetensors", "adapter.safetensors", "notes.txt"):
+        (old / name).write_bytes(b"old")
+    hub.add_repo("me/tiny", old)
+    push(folder, "me/tiny", private=False, endpoint=hub.url)
+    assert sorted(hub.files("me/tiny")) == sorted([*SENT, "adapter.safetensors", "notes.txt"])
+
+
 def test_second_push_of_the_same_folder_sends_and_commits_nothing(hub, folder):
     first = push(folder, "me/tiny", endpoint=hub.url)
     hub.stored.clear()

@@ -210,6 +210,19 @@ def test_every_quantizer_keeps_every_mask(rows, groups, pruning, pruner, quantiz
     assert torch.equal(result.values, result.grid.decode(result.codes))
 
 
+@pytest.mark.parametrize("name", ["magnitude", "sparsegpt"])
+def test_blocks_are_judged_by_what_is_in_them_not_by_what_is_gone(name):
+    """The one loud block stays, although some of its weights are zero already."""
+    weight = torch.full((4, 64), 0.01)
+    weight[:, :8] = 1.0
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[:, :3] = False
+    method = make(name, pattern="block:8", sparsity=0.5)
+    result = method.compress(weight * mask, torch.eye(64), FP32, mask)
+    assert bool(result.mask[:, 3:8].all())
+    assert not result.mask[:, :3].any()
+
+
 @pytest.mark.parametrize("features", [128, 256])
 def test_gptq_moves_errors_on_through_masked_weights(features):
     """Less output error than where updates skip masked weights, as some do, and what they would carry is lost."""

@@ -92,8 +92,14 @@ def test_saved_again_it_has_the_same_tensors(name, made, tmp_path):
 def test_in_another_dtype(name, made):
     model = load(made("llama", name)[0], dtype=torch.float32)
     assert logits(model).dtype == torch.float32
-    first = next(linear for _, linear in compressed_linears(model))
-    assert first.dense().dtype == torch.float32
+    as_stored = dict(compressed_linears(load(made("llama", name)[0])))
+    for linear, packed in compressed_linears(model):  # values are what the file says, however they are used
+        assert packed.dense().dtype == torch.bfloat16
+        assert torch.equal(packed.dense(), as_stored[linear].dense())
+    packed_logits = logits(model)
+    dense = model.dequantize(torch.float32)
+    assert {parameter.dtype for parameter in dense.parameters()} == {torch.float32}
+    assert torch.equal(logits(dense), packed_logits)
 
 
 @formats

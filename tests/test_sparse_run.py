@@ -11,6 +11,7 @@ from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
 
 from llmcompress import load
 from llmcompress.errors import PlanError, RecipeError, SourceError
+from llmcompress.export import export
 from llmcompress.mask import Pattern, follows
 from llmcompress.run import run
 
@@ -175,8 +176,8 @@ def test_zeros_that_nobody_tells_of_stay(step, tiny_folders, text, tmp_path, mon
     assert any("stay zero" in note for note in results["notes"])
     for name, weight in weights(tmp_path / "out", results).items():
         assert not weight[~kept[name]].any(), name
-    assert {row["pattern"] for row in results["layers"]} == {"row" if "sparsity" in step else "as found"}
-    assert all(row["sparsity"] > 0.25 for row in results["layers"])
+    assert all(row["pattern"] in ("row", "layer") and row["sparsity"] > 0.25 for row in results["layers"])
+    export(tmp_path / "out", "bitmask" if "sparsity" in step else "dense", tmp_path / "exported")
 
 
 def test_a_model_pruned_to_another_pattern_is_refused(run_tiny, text, tmp_path):
@@ -193,8 +194,8 @@ def test_a_model_pruned_to_another_pattern_is_refused(run_tiny, text, tmp_path):
         "[]",
         "{",
         '{"layers": 3}',
-        '{"layers": [1, {"name": 2, "pattern": []}]}',
-        '{"layers": [{"name": "model.layers.0.mlp.up_proj", "pattern": "9-9"}]}',
+        '{"layers": [1, {"name": [2], "pattern": {}, "sparsity": "x"}]}',
+        '{"layers": [{"name": "model.layers.0.mlp.up_proj", "pattern": "9-9", "sparsity": 0.5}]}',
     ],
 )
 def test_a_manifest_that_makes_no_sense(manifest, tiny_folders, text, tmp_path, monkeypatch):
@@ -269,12 +270,24 @@ def test_overrides_are_outside_the_budget(run_tiny):
         ({"pattern": "2:4", "budget": "owl"}, "pattern 2:4 has one sparsity for all"),
         ({"pattern": "2:4", "overrides": {"*": 0.3}}, "pattern 2:4 has one sparsity for all"),
         ({"sparsity": 0.95, "budget": "owl"}, "set outlier_range to at most 0.025"),
+        ({"sparsity": 0.1, "budget": "owl"}, "set outlier_range to at most 0.05"),
+        ({"sparsity": 0.5, "pattern": "global", "budget": "erk"}, "pattern global has the budget global"),
         ({"sparsity": 0.5, "overrides": {"*.q_proj": 1.0}}, r"'\*\.q_proj' is 1\.0, expected a share"),
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": -0.1}, "greater than or equal to 0"),
         ({"pattern": "global"}, "needs `sparsity`"),
     ],
-    ids=["owl 2:4", "overrides 2:4", "owl range", "override", "all", "negative", "global without"],
+    ids=[
+        "owl 2:4",
+        "overrides 2:4",
+        "owl range",
+        "owl low",
+        "two budgets",
+        "override",
+        "all",
+        "negative",
+        "global without",
+    ],
 )
 def test_budgets_that_cannot_be(options, message, run_tiny, tmp_path):
     with pytest.raises(RecipeError, match=message):

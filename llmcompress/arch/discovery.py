@@ -88,7 +88,7 @@ def discover(model: Module) -> Architecture:
             raise PlanError(
                 f"{path}.{index} has other linears than {path}.0; models with unlike blocks are not supported"
             )
-    probe = Probe.of(model.config)
+    probe = Probe.of(model)
     if set(probe.linears) != set(linears):
         raise PlanError(f"{type(model).__name__}: a small copy of the model has other linears than the model itself")
     links = [link for found in probe.links() if (link := lift(found, blocks[0], linears, Heads.of(model.config)))]

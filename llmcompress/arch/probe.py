@@ -39,15 +39,13 @@ class Probe:
         self.reference = self._run(observe=True)
 
     @classmethod
-    def of(cls, config: Any) -> "Probe":
-        """Build the tiny model; weights are random and large enough for every nonlinearity to show."""
-        from transformers import AutoModelForCausalLM
-
+    def of(cls, original: Module) -> "Probe":
+        """Build a tiny model of the same class; weights are random and large enough for every nonlinearity to show."""
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(0)
-            tiny = tiny_config(config)
+            tiny = tiny_config(original.config)
             tiny._experts_implementation = "eager"  # grouped kernels take no float64
-            model = AutoModelForCausalLM.from_config(tiny, attn_implementation="eager").double().eval()
+            model: Any = type(original)._from_config(tiny, attn_implementation="eager").double().eval()
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.4)

@@ -86,6 +86,8 @@ class Pruner(Method):
     def _global(cls, values: Any) -> Any:
         """`pattern: global` is short for counts by matrix that a ranking over all matrices decides."""
         if isinstance(values, dict) and values.get("pattern") == "global":
+            if values.get("budget", "global") != "global":
+                raise ValueError(f"pattern global has the budget global; for {values['budget']} use row or layer")
             return values | {"pattern": "layer", "budget": "global"}
         return values
 
@@ -100,10 +102,11 @@ class Pruner(Method):
         for glob, sparsity in self.overrides.items():
             if not 0 <= sparsity < 1:
                 raise ValueError(f"overrides: {glob!r} is {sparsity}, expected a share from 0 to below 1")
-        if self.budget == "owl" and not 2 * self.outlier_range <= 1 - self.share:
+        room = min(self.share, 1 - self.share)
+        if self.budget == "owl" and 2 * self.outlier_range > room:
             raise ValueError(
-                f"budget owl moves a block's density by up to {2 * self.outlier_range:g}, and a sparsity of "
-                f"{self.share:g} leaves {1 - self.share:g}; set outlier_range to at most {(1 - self.share) / 2:.3g}"
+                f"budget owl moves a block's sparsity by up to {2 * self.outlier_range:g}, and {self.share:g} leaves "
+                f"{room:g}; set outlier_range to at most {room / 2:.3g}"
             )
         return self
 
@@ -148,9 +151,11 @@ class ScoreMethod(Pruner):
     ) -> CompressedWeight:
         """The weight with the lowest scores set to zero; what was masked before goes first."""
         score = self.score(weight, statistics)
-        keep = keep_best(score if mask is None else score.masked_fill(~mask, -1), self.prunes, self.share)
-        if mask is not None:
-            keep &= mask
+        if mask is None:
+            keep = keep_best(score, self.prunes, self.share)
+        else:  # below every score, but nothing in the sum of a block
+            gone = 0 if self.prunes.kind == "block" else -1
+            keep = keep_best(score.masked_fill(~mask, gone), self.prunes, self.share).logical_and_(mask)
         return CompressedWeight(values=weight.masked_fill(~keep, 0).to(dtype), mask=keep)
 
 

@@ -86,7 +86,8 @@ class MaskChoice:
 
     def select(self, here: slice, w: Tensor, u: Tensor) -> None:
         """Choose among the columns `here` with weights w [columns, out] and U_jj u [columns]."""
-        score = (w / u[:, None]).square_().masked_fill_(~self.keep[here], -1).T  # [out, columns]
+        gone = 0 if self.pattern.kind == "block" else -1  # below every score, but nothing in the sum of a block
+        score = (w / u[:, None]).square_().masked_fill_(~self.keep[here], gone).T  # [out, columns]
         pattern, out = self.pattern, score.shape[0]
         if pattern.kind == "n:m":
             best = first_of(score.reshape(-1, pattern.m), pattern.n).reshape(score.shape)

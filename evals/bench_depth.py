@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from provenance import in_words
+
 ALLOWED = 0.10  # of the smaller depth's peak
 
 
@@ -27,6 +29,7 @@ def main() -> int:
     args = arguments().parse_args()
     shallow, deep = (peak(layers, args) for layers in args.layers)
     ratio = deep["run_peak_bytes"] / shallow["run_peak_bytes"]
+    print(f"{in_words(shallow['machine'])}\n")
     print("| layers | peak of the run | predicted | peak of its children | time |\n|---|---|---|---|---|")
     for report in (shallow, deep):
         predicted = report["plan"]["predicted"]["peak_host_bytes"]

@@ -24,7 +24,6 @@ written a moment ago.
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -35,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from provenance import in_words, provenance
 from random_model import SHAPES, model_bytes, write_model, write_text, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,8 +121,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     results = json.loads((output / "results.json").read_text()) if code == 0 else {}
     bound = None if args.max_memory == "none" else gibibytes(args.max_memory)
     return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(),
+        "machine": provenance(),
         "shape": args.shape,
         "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
         "recipe": recipe_of(folder, args),
@@ -219,8 +218,7 @@ def table(report: dict[str, Any]) -> str:
         ("time of the whole process", None, report["seconds"]),
     ]
     lines = [
-        f"{report['date']}, {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
-        f"{report['shape']} with {report['layers']} layers, {report['model_bytes'] / 1e9:.2f} GB, "
+        f"{in_words(here)}; {report['shape']} with {report['layers']} layers, {report['model_bytes'] / 1e9:.2f} GB, "
         f"{report['recipe']['steps'][0]['method']}, exit code {report['exit_code']}.",
         "",
         "| | predicted | measured |",
@@ -251,16 +249,6 @@ def gibibytes(text: str) -> int:
 
 def tree_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
 
 
 def say(message: str) -> None:

@@ -9,15 +9,14 @@ is 1 if a ratio is above 1.5. The page cache is warm for both sides: this is the
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+from provenance import in_words, provenance
 
 from llmcompress.export import export
 
@@ -35,7 +34,7 @@ print(time.perf_counter() - start)
 
 def main() -> int:
     args = arguments().parse_args()
-    print(f"{datetime.date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    print(f"{in_words(provenance())}; medians of {args.repeats}\n")
     print("| folder | format | packed | dense | packed / dense |\n|---|---|---|---|---|")
     rows = []
     for folder in args.folders:

@@ -4,6 +4,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from provenance import in_words
+
 SIDES = ("peer", "ours")
 
 
@@ -23,6 +25,10 @@ class Run:
     perplexity: float | None = None  # of the first run of a row and side
 
 
+TIME_LIMITS = {"gptq": 0.6, "sparsegpt": 0.6, "awq": 0.2}  # of the peer's time
+MEMORY_LIMIT = 1.2 * 2**30
+
+
 def middle(runs: list[Run], field: str) -> float | None:
     """Median of a field over the finished runs, or None where nothing was measured."""
     values = [getattr(run, field) for run in runs if getattr(run, field) is not None]
@@ -34,8 +40,7 @@ def table(report: dict[str, Any], runs: list[Run]) -> str:
     here, versions = report["machine"], report["versions"]
     dense = "" if report["dense"] is None else f" (dense {report['dense']:.2f})"
     lines = [
-        f"{here['date']}, {here['cpu']}, {here['cores']} cores, {here['memory_bytes'] / 2**30:.0f} GiB; "
-        f"{report['dtype']} model; medians of up to {report['repeats']} alternating runs.",
+        f"{in_words(here)}; {report['dtype']} model; medians of up to {report['repeats']} alternating runs.",
         *(f"{side}: {', '.join(f'{name} {number}' for name, number in versions[side].items())}." for side in SIDES),
         "",
         f"| row | side | perplexity{dense} | compress | work | peak memory | folder | time, ours / peer |",
@@ -85,3 +90,21 @@ def time_ratio(by_side: dict[str, list[Run]]) -> str:
         return "-"
     bound = "" if peer[-1].status == "done" else "below "
     return f"{bound}{ours / statistics.median(run.seconds for run in peer):.2f}"
+
+
+def misses(runs: list[Run]) -> list[str]:
+    """What ours does not keep: see the limits above."""
+    found = []
+    for row in dict.fromkeys(run.row for run in runs):
+        ours, peer = ([run for run in runs if (run.row, run.side) == (row, side)] for side in ("ours", "peer"))
+        method = row.split("-")[0]
+        scores = [middle(side, "perplexity") for side in (ours, peer)]
+        if scores[0] is not None and scores[1] is not None and scores[0] > scores[1]:
+            found.append(f"{row}: perplexity {scores[0]:.2f}, the peer's is {scores[1]:.2f}")
+        times = [middle(side, "seconds") for side in (ours, peer)]
+        if times[0] and times[1] and method in TIME_LIMITS and times[0] > TIME_LIMITS[method] * times[1]:
+            found.append(f"{row}: {times[0] / times[1]:.2f} of the peer's time, {TIME_LIMITS[method]} is the limit")
+        peak = middle(ours, "peak_bytes")
+        if peak and peak > MEMORY_LIMIT:
+            found.append(f"{row}: {peak / 2**30:.2f} GiB")
+    return found

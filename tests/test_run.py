@@ -413,3 +413,33 @@ def test_proof_in_a_clean_process(kind, step, tiny_folders, text, tmp_path):
 
 def test_recipe_values_of_these_tests_are_a_recipe(tiny_folders, text):
     assert recipe(tiny_folders("llama"), text).plain() == values(tiny_folders("llama"), text)
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class CustomConfig(LlamaConfig):
+    model_type = "custom_llama"
+
+
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = CustomConfig
+"""
+
+
+def test_remote_code_runs_only_if_the_recipe_says_so(text, tmp_path, monkeypatch):
+    """A model whose class is in its own folder, from plan to proof."""
+    folder = write_tiny(tmp_path / "model", "llama")
+    (folder / "custom.py").write_text(CUSTOM)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "custom.CustomConfig", "AutoModelForCausalLM": "custom.CustomForCausalLM"}
+    config |= {"model_type": "custom_llama", "architectures": ["CustomForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(PlanError, match="trust_remote_code: true"):
+        run(recipe(folder, text, RTN), tmp_path / "out")
+    with proof_inside(monkeypatch):
+        results = run(recipe(folder, text, RTN, trust_remote_code=True), tmp_path / "out")
+    assert results["proof"]["passed"]
+    assert (tmp_path / "out" / "custom.py").read_text() == CUSTOM

@@ -6,6 +6,8 @@ What is in DIR.partial at any moment, a kill included, is a prefix of the run:
     .state/run.json                    fingerprint of the run; a different one refuses to continue
     .state/block-00006.json            the record of a finished block, written after its shard and hidden states
     .state/hidden-00006.safetensors    inputs of the next block; the previous one is removed afterwards
+    .state/survey.json, gradients-*    what was found out of the dense model before the first block, if anything was
+    .state/proof.safetensors, expected inputs and outputs that the reloaded model must reproduce
 
 Everything is renamed into place only when its bytes are on disk, in the order shard, hidden states, record; so a
 block counts as done exactly when its record exists. `.state` is moved away before the final

@@ -1,4 +1,4 @@
-"""The command line: `python -m llmcompress run | plan | eval | inspect | push | list`.
+"""The command line: `python -m llmcompress run | plan | eval | inspect | export | push | list`.
 
 Results go to stdout; progress and everything else to stderr. Exit code 0: done. 2: the user can mend it, and one
 message says how. 1: a bug of ours, with its traceback. Nothing heavy is imported before a command needs it.

@@ -19,6 +19,7 @@ from statistics import median
 from provenance import in_words, provenance
 
 from llmcompress.export import export
+from llmcompress.formats import OWN
 
 ALLOWED = 1.5
 LOADER = """
@@ -38,6 +39,10 @@ def main() -> int:
     print("| folder | format | packed | dense | packed / dense |\n|---|---|---|---|---|")
     rows = []
     for folder in args.folders:
+        config = json.loads((folder / "config.json").read_text())
+        name = config.get("quantization_config", {}).get("format", "dense")
+        if name not in OWN:
+            raise SystemExit(f"{folder}: is in the format {name}, expected one of {', '.join(OWN)}")
         with tempfile.TemporaryDirectory() as scratch:
             dense = Path(scratch) / "dense"
             export(folder, "dense", dense)
@@ -46,11 +51,10 @@ def main() -> int:
                 times["packed"].append(seconds(folder, "packed"))
                 times["dense"].append(seconds(dense, "dense"))
         packed, plain = median(times["packed"]), median(times["dense"])
-        name = json.loads((folder / "config.json").read_text())["quantization_config"]["format"]
         rows.append({"folder": folder.name, "format": name, "ratio": packed / plain, **times})
         print(f"| {folder.name} | {name} | {packed:.2f} s | {plain:.2f} s | {packed / plain:.2f} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": provenance(), "runs": rows}, indent=1) + "\n")
     return int(any(row["ratio"] > ALLOWED for row in rows))
 
 

@@ -28,8 +28,8 @@ What is unfair:
 - the peer pins its own transformers and compressed-tensors (its wheels forbid newer ones); the scorer's are newer;
 - a run that reaches `--timeout` is stopped, and its time is a lower bound.
 
-Ours must not be worse in perplexity, take at most 0.6 of the peer's time (0.2 for AWQ) except in rows of seconds (rtn,
-wanda), and stay within 1.2 GiB; what misses that is named, and then the exit code is 1.
+Ours must not be worse in perplexity, take at most 0.6 of the peer's time (0.2 for AWQ) except for rtn, a matter of
+seconds, and stay within 1.2 GiB; what misses that is named, and then the exit code is 1.
 """
 
 import argparse

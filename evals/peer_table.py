@@ -25,7 +25,7 @@ class Run:
     perplexity: float | None = None  # of the first run of a row and side
 
 
-TIME_LIMITS = {"gptq": 0.6, "sparsegpt": 0.6, "awq": 0.2}  # of the peer's time
+TIME_LIMITS = {"gptq": 0.6, "sparsegpt": 0.6, "wanda": 0.6, "awq": 0.2}  # of the peer's time
 MEMORY_LIMIT = 1.2 * 2**30
 
 
@@ -104,6 +104,8 @@ def misses(runs: list[Run]) -> list[str]:
         times = [middle(side, "seconds") for side in (ours, peer)]
         if times[0] and times[1] and method in TIME_LIMITS and times[0] > TIME_LIMITS[method] * times[1]:
             found.append(f"{row}: {times[0] / times[1]:.2f} of the peer's time, {TIME_LIMITS[method]} is the limit")
+        if ours and all(run.status != "done" for run in ours):
+            found.append(f"{row}: ours {ours[-1].status}")
         peak = middle(ours, "peak_bytes")
         if peak and peak > MEMORY_LIMIT:
             found.append(f"{row}: {peak / 2**30:.2f} GiB")

@@ -6,7 +6,7 @@ from itertools import pairwise
 from llmcompress.budget import erk_densities
 from llmcompress.errors import PlanError
 from llmcompress.mask import Pattern
-from llmcompress.methods import IntMethod, Method, Pruner
+from llmcompress.methods import Budgeted, IntMethod, Method
 from llmcompress.recipe import Step, matches
 from llmcompress.weight import Kind
 
@@ -119,7 +119,7 @@ def needs_data(method: Method) -> bool:
 def spread_budget(step: Step, index: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
     """The step's method for each linear that has its own sparsity already now: by `overrides`, or by shape."""
     method = step.method
-    if not isinstance(method, Pruner):
+    if not isinstance(method, Budgeted):
         return {}
     shares: dict[str, float] = {}
     for glob, share in method.overrides.items():

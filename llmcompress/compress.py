@@ -18,8 +18,8 @@ from llmcompress.mask import Pattern, follows
 from llmcompress.methods import IntMethod, Method
 from llmcompress.plan import Plan
 from llmcompress.proof import digest
-from llmcompress.stats import GradientMean, InputGram
-from llmcompress.stream import Block, checkpoint_module, collect_means, oriented
+from llmcompress.stats import GradientMean, InputGram, Inputs, InputSquares
+from llmcompress.stream import Block, InputKind, checkpoint_module, collect_inputs, oriented
 from llmcompress.weight import CompressedWeight, relative_error
 
 ZEROS = 0.05  # share of zeros from which they are taken for a mask: weights that were trained dense hold next to none
@@ -88,25 +88,30 @@ class BlockCompressor:
         found = {}
         for name in steps:
             weight = oriented(block, name)
-            if steps[name] and weight.numel() - int(weight.count_nonzero()) >= ZEROS * weight.numel():
+            zeros = weight.numel() - int(weight.count_nonzero())
+            meant = checkpoint_module(self.stored, block, name) in self.plan.source.pruned
+            if steps[name] and zeros >= (1 if meant else ZEROS * weight.numel()):
                 found[name] = Pruned(weight.clone(), weight != 0)
         if found:
             result.notes.append(
-                f"weights that were zero before stay zero, in linears with {ZEROS:.0%} of them and more"
+                "weights that were zero before stay zero, in linears that an earlier run has pruned and in those with "
+                f"{ZEROS:.0%} of zeros and more"
             )
         return found
 
-    def _inputs(self, block: Block, steps: dict[str, dict[int, Method]]) -> dict[str, Tensor]:
-        """Mean of x xᵀ of every linear in a group of which one needs it; the same matrix for those that share it."""
-        needing = [
-            group
-            for group in self.architecture.shared
-            if any(method.needs is InputGram for name in group for method in steps[name].values())
-        ]
-        return collect_means(block, needing)
+    def _inputs(self, block: Block, steps: dict[str, dict[int, Method]]) -> dict[str, Inputs]:
+        """What methods need of the inputs of linears; one record for those in a group, if one of them needs it."""
+        kinds: dict[tuple[str, ...], InputKind] = {}
+        for group in self.architecture.shared:
+            needs = {method.needs for name in group for method in steps[name].values()}
+            if InputGram in needs:
+                kinds[group] = InputGram
+            elif InputSquares in needs:
+                kinds[group] = InputSquares
+        return collect_inputs(block, kinds)
 
     def _link_scales(
-        self, block: Block, method: Method, mine: Collection[str], inputs: dict[str, Tensor], result: BlockResult
+        self, block: Block, method: Method, mine: Collection[str], inputs: dict[str, Inputs], result: BlockResult
     ) -> "Scales":
         """Search the scale of every link whose consumers the method is for, and move it into norms and biases at once.
 
@@ -122,7 +127,7 @@ class BlockCompressor:
                 )
                 continue
             weights = [scales.apply(weight_of(block, name), name) for name in link.consumers]
-            gram = inputs[link.consumers[0]]
+            gram = inputs[link.consumers[0]].gram
             index = link.rows.to(gram.device)
             scale = method.link_scale(weights, gram, index, self.plan.dtype)
             moved = scales.add(block, link, scale)[index]
@@ -187,18 +192,22 @@ class BlockCompressor:
         methods: dict[int, Method],
         linear: str,
         done: "Done",
-        gram: Tensor | None,
+        inputs: Inputs | None,
         result: BlockResult,
     ) -> None:
         """Put the packed tensors and the record of a linear into the result."""
         name, weight, compressed = checkpoint_module(self.stored, block, linear), done.before, done.compressed
         module = block.module.get_submodule(linear)
-        packed = self.plan.format.pack(compressed, is_transposed(module))
+        try:
+            packed = self.plan.format.pack(compressed, is_transposed(module))
+        except LLMCompressError as exc:
+            exc.add_note(f"in {block.name}.{linear}")
+            raise
         result.tensors |= {f"{name}.{leaf}": tensor.cpu() for leaf, tensor in packed.items()}
         result.digests[f"{block.name}.{linear}"] = digest(module.weight)
         method = methods[max(methods)]
         pattern = self.plan.kind_of(name).pattern
-        if compressed.mask is not None and (pattern is None or not follows(compressed.values != 0, pattern)):
+        if compressed.mask is not None and (pattern is None or not follows(compressed.mask, pattern)):
             pattern = Pattern("layer")  # zeros that the model came with: a count over the matrix is all there is to say
         grid = method.model_dump(include={"bits", "group_size", "symmetric"}) if isinstance(method, IntMethod) else {}
         weights = compressed.values.numel()
@@ -213,7 +222,7 @@ class BlockCompressor:
                 **pruning,
                 "before_bytes": weight.numel() * self.plan.dtype.itemsize,
                 "after_bytes": sum(tensor.nbytes for tensor in packed.values()),
-                "error": None if gram is None else relative_error(weight, compressed.values, gram),
+                "error": None if inputs is None else relative_error(weight, compressed.values, inputs.gram),
                 "weight_error": relative_error(weight, compressed.values),
             }
         )
@@ -288,12 +297,12 @@ def stacks(methods: dict[str, Method]) -> list[tuple[Method, list[str]]]:
 
 
 def gather(
-    method: Method, members: list[str], inputs: dict[str, Tensor], gradients: dict[str, Tensor]
+    method: Method, members: list[str], inputs: dict[str, Inputs], gradients: dict[str, Tensor]
 ) -> Tensor | None:
     """The statistics that a method needs for stacked linears."""
     if method.needs and issubclass(method.needs, GradientMean):
         return torch.cat([gradients[name] for name in members])
-    return inputs[members[0]] if method.needs else None
+    return inputs[members[0]].needed_by(method.needs) if method.needs else None
 
 
 def set_values(block: Block, linear: str, compressed: CompressedWeight) -> None:

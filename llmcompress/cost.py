@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmcompress.stats import InputGram
+from llmcompress.stats import InputGram, InputSquares
 
 if TYPE_CHECKING:
     from llmcompress.plan import Plan, PlannedLinear
@@ -85,13 +85,14 @@ def peak_memory(plan: "Plan") -> int:
     samples, length = samples_and_length(plan)
     tokens = min(samples * length, max(BATCH_TOKENS, length))
     widths = sorted({linear.shape[1] for linear in first})
-    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(linear)) if plan.needs_data else 0
+    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(linear))
+    looked_at = sum(4 * linear.shape[1] ** 2 for linear in first if "inputs" in plan.survey)
     solving = max((solving_bytes(linear) for linear in first), default=0)
     inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
     embedding = 2 * table + hidden
     waiting = sum((item + 1) * prod(x.shape) for x in first if len(x.steps) > 1 and any(m.prunes for m in x.methods))
     waiting += sum(4 * prod(linear.shape) for linear in first if uses_gradients(linear))
-    compressing = 2 * block + hidden + grams + waiting + max(solving, inside)
+    compressing = 2 * block + hidden + max(looked_at, grams + waiting) + max(solving, inside)
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     proving = 2 * table + 2 * min(length, 512) * vocabulary * (item + 4)
     gradients = gradient_memory(plan, table) if "gradients" in plan.survey else 0
@@ -127,8 +128,8 @@ def solving_bytes(linear: "PlannedLinear") -> int:
 
 
 def uses_gram(linear: "PlannedLinear") -> bool:
-    """Whether a Gram matrix is gathered for this linear."""
-    return any(method.needs is InputGram for method in linear.methods)
+    """Whether a Gram matrix is gathered for this linear, if only of a sample."""
+    return any(method.needs in (InputGram, InputSquares) for method in linear.methods)
 
 
 def uses_gradients(linear: "PlannedLinear") -> bool:
@@ -142,7 +143,7 @@ def seconds(plan: "Plan") -> float:
     tokens, elements = samples * length, sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
     passes = 2 if plan.needs_data else 1
     forward = 2.0 * elements * tokens * passes / speed(plan.dtype, plan.device)
-    grams = gram_seconds(plan, [linear for linear in plan.linears if uses_gram(linear)])
+    grams = gram_seconds(plan, [x for x in plan.linears if any(m.needs is InputGram for m in x.methods)])
     return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, x) for x in plan.linears) + survey_seconds(plan)
 
 
@@ -159,7 +160,7 @@ def survey_seconds(plan: "Plan") -> float:
     operations = 2.0 * samples * length * sum(prod(linear.shape) for linear in plan.linears)
     total = 0.0
     if "inputs" in plan.survey:
-        total += 2 * 1.6 * operations / speed(plan.dtype, plan.device) + gram_seconds(plan, plan.linears)
+        total += 2 * 1.6 * operations / speed(plan.dtype, plan.device)
     if "gradients" in plan.survey:
         total += 4 * operations / speed(torch.float32, plan.device)
     return total

@@ -20,12 +20,13 @@ from llmcompress.checkpoint import Checkpoint, read_tensors
 from llmcompress.engines import verdicts
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.files import MANIFEST, read_json, write_json
-from llmcompress.formats import FORMATS
+from llmcompress.formats import FORMATS, Format
 from llmcompress.inspection import read_object, weight_files
 from llmcompress.mask import Pattern
 from llmcompress.plan import CONV1D_MODELS
 from llmcompress.report import write_report
-from llmcompress.weight import Kind
+from llmcompress.runtime import headers
+from llmcompress.weight import CompressedWeight, Kind
 
 MADE_ANEW = {"config.json", MANIFEST, "results.json", "README.md", "report.html", "model.safetensors.index.json"}
 
@@ -40,16 +41,22 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
         raise PlanError(f"{folder}: holds no {MANIFEST} and results.json; expected a folder that a run has made")
     if output.exists():
         raise PlanError(f"{output}: exists; give another --output")
-    rows = {row["name"]: row for row in results["layers"]}
-    kinds = {name: kind_of_row(row) for name, row in rows.items()}
+    try:
+        rows = {row["name"]: row for row in results["layers"]}
+        kinds = {name: kind_of_row(row) for name, row in rows.items()}
+        shown = f"export {format_name} of {results['name']} {results['created']}"
+        old = FORMATS[results["format"]].name
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        raise FormatError(f"{folder}/results.json: is damaged ({exc!r}); run the recipe again") from None
     files = weight_files(folder)
+    headers(files)
     transposed = read_object(folder / "config.json").get("model_type") in CONV1D_MODELS
-    checkpoint = Checkpoint(output, len(files), f"export {format_name} of {results['name']} {results['created']}")
+    checkpoint = Checkpoint(output, len(files), shown)
     checkpoint.open(overwrite=True)
     try:
         names: set[str] = set()
         for number, path in enumerate(files):
-            names |= export_shard(checkpoint, number, path, results["format"], format_name, kinds, rows, transposed)
+            names |= export_shard(checkpoint, number, path, old, format_name, kinds, rows, transposed)
         if missing := sorted(set(rows) - names):
             raise FormatError(f"{folder}: the weight of {missing[0]} is missing")
         write_json(checkpoint.partial / "config.json", config_of(folder, format_name, kinds, names))
@@ -89,19 +96,34 @@ def export_shard(
     packed: dict[str, Tensor] = {}
     for name in sorted(mine):
         stored = {k.removeprefix(f"{name}."): tensors.pop(k) for k in list(tensors) if k.startswith(f"{name}.weight")}
-        weight = old.read(stored, kinds[name], transposed=transposed)
+        weight = read_checked(name, old, stored, kinds[name], transposed)
         shape = (weight.values.shape[0], weight.values.shape[1])
         if reason := new.refuses(kinds[name], shape, transposed=transposed):
             raise PlanError(f"{name}: cannot be stored as {after!r}: {reason}")
         if new.suffix == "weight_packed" and weight.codes is None:
             raise PlanError(f"{name}: {before!r} does not hold the codes that {after!r} stores; run the recipe with it")
-        parts = new.pack(weight, transposed=transposed)
+        if weight.values.nbytes != rows[name]["before_bytes"]:
+            raise FormatError(f"{name}: {list(shape)} in the files, which is not the size that results.json says")
+        try:
+            parts = new.pack(weight, transposed=transposed)
+        except FormatError as exc:
+            raise FormatError(f"{name}: {exc}") from None
         if not torch.equal(new.read(parts, kinds[name], transposed=transposed).values, weight.values):
             raise FormatError(f"{name}: {after!r} gave back other values; this is an error in the format")
         rows[name]["after_bytes"] = sum(part.nbytes for part in parts.values())
         packed |= {f"{name}.{leaf}": part for leaf, part in parts.items()}
     checkpoint.write_shard(number, packed | tensors)
     return mine
+
+
+def read_checked(name: str, form: Format, stored: dict[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
+    """A linear out of files that somebody else may have changed. Raises FormatError."""
+    try:
+        return form.read(stored, kind, transposed=transposed)
+    except FormatError as exc:
+        raise FormatError(f"{name}: {exc}") from None
+    except (KeyError, RuntimeError, ValueError, IndexError, AttributeError, AssertionError) as exc:
+        raise FormatError(f"{name}: its tensors do not fit what results.json says of it: {exc}") from None
 
 
 def config_of(folder: Path, format_name: str, kinds: dict[str, Kind], names: set[str]) -> dict[str, Any]:

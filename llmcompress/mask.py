@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llmcompress.errors import NumericalError
+
 Kind = Literal["row", "layer", "n:m", "block"]
 
 
@@ -63,14 +65,14 @@ def kept(total: int, sparsity: float) -> int:
 def keep_best(score: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """The mask [out, in] that keeps the weights of the highest score [out, in].
 
-    sparsity: share to remove, in [0, 1); "n:m" has its own. Raises ValueError if `m` does not divide the row, or a
-    score is NaN.
+    sparsity: share to remove, in [0, 1); "n:m" has its own. Raises ValueError if `m` does not divide the row,
+    NumericalError if a score is NaN.
     """
     rows, columns = score.shape
     if columns % pattern.m:
         raise ValueError(f"pattern {pattern} needs rows that {pattern.m} divides, found {columns} input columns")
     if bool(score.isnan().any()):
-        raise ValueError("a score is NaN; the weights or the statistics are damaged")
+        raise NumericalError("a score is NaN; the weights or the statistics are damaged")
     if pattern.kind == "layer":
         return first_of(score.reshape(1, -1), kept(score.numel(), sparsity)).reshape(rows, columns)
     if pattern.kind == "n:m":

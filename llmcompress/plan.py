@@ -19,8 +19,8 @@ from llmcompress.assignment import assign, earlier_patterns, kind_after, methods
 from llmcompress.checkpoint import partial_folder
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
-from llmcompress.formats import FORMATS, Format
-from llmcompress.methods import Method, Pruner
+from llmcompress.formats import FORMATS, OWN, Format
+from llmcompress.methods import Budgeted, Method
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
 from llmcompress.source import ModelSource
@@ -90,7 +90,7 @@ class Plan:
     def budgeted(self, step: int) -> list[PlannedLinear]:
         """The linears among which the budget of a step is spread: all of its own but those with `overrides`."""
         method = self.steps[step].method
-        apart = list(method.overrides) if isinstance(method, Pruner) else []
+        apart = list(method.overrides) if isinstance(method, Budgeted) else []
         return [linear for linear in self.linears if step in linear.steps and not matches(linear.name, apart)]
 
     def with_sparsities(self, sparsities: Mapping[str, float]) -> "Plan":
@@ -98,7 +98,7 @@ class Plan:
 
         def updated(linear: PlannedLinear) -> PlannedLinear:
             share = {"sparsity": sparsities[linear.name]}
-            methods = tuple(m.model_copy(update=share) if isinstance(m, Pruner) else m for m in linear.methods)
+            methods = tuple(m.model_copy(update=share) if m.prunes else m for m in linear.methods)
             return replace(linear, methods=methods)
 
         return replace(self, linears=[updated(x) if x.name in sparsities else x for x in self.linears])
@@ -182,7 +182,7 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         transposed,
         linears,
         kept=kept_linears(names, assigned, source, recipe, blocks),
-        notes=notes(source, format_name, recipe, transposed, experts),
+        notes=notes(source, format_name, kinds, names, transposed, experts),
         before_bytes=sum(prod(info.shape) for info in source.tensors.values()) * dtype.itemsize,
         predicted=Cost(0, 0, 0, 0, 0.0),
     )
@@ -309,18 +309,31 @@ def kept_linears(
     return kept
 
 
-def notes(source: ModelSource, format_name: str, recipe: Recipe, transposed: bool, experts: bool) -> list[str]:
+def notes(
+    source: ModelSource,
+    format_name: str,
+    kinds: dict[str, Kind],
+    names: dict[str, tuple[int, int]],
+    transposed: bool,
+    experts: bool,
+) -> list[str]:
     """What the user should know before the run."""
     found = []
+    fitting = [
+        own
+        for own, stored in OWN.items()
+        if not any(stored.refuses(kind, names[name], transposed) for name, kind in kinds.items())
+    ]
     if transposed and format_name == "dense":
         found.append(
             f"{source.config['model_type']} keeps its weights in Conv1D modules, which have no packed form in stock "
-            "libraries: the quantized values are written as dense weights, so the result is not smaller"
+            "libraries: the values are written as dense weights, so the result is not smaller"
         )
     elif experts:
-        found.append(f"the quantized values are written as dense weights: {DENSE_EXPERTS}")
+        found.append(f"the values are written as dense weights: {DENSE_EXPERTS}")
     elif format_name == "dense":
-        found.append("dense output: the values are quantized, the files are not smaller")
+        smaller = f"; smaller: `output.format` {' or '.join(fitting)}, which llmcompress loads" if fitting else ""
+        found.append(f"dense output: the files are as large as before{smaller}")
     return found
 
 

@@ -11,7 +11,7 @@ and every linear in `modules` becomes a `CompressedLinear`. Its tensors are chec
 writes the same tensors back, and `model.dequantize()` gives ordinary linears with the same values.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,22 @@ class CompressedLinear(nn.Module):
         return {name: parameter.data for name, parameter in self.named_parameters() if name != "bias"}
 
     def dense(self) -> Tensor:
-        """The weight [out, in]. Raises FormatError if the tensors are damaged."""
-        values = OWN[self.format_name].unpack(self.packed(), None, transposed=False)
-        if tuple(values.shape) != (self.out_features, self.in_features):
-            found = f"{list(values.shape)}, expected {[self.out_features, self.in_features]}"
-            raise FormatError(f"{self.format_name}: the stored weight has shape {found}")
-        return values
+        """The weight [out, in] in the dtype of the file. The tensors were checked when they were loaded."""
+        return OWN[self.format_name].values(self.packed())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CompressedLinear":
+        """Packed tensors go where the model goes, but keep their dtype: rounded scales would be another weight."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if tensor is self.bias or result.dtype == tensor.dtype else tensor.to(result.device)
+
+        super()._apply(moved, recurse)
+        return self
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -116,6 +122,7 @@ class LLMCompressQuantizer(HfQuantizer):
             model.set_submodule(name, CompressedLinear(linear, self.quantization_config.format, dtype))
         if stored:
             check_stored(stored, self.quantization_config.modules, leaves)
+            check_dense(model, stored, packed)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -125,15 +132,6 @@ class LLMCompressQuantizer(HfQuantizer):
                 OWN[linear.format_name].check(linear.packed(), (linear.out_features, linear.in_features))
             except FormatError as exc:
                 raise FormatError(f"{name}: {exc}") from None
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (
-                module.out_features,
-                module.in_features,
-            ):
-                raise FormatError(
-                    f"{name}: shape {list(module.weight.shape)} in the file, expected "
-                    f"{[module.out_features, module.in_features]}; config.json does not list it among the packed ones"
-                )
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -170,6 +168,29 @@ def check_stored(stored: Collection[str], modules: list[str], leaves: set[str]) 
     for name in modules:
         if name not in found and not any(f".{a}".endswith(f".{b}") for f in found for a, b in ((f, name), (name, f))):
             raise FormatError(f"{name}: none of its tensors is in the files, though config.json lists it")
+
+
+def check_dense(model: Any, stored: Mapping[str, TensorInfo], packed: Collection[str]) -> None:
+    """Shape and presence of everything that is not packed; transformers looks at neither once a quantizer is there.
+
+    A parameter that is missing is an error if all tensors of the files have found theirs; else the model may convert
+    the others into it while loading, as it does with experts.
+    """
+    prefix = f"{model.base_model_prefix}."
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    mine = {f"{name}.{leaf}" for name, linear in compressed_linears(model) for leaf in linear.packed()}
+    missing, left = [], set(stored) - set(packed)
+    for name, parameter in model.named_parameters():
+        if name in mine:
+            continue
+        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
+        if found is None:
+            missing += [] if name in tied else [name]
+        elif stored[found].shape != tuple(parameter.shape):
+            raise FormatError(f"{found}: shape {list(stored[found].shape)}, the model expects {list(parameter.shape)}")
+        left.discard(str(found))
+    if missing and not left:
+        raise FormatError(f"{missing[0]}: is not in the files; they are damaged, or not of this config.json")
 
 
 def compressed_linears(model: nn.Module) -> Iterator[tuple[str, CompressedLinear]]:

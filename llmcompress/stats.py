@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from llmcompress.errors import CalibrationError
 
+NO_TOKENS = "no tokens reached this layer; give more calibration text, or list it in `keep`"
+SAMPLE = 8192  # tokens that relative errors are judged on where nothing needs more
 PANEL = 512  # columns of one product; only panels on or above the diagonal are computed
 
 
@@ -56,13 +59,66 @@ class InputGram:
     def mean(self) -> Tensor:
         """G = mean of x xᵀ, [in, in] float32, symmetric. A new matrix."""
         if self.tokens == 0:
-            raise CalibrationError("no tokens reached this layer; give more calibration text, or list it in `keep`")
+            raise CalibrationError(NO_TOKENS)
         mean = self.total / self.tokens
         for start in range(0, len(mean), PANEL):  # panel by panel: mirroring must not cost another matrix
             here = slice(start, start + PANEL)
             mean[here, here] = mean[here, here].triu() + mean[here, here].triu(1).T
             mean[start + PANEL :, here] = mean[here, start + PANEL :].T
         return mean
+
+
+class InputSquares:
+    """Mean square of each of one linear's inputs, in float32; all that wanda and its like need.
+
+    It costs a fraction of `InputGram`, which is kept of the first SAMPLE tokens only, to judge errors by.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(features, dtype=torch.float32, device=device)
+        self.tokens = 0
+        self.sample = InputGram(features, device)
+
+    def update(self, x: Tensor) -> None:
+        """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
+        x = x.reshape(-1, x.shape[-1])
+        self.total += x.float().square().sum(0)
+        self.tokens += x.shape[0]
+        if (room := SAMPLE - self.sample.tokens) > 0:
+            self.sample.update(x[:room])
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or shard saw."""
+        self.total += other.total
+        self.tokens += other.tokens
+        self.sample.merge(other.sample)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x², [in] float32. A new tensor."""
+        if self.tokens == 0:
+            raise CalibrationError(NO_TOKENS)
+        return self.total / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What was found out about a linear's inputs."""
+
+    gram: Tensor  # [in, in] float32, mean of x xᵀ; of a sample of the tokens where no method needs it
+    squares: Tensor  # [in] float32, mean of x² over all tokens
+
+    @classmethod
+    def of(cls, found: InputGram | InputSquares) -> "Inputs":
+        """The means of what was summed up."""
+        if isinstance(found, InputSquares):
+            return cls(found.sample.mean, found.mean)
+        gram = found.mean
+        return cls(gram, gram.diagonal())
+
+    def needed_by(self, needs: "Statistics") -> Tensor:
+        """The one that a method asks for."""
+        return self.squares if needs is InputSquares else self.gram
 
 
 class GradientMean:
@@ -86,7 +142,7 @@ class GradientMean:
     def mean(self) -> Tensor:
         """The mean, [out, in] float32; a new tensor."""
         if self.windows == 0:
-            raise CalibrationError("no text reached this layer; give more calibration text, or list it in `keep`")
+            raise CalibrationError(NO_TOKENS)
         return self.total / self.windows
 
 
@@ -99,4 +155,4 @@ class GradientSquare(GradientMean):
         self.windows += 1
 
 
-Statistics = type[InputGram] | type[GradientMean]
+Statistics = type[InputGram] | type[InputSquares] | type[GradientMean]

@@ -3,7 +3,7 @@
     model = StreamedModel(skeleton, architecture, read)
     hidden = model.embed(tokens)
     for block in stream_blocks(model, hidden):
-        grams = collect(block, ...)        # forward passes with hooks on the linears
+        inputs = collect_inputs(block, ...)   # forward passes with hooks on the linears
         ...                                # replace weights in block.module
     logits = model.logits(hidden)
 
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from llmcompress.arch import Architecture, Module, first, is_transposed
 from llmcompress.errors import CalibrationError, FormatError
-from llmcompress.stats import InputGram
+from llmcompress.stats import InputGram, Inputs, InputSquares
 
 BATCH_TOKENS = 4096  # tokens of one forward pass: large enough for matrix units, small enough for memory
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]
+InputKind = type[InputGram] | type[InputSquares]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -207,39 +208,43 @@ def stream_blocks(model: StreamedModel, hidden: Tensor, start: int = 0) -> Itera
             )
 
 
-def collect_means(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, Tensor]:
-    """The means of `collect`, [in, in] float32: one matrix for all linears that share an input."""
-    groups = list(shared)
-    grams = collect(block, groups) if groups else {}
-    means: dict[str, Tensor] = {}
-    for group in groups:  # one at a time: a mean is as large as its sum, which goes at once
-        gram = grams[group[0]]
+def collect_inputs(block: Block, kinds: Mapping[tuple[str, ...], InputKind]) -> dict[str, Inputs]:
+    """The means of `collect`: one record for all linears that share an input."""
+    sums = collect(block, kinds) if kinds else {}
+    means: dict[str, Inputs] = {}
+    for group in kinds:  # one at a time: a mean is as large as its sum, which goes at once
+        total = sums[group[0]]
         for name in group:
-            del grams[name]
-        means |= dict.fromkeys(group, gram.mean)
-        del gram
+            del sums[name]
+        try:
+            means |= dict.fromkeys(group, Inputs.of(total))
+        except CalibrationError as exc:
+            exc.add_note(f"in {block.name}.{group[0]}")
+            raise
+        del total
     return means
 
 
-def collect(block: Block, shared: Iterable[tuple[str, ...]]) -> dict[str, InputGram]:
-    """Second moments of the inputs of a block's linears, gathered once per group of linears that share an input.
+def collect(block: Block, kinds: Mapping[tuple[str, ...], InputKind]) -> dict[str, InputGram | InputSquares]:
+    """Statistics of the inputs of a block's linears, gathered once per group of linears that share an input.
 
-    shared: names of linears below the block. The result has one entry per linear; those of a group are the same object.
+    kinds: what to gather, by names of linears below the block. The result has one entry per linear; those of a group
+    are the same object.
     """
-    grams: dict[str, InputGram] = {}
+    sums: dict[str, InputGram | InputSquares] = {}
     hooks = []
-    for names in shared:
+    for names, kind in kinds.items():
         linear = block.module.get_submodule(names[0])
-        gram = InputGram(in_features(linear), next(linear.parameters()).device)
-        grams |= dict.fromkeys(names, gram)
-        hooks.append(linear.register_forward_pre_hook(lambda module, args, gram=gram: gram.update(args[0])))
+        total = kind(in_features(linear), next(linear.parameters()).device)
+        sums |= dict.fromkeys(names, total)
+        hooks.append(linear.register_forward_pre_hook(lambda module, args, total=total: total.update(args[0])))
     try:
         for rows in block.batches():
             block.forward(rows)
     finally:
         for hook in hooks:
             hook.remove()
-    return grams
+    return sums
 
 
 def checkpoint_module(stored: Mapping[str, list[str]], block: Block, linear: str) -> str:

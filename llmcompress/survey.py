@@ -10,7 +10,7 @@ What they find is kept beside the finished blocks: sparsities in survey.json, wh
 gradients in one file per block. A run that is killed in a survey begins it anew.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -20,16 +20,17 @@ from torch import Tensor
 from llmcompress.arch import Architecture
 from llmcompress.budget import global_counts, owl_sparsities, score_histogram
 from llmcompress.checkpoint import read_tensors, write_tensors
+from llmcompress.errors import NumericalError
 from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
 from llmcompress.mask import kept
-from llmcompress.methods import Pruner
+from llmcompress.methods import Budgeted
 from llmcompress.plan import Plan, PlannedLinear
 from llmcompress.progress import Progress
-from llmcompress.stats import GradientMean
-from llmcompress.stream import Block, StreamedModel, checkpoint_module, collect_means, oriented, stream_blocks
+from llmcompress.stats import GradientMean, InputGram, Inputs, InputSquares
+from llmcompress.stream import Block, StreamedModel, checkpoint_module, collect_inputs, oriented, stream_blocks
 
-Found = dict[str, Tensor | None]  # statistics of some linears of a block, by name below it
+Found = Mapping[str, Inputs | Tensor]  # of some linears of a block, by name below it; tensors are gradients
 
 
 class Survey:
@@ -54,18 +55,18 @@ class Survey:
         What an earlier run into the same folder has found is used again.
         """
         path = self.folder / "survey.json"
-        if self.plan.survey and not path.exists():
+        if self.plan.survey and not read_json(path):
             sparsities: dict[str, float] = {}
             for walk in self.plan.survey:
                 progress.stage(f"surveying {walk}", self.plan.count)
                 judges = self._judges(walk)
-                for count, (block, found) in enumerate(self._blocks(walk, dense, exact, tokens), 1):
+                for count, (block, found) in enumerate(self._blocks(walk, judges, dense, exact, tokens), 1):
                     self._show(block, found, judges)
                     progress.advance(count, block.name)
                 for judge in judges:
                     sparsities |= judge.sparsities()
             write_json(path, {"sparsity": sparsities})
-        return dict(read_json(path).get("sparsity", {}))
+        return dict(read_json(path)["sparsity"]) if self.plan.survey else {}
 
     def gradients(self, block: Block) -> dict[str, Tensor]:
         """Statistics of gradients that were found for a block's linears, [out, in] float32, by name below it."""
@@ -77,9 +78,9 @@ class Survey:
         judges: list[Ranking | Outliers] = []
         for i, step in enumerate(self.plan.steps):
             method = step.method
-            if isinstance(method, Pruner) and method.budget == "global" and walk == ranked_in(method):
+            if isinstance(method, Budgeted) and method.budget == "global" and walk == ranked_in(method):
                 judges.append(Ranking(method, self.plan.budgeted(i)))
-            if isinstance(method, Pruner) and method.budget == "owl" and walk == "inputs":
+            if isinstance(method, Budgeted) and method.budget == "owl" and walk == "inputs":
                 judges.append(Outliers(method, self.plan.budgeted(i)))
         return judges
 
@@ -89,27 +90,33 @@ class Survey:
             module = checkpoint_module(self.stored, block, name)
             for judge in judges:
                 if module in judge.linears:
-                    judge.see(module, oriented(block, name).float(), found.get(name))
+                    judge.see(module, oriented(block, name), found.get(name))
 
     def _blocks(
-        self, walk: str, dense: StreamedModel, exact: Callable[[], StreamedModel], tokens: Tensor
+        self,
+        walk: str,
+        judges: list["Ranking | Outliers"],
+        dense: StreamedModel,
+        exact: Callable[[], StreamedModel],
+        tokens: Tensor,
     ) -> Iterator[tuple[Block, Found]]:
-        """Every block of the dense model with the statistics of this walk."""
+        """Every block of the dense model with the statistics of this walk, for the linears that are judged."""
         if walk == "weights":
             for index in range(self.architecture.count):
                 yield dense.load_block(index, torch.empty(0)), {}
                 dense.free_block(index)
         elif walk == "inputs":
-            judged = {name for judge in self._judges(walk) for name in judge.linears}
+            judged = {name for judge in judges for name in judge.linears}
+            whole = any(isinstance(judge, Ranking) and judge.method.needs is InputGram for judge in judges)
             for block in stream_blocks(dense, dense.embed(tokens)):
                 names = {name for name in self.architecture.linears if self._module(block, name) in judged}
                 groups = [group for group in self.architecture.shared if names & set(group)]
-                yield block, dict(collect_means(block, groups))
+                yield block, collect_inputs(block, dict.fromkeys(groups, InputGram if whole else InputSquares))
         else:
             for block, sums in stream_gradients(exact(), tokens, self.folder / "inputs", self._accumulators):
                 means = {name: total.mean for name, total in sums.items()}
                 write_tensors(self._gradient_file(block), means)
-                yield block, dict(means)
+                yield block, means
 
     def _accumulators(self, block: Block) -> dict[str, GradientMean]:
         """What gathers the gradients of the linears whose methods need them."""
@@ -131,14 +138,19 @@ class Survey:
 class Ranking:
     """The budget `global`: how many of the highest scores of all are in each matrix."""
 
-    def __init__(self, method: Pruner, linears: list[PlannedLinear]) -> None:
+    def __init__(self, method: Budgeted, linears: list[PlannedLinear]) -> None:
         self.method = method
         self.linears = {linear.name: linear for linear in linears}
         self.histograms: dict[str, Tensor] = {}
 
-    def see(self, name: str, weight: Tensor, statistics: Tensor | None) -> None:
-        """Count the scores of weight [out, in] float32."""
-        self.histograms[name] = score_histogram(self.method.score(weight, statistics)).to("cpu", torch.int32)
+    def see(self, name: str, weight: Tensor, found: Inputs | Tensor | None) -> None:
+        """Count the scores of weight [out, in]."""
+        if isinstance(found, Inputs):
+            found = found.needed_by(self.method.needs) if self.method.needs else None
+        score = self.method.score(weight.float(), found)
+        if bool(score.isnan().any()):
+            raise NumericalError(f"{name}: a score is NaN; the weights or the statistics are damaged")
+        self.histograms[name] = score_histogram(score).to("cpu", torch.int32)
 
     def sparsities(self) -> dict[str, float]:
         """Of every matrix."""
@@ -150,23 +162,23 @@ class Ranking:
 class Outliers:
     """The budget `owl`: what share of a block's scores |W_ij| ||x_j|| stands out."""
 
-    def __init__(self, method: Pruner, linears: list[PlannedLinear]) -> None:
+    def __init__(self, method: Budgeted, linears: list[PlannedLinear]) -> None:
         self.method = method
         self.linears = {linear.name: linear for linear in linears}
-        self.scores: dict[str, Tensor] = {}  # of the block that is being seen
+        self.seen: list[tuple[Tensor, Tensor]] = []  # weights of the block, and the norms of their inputs
         self.shares: dict[int, float] = {}
 
-    def see(self, name: str, weight: Tensor, statistics: Tensor | None) -> None:
-        """Score weight [out, in] float32 with its Gram matrix [in, in]; the last of a block gives the block's share."""
-        assert statistics is not None
+    def see(self, name: str, weight: Tensor, found: Inputs | Tensor | None) -> None:
+        """Note weight [out, in] and the norms of its inputs; the last of a block gives the block's share."""
+        assert isinstance(found, Inputs)
         block = self.linears[name].block
-        self.scores[name] = weight.abs() * statistics.diagonal().sqrt()
-        if len(self.scores) == sum(linear.block == block for linear in self.linears.values()):
-            total = sum(score.numel() for score in self.scores.values())
-            mean = sum(float(score.sum()) for score in self.scores.values()) / total
+        self.seen.append((weight, found.squares.sqrt()))
+        if len(self.seen) == sum(linear.block == block for linear in self.linears.values()):
+            total = sum(weight.numel() for weight, _ in self.seen)
+            mean = sum(float((weight.abs() * norm).sum()) for weight, norm in self.seen) / total
             limit = self.method.outlier_factor * mean
-            self.shares[block] = sum(int((score > limit).sum()) for score in self.scores.values()) / total
-            self.scores.clear()
+            self.shares[block] = sum(int((w.abs() * norm > limit).sum()) for w, norm in self.seen) / total
+            self.seen.clear()
 
     def sparsities(self) -> dict[str, float]:
         """Of every matrix: that of its block."""
@@ -177,6 +189,6 @@ class Outliers:
         return {name: blocks[linear.block] for name, linear in self.linears.items()}
 
 
-def ranked_in(method: Pruner) -> str:
+def ranked_in(method: Budgeted) -> str:
     """The walk that has what the method's score needs."""
     return next(walk for walk in ("gradients", "inputs", "weights") if walk in method.survey)

@@ -151,3 +151,47 @@ def test_the_card_says_where_its_numbers_are_from(made, tmp_path):
     assert f"{folder.name} and compared its logits" in card
     assert "measured on this folder" not in card
     assert "Exported from" not in (folder / "README.md").read_text()
+
+
+def in_file(folder: Path, change: Any) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def in_results(folder: Path, change: Any) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    change(results)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def truncate(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "truncated": (truncate, "safetensors"),
+    "index gone": (lambda f: in_file(f, lambda t: t.pop(f"{Q}_index")), "missing"),
+    "positions": (lambda f: in_file(f, lambda t: t[f"{Q}_index"].zero_()), "q_proj: .*must rise"),
+    "fewer rows": (
+        lambda f: in_file(f, lambda t: t.update({Q: t[Q][:-1], f"{Q}_index": t[f"{Q}_index"][:-1]})),
+        "q_proj: .*not the size that results.json says",
+    ),
+    "no layers": (lambda f: in_results(f, lambda r: r.update(layers=3)), "results.json: is damaged"),
+    "nameless layer": (lambda f: in_results(f, lambda r: r["layers"][0].pop("name")), "results.json: is damaged"),
+    "pattern": (lambda f: in_results(f, lambda r: r["layers"][0].update(pattern="x")), "results.json: is damaged"),
+    "format": (lambda f: in_results(f, lambda r: r.update(format="x")), "results.json: is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused_and_nothing_is_left(damage, made, tmp_path):
+    export(made("llama", "pruned"), "sparse24", tmp_path / "packed")
+    change, words = DAMAGES[damage]
+    change(tmp_path / "packed")
+    with pytest.raises(FormatError, match=words):
+        export(tmp_path / "packed", "dense", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["packed"]

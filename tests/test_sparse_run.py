@@ -1,5 +1,6 @@
 """Whole runs that prune: zeros in every file, in every later step, and in what stock libraries load."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from conftest import ARCHITECTURES
 from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
 
 from llmcompress import load
-from llmcompress.errors import PlanError, RecipeError, SourceError
+from llmcompress.errors import CalibrationError, FormatError, NumericalError, PlanError, RecipeError, SourceError
 from llmcompress.export import export
 from llmcompress.mask import Pattern, follows
+from llmcompress.methods import METHODS
 from llmcompress.run import run
 
 TWO_OF_FOUR = {"method": "magnitude", "pattern": "2:4"}
@@ -67,6 +69,7 @@ def test_zeros_survive_every_quantizer(pruner, quantizer, run_tiny):
     for name, weight in weights(folder, results).items():
         assert 1 - int(weight.count_nonzero()) / weight.numel() >= 0.5, name
         assert "pattern" not in pruner or follows(weight != 0, Pattern.parse("2:4"))
+    assert {row["pattern"] for row in results["layers"]} == {pruner.get("pattern", "row")}
     assert {row["method"] for row in results["layers"]} == {f"{pruner['method']} + {quantizer['method']}"}
 
 
@@ -303,3 +306,101 @@ def test_an_override_that_matches_nothing(run_tiny):
 def test_survey_without_calibration(run_tiny):
     with pytest.raises(PlanError, match="method 'magnitude' needs `calibration` data"):
         run_tiny("llama", {"method": "magnitude", "sparsity": 0.6, "budget": "owl"}, calibration=None)
+
+
+# what must not happen
+
+
+def test_a_method_that_fills_a_masked_weight_is_found_out(run_tiny, monkeypatch, tmp_path):
+    compress = METHODS["rtn"].compress
+
+    def careless(self: Any, weight: Any, statistics: Any, dtype: Any, mask: Any = None) -> Any:
+        result = compress(self, weight, statistics, dtype, mask)
+        result.values[~mask] = 1.0
+        return result
+
+    monkeypatch.setattr(METHODS["rtn"], "compress", careless)
+    with pytest.raises(NumericalError, match=r"layers\.0\.\S+: RTN gave values to \d+ pruned weights"):
+        run_tiny("llama", TWO_OF_FOUR, RTN)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zeros_of_an_earlier_run_survive_however_few(run_tiny, text, tmp_path, monkeypatch):
+    pruned, before = run_tiny("llama", {"method": "magnitude", "sparsity": 0.03})
+    zeros = {name: weight == 0 for name, weight in weights(pruned, before).items()}
+    with proof_inside(monkeypatch):
+        after = run(recipe(pruned, text, GPTQ), tmp_path / "second")
+    for name, weight in weights(tmp_path / "second", after).items():
+        assert zeros[name].any()
+        assert not weight[zeros[name]].any(), name
+
+
+@pytest.mark.parametrize("pattern", ["row", "block:16", "2:4", "layer"])
+def test_the_pattern_is_recorded_as_asked_also_after_rounding(pattern, run_tiny):
+    """Kept weights that round to zero do not make it another one."""
+    pruner = {"method": "wanda", "pattern": pattern} | ({} if pattern == "2:4" else {"sparsity": 0.5})
+    _, results = run_tiny("llama", pruner, RTN | {"bits": 2})
+    assert {row["pattern"] for row in results["layers"]} == {pattern}
+
+
+def test_a_manifest_that_promises_too_much(tiny_folders, text, tmp_path, monkeypatch):
+    """It says 2:4 and the weights are dense: the format refuses, with the name of the linear."""
+    shutil.copytree(tiny_folders("llama"), tmp_path / "theirs")
+    rows = [{"name": "model.layers.0.mlp.up_proj", "pattern": "2:4", "sparsity": 0.5}]
+    (tmp_path / "theirs" / "llmcompress.json").write_text(json.dumps({"layers": rows}))
+    step = RTN | {"targets": ["model.layers.0.mlp.up_proj"]}
+    with pytest.raises(FormatError, match="four are not zero; prune to 2:4") as caught:
+        run(recipe(tmp_path / "theirs", text, step, output={"format": "sparse24-int4"}), tmp_path / "out")
+    assert "in model.layers.0.mlp.up_proj" in str(caught.value.__notes__)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_linear_that_no_token_reaches(run_tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr("llmcompress.stats.InputSquares.update", lambda self, x: None)
+    with pytest.raises(CalibrationError, match="no tokens reached this layer") as caught:
+        run_tiny("llama", {"method": "wanda", "sparsity": 0.5})
+    assert "in model.layers.0.self_attn.q_proj" in str(caught.value.__notes__)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_survey_is_made_again(tiny_folders, text, tmp_path, monkeypatch):
+    """Not taken for the same sparsity everywhere."""
+    step = {"method": "magnitude", "sparsity": 0.6, "pattern": "global"}
+    whole = recipe(tiny_folders("llama"), text, step)
+    with proof_inside(monkeypatch):
+        expected = run(whole, tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr("llmcompress.job.BlockCompressor.__call__", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(whole, tmp_path / "out")
+        (tmp_path / "out.partial" / ".state" / "survey.json").write_text("{")
+        found = run(whole, tmp_path / "out")
+    assert [row["zeros"] for row in found["layers"]] == [row["zeros"] for row in expected["layers"]]
+
+
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_plan_says_what_dense_output_means(run_tiny):
+    _, results = run_tiny("llama", TWO_OF_FOUR)
+    assert any("`output.format` sparse24 or bitmask, which llmcompress loads" in note for note in results["notes"])
+    assert not any("quantized" in note for note in results["notes"])
+
+
+@pytest.mark.parametrize("budget", ["erk", "owl", "global"])
+def test_the_joint_sweep_takes_budgets_too(budget, run_tiny):
+    step = GPTQ | {"pattern": "layer", "sparsity": 0.6, "budget": budget, "outlier_factor": 2.0}
+    _, results = run_tiny("llama", step | {"overrides": {"*.o_proj": 0.25}})
+    shares = {row["name"]: round(row["sparsity"], 2) for row in results["layers"]}
+    assert len(set(shares.values())) > 2
+    assert all(share >= 0.25 for name, share in shares.items() if name.endswith("o_proj"))
+    assert {row["method"] for row in results["layers"]} == {"gptq"}
+
+
+def test_a_budget_is_for_the_step_that_prunes(run_tiny):
+    """The quantizer after it keeps its own options."""
+    step = {"method": "wanda", "sparsity": 0.6, "pattern": "layer", "budget": "global"}
+    _, results = run_tiny("llama", step, GPTQ)
+    assert results["format"] == "pack-quantized"
+    assert len({row["sparsity"] for row in results["layers"]}) > 3

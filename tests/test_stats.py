@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmcompress import stats
 from llmcompress.errors import CalibrationError
-from llmcompress.stats import InputGram
+from llmcompress.stats import SAMPLE, InputGram, Inputs, InputSquares
 
 few = settings(max_examples=15, deadline=None)
 
@@ -105,3 +105,30 @@ def test_bfloat16_inputs_lose_nothing():
     exact = x.double().T @ x.double() / 64
     assert float((gram.mean.double() - exact).norm() / exact.norm()) < 64 * torch.finfo(torch.float32).eps
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
+def test_squares_are_the_diagonal_and_a_sample_is_kept():
+    x = samples(SAMPLE + 500, 12)
+    squares = InputSquares(12)
+    for part in x.split(3000):
+        squares.update(part)
+    found, whole = Inputs.of(squares), Inputs.of(gram_of(x))
+    torch.testing.assert_close(found.squares, whole.squares)
+    torch.testing.assert_close(found.gram, gram_of(x[:SAMPLE]).mean)
+    assert squares.tokens == SAMPLE + 500
+    assert torch.equal(whole.squares, whole.gram.diagonal())
+    assert found.needed_by(InputSquares).shape == (12,)
+    assert found.needed_by(InputGram).shape == (12, 12)
+
+
+def test_squares_of_parts_add_up():
+    x = samples(400, 12)
+    first, second, both = InputSquares(12), InputSquares(12), InputSquares(12)
+    first.update(x[:100])
+    second.update(x[100:])
+    both.update(x)
+    first.merge(second)
+    torch.testing.assert_close(first.mean, both.mean)
+    torch.testing.assert_close(first.sample.mean, both.sample.mean)
+    with pytest.raises(CalibrationError, match="no tokens reached this layer"):
+        _ = InputSquares(12).mean

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmcompress import stream
 from llmcompress.arch import discover, skeleton
 from llmcompress.errors import CalibrationError, FormatError
+from llmcompress.stats import InputGram
 from llmcompress.stream import StreamedModel, batches, collect, stream_blocks
 
 SAMPLES, LENGTH = 5, 24  # longer than the sliding window of 16
@@ -184,7 +185,7 @@ def test_grams_are_those_of_the_inputs(kind):
         )
         for name in model.architecture.linears
     ]
-    grams = collect(block, shared)
+    grams = collect(block, dict.fromkeys(shared, InputGram))
     assert set(grams) == set(model.architecture.linears)
     for hook in hooks:
         hook.remove()
@@ -201,7 +202,7 @@ def test_collect_only_what_is_asked_and_leave_no_hooks():
     model = streamed("llama")
     block = next(stream_blocks(model, model.embed(tokens())))
     before = block.hidden.clone()
-    grams = collect(block, [("mlp.gate_proj", "mlp.up_proj")])
+    grams = collect(block, {("mlp.gate_proj", "mlp.up_proj"): InputGram})
     assert set(grams) == {"mlp.gate_proj", "mlp.up_proj"}
     assert not any(module._forward_pre_hooks for module in block.module.modules())
     assert torch.equal(block.hidden, before)

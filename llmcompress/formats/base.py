@@ -56,3 +56,7 @@ class OwnFormat(Format, Protocol):
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> None:
         """Raise FormatError unless the tensors hold a weight of this shape; much cheaper than `unpack`."""
         ...
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight's values [out, in] from tensors that `check` has seen; nothing is looked at again."""
+        ...

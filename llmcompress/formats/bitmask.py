@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import FormatError
-from llmcompress.formats.sparse24 import METHOD, VERSION, describe
+from llmcompress.formats.sparse24 import DTYPES, METHOD, VERSION, describe
 from llmcompress.weight import CompressedWeight, Kind
 
 BIT = torch.arange(8, dtype=torch.uint8)
@@ -49,7 +49,13 @@ class Bitmask:
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
         """The values. Raises FormatError if the tensors do not fit each other or the format."""
-        stored, keep = tensors["weight"], self.mask(tensors)
+        self.mask(tensors)
+        return self.values(tensors)
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The values of tensors that `check` has seen."""
+        stored, columns = tensors["weight"], int(tensors["weight_shape"][1])
+        keep = bits_of(tensors["weight_mask"])[:, :columns]
         values = torch.zeros(keep.shape, dtype=stored.dtype, device=stored.device)
         values[keep] = stored
         return values
@@ -75,22 +81,27 @@ class Bitmask:
 
     def mask(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Which weights stay, [out, in] bool. Raises FormatError if the tensors do not fit each other."""
-        stored, mask, shape = tensors["weight"], tensors.get("weight_mask"), tensors.get("weight_shape")
+        stored, mask, shape = (tensors.get(leaf) for leaf in ("weight", "weight_mask", "weight_shape"))
         if shape is None or shape.dtype != torch.int64 or tuple(shape.shape) != (2,) or int(shape.min()) < 1:
-            found = "missing" if shape is None else describe(shape)
-            raise FormatError(f"bitmask: weight_shape is {found}, expected two positive int64 numbers, out and in")
+            raise FormatError(
+                f"bitmask: weight_shape is {describe(shape)}, expected two positive int64 numbers, out and in"
+            )
         rows, columns = shape.tolist()
         if mask is None or mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, ceil(columns / 8)):
-            found = "missing" if mask is None else describe(mask)
-            raise FormatError(f"bitmask: weight_mask is {found}, expected uint8 [{rows}, {ceil(columns / 8)}]")
-        bits = (mask[..., None] >> BIT.to(mask.device) & 1).bool().flatten(1)
+            raise FormatError(f"bitmask: weight_mask is {describe(mask)}, expected uint8 [{rows}, {ceil(columns / 8)}]")
+        bits = bits_of(mask)
         keep = bits[:, :columns]
         if bool(bits[:, columns:].any()):
             raise FormatError("bitmask: bits after the last column must be zero; the file is damaged")
-        if not stored.is_floating_point() or stored.ndim != 1 or len(stored) != int(keep.sum()):
+        if stored is None or stored.dtype not in DTYPES or stored.ndim != 1 or len(stored) != int(keep.sum()):
             raise FormatError(f"bitmask: weight is {describe(stored)}, expected floats [{int(keep.sum())}]")
         return keep
 
     def config(self, kinds: Mapping[str, Kind], ignore: list[str]) -> dict[str, Any] | None:
         """Which linears are stored so."""
         return {"quant_method": METHOD, "version": VERSION, "format": self.name, "modules": sorted(kinds)}
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """mask [out, bytes] uint8 -> its bits [out, 8 bytes] bool, the lowest of a byte first."""
+    return (mask[..., None] >> BIT.to(mask.device) & 1).bool().flatten(1)

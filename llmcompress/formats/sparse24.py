@@ -27,6 +27,7 @@ from llmcompress.weight import CompressedWeight, Kind
 
 VERSION = 1
 METHOD = "llmcompress"  # quant_method in config.json
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of stored values and scales
 
 
 class Sparse24:
@@ -55,8 +56,13 @@ class Sparse24:
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
         """The values. Raises FormatError if the tensors do not fit each other or the format."""
-        stored, (_, columns) = tensors["weight"], self.shape(tensors)
-        return spread(stored, read_positions(tensors, columns))
+        _, columns = self.shape(tensors)
+        check_positions(tensors, columns)
+        return self.values(tensors)
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The values of tensors that `check` has seen."""
+        return spread(tensors["weight"], positions_of(tensors["weight_index"]))
 
     def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
         """The values."""
@@ -75,12 +81,12 @@ class Sparse24:
         found = self.shape(tensors)
         if found != shape:
             raise FormatError(f"{self.name}: the tensors hold a weight of {list(found)}, expected {list(shape)}")
-        read_positions(tensors, shape[1])
+        check_positions(tensors, shape[1])
 
     def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """[out, in] by the stored weights. Raises FormatError."""
-        stored = tensors["weight"]
-        if not stored.is_floating_point() or stored.ndim != 2:
+        stored = tensors.get("weight")
+        if stored is None or stored.dtype not in DTYPES or stored.ndim != 2:
             raise FormatError(f"sparse24: weight is {describe(stored)}, expected floats [out, in / 2]")
         return stored.shape[0], stored.shape[1] * 2
 
@@ -124,10 +130,19 @@ class Sparse24Int4(Sparse24):
 
     def read(self, tensors: Mapping[str, Tensor], kind: Kind, transposed: bool) -> CompressedWeight:
         """The values, their codes and their grid."""
-        (_, columns), stored, scale = self.shape(tensors), tensors["weight"], tensors["weight_scale"]
+        check_positions(tensors, self.shape(tensors)[1])
+        return self.decoded(tensors)
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The values of tensors that `check` has seen."""
+        return self.decoded(tensors).values
+
+    def decoded(self, tensors: Mapping[str, Tensor]) -> CompressedWeight:
+        """Codes and grid of tensors that are as they should be."""
+        stored, scale = tensors["weight"], tensors["weight_scale"]
         kept = torch.stack([stored & 15, stored >> 4], dim=-1).flatten(1)
-        codes = spread(kept, read_positions(tensors, columns), fill=8)
-        group = columns // scale.shape[1]
+        codes = spread(kept, positions_of(tensors["weight_index"]), fill=8)
+        group = codes.shape[1] // scale.shape[1]
         zero = torch.full(scale.shape, 8, dtype=torch.int32, device=scale.device)
         return CompressedWeight.on_grid(codes, IntGrid(4, group, True, scale, zero))
 
@@ -142,17 +157,16 @@ class Sparse24Int4(Sparse24):
 
     def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """[out, in] by the stored codes, which the scales must fit. Raises FormatError."""
-        stored, scale = tensors["weight"], tensors.get("weight_scale")
-        if stored.dtype != torch.uint8 or stored.ndim != 2:
+        stored, scale = tensors.get("weight"), tensors.get("weight_scale")
+        if stored is None or stored.dtype != torch.uint8 or stored.ndim != 2:
             raise FormatError(f"sparse24-int4: weight is {describe(stored)}, expected uint8 [out, in / 4]")
         rows, columns = stored.shape[0], stored.shape[1] * 4
-        if scale is None or not scale.is_floating_point() or scale.ndim != 2 or scale.shape[0] != rows:
-            found = "missing" if scale is None else describe(scale)
-            raise FormatError(f"sparse24-int4: weight_scale is {found}, expected floats [{rows}, in / group]")
+        if scale is None or scale.dtype not in DTYPES or scale.ndim != 2 or scale.shape[0] != rows:
+            raise FormatError(f"sparse24-int4: weight_scale is {describe(scale)}, expected floats [{rows}, in / group]")
         if scale.shape[1] == 0 or columns % scale.shape[1]:
             raise FormatError(f"sparse24-int4: {scale.shape[1]} groups do not divide {columns} input columns")
-        if not bool((scale > 0).all()):
-            raise FormatError("sparse24-int4: a scale is zero, negative or not a number; the file is damaged")
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise FormatError("sparse24-int4: a scale is zero, negative, infinite or no number; the file is damaged")
         return rows, columns
 
 
@@ -186,18 +200,23 @@ def pack_positions(position: Tensor) -> Tensor:
     return p[..., 0] | p[..., 1] << 2 | p[..., 2] << 4 | p[..., 3] << 6
 
 
-def read_positions(tensors: Mapping[str, Tensor], columns: int) -> Tensor:
-    """Positions [out, in / 4, 2] int64 of stored tensors. Raises FormatError if they are missing or damaged."""
+def positions_of(index: Tensor) -> Tensor:
+    """index [out, in / 8] uint8 -> positions [out, in / 4, 2] int64."""
+    return torch.stack([index >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).reshape(len(index), -1, 2).long()
+
+
+def check_positions(tensors: Mapping[str, Tensor], columns: int) -> None:
+    """Raise FormatError if the positions for a weight with so many columns are missing or damaged."""
     index, rows = tensors.get("weight_index"), tensors["weight"].shape[0]
     if index is None or index.dtype != torch.uint8 or tuple(index.shape) != (rows, columns // 8) or columns % 8:
-        found = "missing" if index is None else describe(index)
-        raise FormatError(f"sparse24: weight_index is {found}, expected uint8 [{rows}, {columns // 8}]")
-    position = torch.stack([index >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).reshape(rows, -1, 2).long()
+        raise FormatError(f"sparse24: weight_index is {describe(index)}, expected uint8 [{rows}, {columns // 8}]")
+    position = positions_of(index)
     if not bool((position[..., 0] < position[..., 1]).all()):
         raise FormatError("sparse24: positions must rise within every four columns; some do not: the file is damaged")
-    return position
 
 
-def describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor | None) -> str:
     """Dtype and shape, for messages."""
+    if tensor is None:
+        return "missing"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,7 +1,7 @@
 """Every method, by the name that recipes use. Adding a method is a file here and a line below."""
 
 from llmcompress.methods.awq import AWQ
-from llmcompress.methods.base import IntMethod, Method, Pruner
+from llmcompress.methods.base import Budgeted, IntMethod, Method, Pruner
 from llmcompress.methods.gptq import GPTQ
 from llmcompress.methods.hqq import HQQ
 from llmcompress.methods.magnitude import Magnitude
@@ -27,4 +27,4 @@ METHODS: dict[str, type[Method]] = {
     "taylor": Taylor,
 }
 
-__all__ = ["METHODS", "IntMethod", "Method", "Pruner"]
+__all__ = ["METHODS", "Budgeted", "IntMethod", "Method", "Pruner"]

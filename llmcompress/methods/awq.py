@@ -11,12 +11,12 @@ weight column (the paper's mean of |x| is replaced by the RMS, which the Gram ma
 
     s = x^r          and          s = x^r / w^(1-r)
 
-The error of a candidate needs no forward pass. With G the mean of x xᵀ and D = Q(W diag(s)) diag(s)⁻¹ - W it is
-tr(D G Dᵀ), summed over the consumers. After scaling, every group's range is searched by the same error with the
-group's own block of G (the paper's clipping).
+Every second r is tried, and then the neighbours of the best. The error of a candidate needs no forward pass: with G the
+mean of x xᵀ and D = Q(W diag(s)) diag(s)⁻¹ - W it is tr(D G Dᵀ), summed over the consumers. After scaling, the range of
+every group is searched by the same error with the group's own block of G (the paper's clipping).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llmcompress.grid import row_chunks, snap
 from llmcompress.methods.base import IntMethod, required
-from llmcompress.stats import InputGram, Statistics
+from llmcompress.stats import InputGram, Statistics, bfloat16_products
 from llmcompress.weight import CompressedWeight, quadratic
 
 FLOOR = 1e-4  # of the mean: a dead channel must not set the normalization of all others
@@ -44,8 +44,8 @@ class AWQ(IntMethod):
 
     @property
     def products(self) -> float:
-        """One of rows x in x in for every candidate, on a sample of the rows."""
-        return 4.0 * self.grid_points
+        """One of rows x in x in for every candidate, of which half are tried, on a sample of the rows."""
+        return 2.0 * self.grid_points
 
     def compress(
         self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
@@ -67,26 +67,30 @@ class AWQ(IntMethod):
         stacked = torch.cat(weights)
         stacked = stacked[:: -(-len(stacked) // self.search_rows)]  # a scale is shared by all rows: a sample is enough
         rows = int(index.max()) + 1
-        best, best_scale = float("inf"), torch.ones(rows, device=gram.device)
-        for scale in self._candidates(stacked, gram, index, rows):
-            error = self._error(stacked, gram, scale[index], dtype)
-            if error < best:
-                best, best_scale = error, scale
+        best_scale = torch.ones(rows, device=gram.device)
+        best = self._error(stacked, gram, best_scale[index], dtype)
+        for scale_of, last in self._candidates(stacked, gram, index, rows):
+
+            def error(i: int, scale_of: Callable[[int], Tensor] = scale_of) -> float:
+                return self._error(stacked, gram, scale_of(i)[index], dtype)
+
+            for i, found in coarse_to_fine(error, last).items():
+                if found < best:
+                    best, best_scale = found, scale_of(i)
         return best_scale
 
-    def _candidates(self, w: Tensor, gram: Tensor, index: Tensor, rows: int) -> Iterator[Tensor]:
-        """Candidate scales [rows], identity first."""
+    def _candidates(
+        self, w: Tensor, gram: Tensor, index: Tensor, rows: int
+    ) -> Iterator[tuple[Callable[[int], Tensor], int]]:
+        """Families of candidate scales [rows]: one for each i from 1 to the number beside it, r = i / grid_points."""
         x = per_row(gram.diagonal(), index, rows).sqrt()
         groups = w.abs().reshape(len(w), -1, self.group(w.shape[1]))
         relative = groups / groups.amax(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
         size = per_row(relative.reshape(w.shape).mean(0), index, rows)
         x, size = (t.clamp(min=FLOOR * float(t.mean()) or 1.0) for t in (x, size))
-        yield torch.ones_like(x)
-        for i in range(1, self.grid_points + 1):
-            r = i / self.grid_points
-            yield normalized(x**r)
-            if self.duo and r < 1:
-                yield normalized(x**r / size ** (1 - r))
+        yield lambda i: normalized(x ** (i / self.grid_points)), self.grid_points
+        if self.duo:
+            yield (lambda i: normalized((x * size) ** (i / self.grid_points) / size)), self.grid_points - 1
 
     def _error(self, w: Tensor, gram: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
         """tr(D G Dᵀ) for D = Q(w diag(scale)) diag(scale)⁻¹ - w."""
@@ -95,8 +99,16 @@ class AWQ(IntMethod):
             scaled = w[rows] * scale
             grid = self.fit(scaled, dtype, search=False)
             snapped = snap(scaled.reshape(len(scaled), -1, group), grid.scale.float(), grid.zero.float(), self.bits)
-            total += float(quadratic((snapped.reshape(scaled.shape) - scaled) / scale, gram))
+            with bfloat16_products():  # rounding alone leaves errors that hardly cancel in G, so this orders them well
+                total += float(quadratic((snapped.reshape(scaled.shape) - scaled) / scale, gram))
         return total
+
+
+def coarse_to_fine(error: Callable[[int], float], last: int) -> dict[int, float]:
+    """Errors at every second of 1 .. last, and at the neighbours of the best of these."""
+    found = {i: error(i) for i in range(2, last + 1, 2)}
+    middle = min(found, key=lambda i: found[i], default=0)
+    return found | {i: error(i) for i in (middle - 1, middle + 1) if 1 <= i <= last}
 
 
 def per_row(x: Tensor, index: Tensor, rows: int) -> Tensor:

@@ -30,9 +30,9 @@ class Method(Options):
     ) -> CompressedWeight:
         """The weight as a checkpoint of `dtype` holds it.
 
-        weight: [out, in] float32.  statistics: the float32 mean of what the method `needs`, [in, in] of InputGram or
-        [out, in] of gradients, or None.  mask: [out, in] bool from an earlier step, True where a weight stays; others
-        are zero in `weight` and must be zero in the result.
+        weight: [out, in] float32.  statistics: the float32 mean of what the method `needs`: [in, in] of InputGram,
+        [in] of InputSquares, [out, in] of gradients, or None.  mask: [out, in] bool from an earlier step, True where a
+        weight stays; others are zero in `weight` and must be zero in the result.
         """
         raise NotImplementedError(f"{type(self).__name__}.compress")
 
@@ -71,10 +71,9 @@ class Method(Options):
         raise NotImplementedError(f"{type(self).__name__}.link_scale")
 
 
-class Pruner(Method):
-    """A method whose result is a mask, and the weights that stay."""
+class Budgeted(Method):
+    """A method that makes masks: how much goes, and how that is spread over the linears of a step."""
 
-    pattern: str = Field("row", description="row, layer, global, n:m such as 2:4, or block:n")
     sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
     budget: Literal["uniform", "erk", "owl", "global"] = Field("uniform", description="how the sparsity is spread")
     overrides: dict[str, float] = Field({}, description="other sparsities, by globs on module names; outside `budget`")
@@ -93,12 +92,22 @@ class Pruner(Method):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_sparsity(self.pattern, self.sparsity)
-        if self.prunes.kind == "n:m" and (self.budget != "uniform" or self.overrides):
-            raise ValueError(
-                f"pattern {self.pattern} has one sparsity for all; leave `budget` and `overrides` out, or use row or "
-                "layer"
-            )
+        pattern = self.prunes
+        if pattern is None:
+            if self.sparsity is not None or self.budget != "uniform" or self.overrides:
+                raise ValueError("sparsity, budget and overrides are for pruning; set `pattern` too, such as row")
+            return self
+        if pattern.kind == "n:m":
+            own = 1 - pattern.n / pattern.m
+            if self.sparsity is not None and self.sparsity != own:
+                raise ValueError(f"pattern {pattern} removes {own:g} of the weights; leave `sparsity` out")
+            if self.budget != "uniform" or self.overrides:
+                raise ValueError(
+                    f"pattern {pattern} has one sparsity for all; leave `budget` and `overrides` out, or use layer"
+                )
+            return self
+        if self.sparsity is None:
+            raise ValueError(f"pattern {pattern} needs `sparsity`, the share to remove, such as 0.5")
         for glob, sparsity in self.overrides.items():
             if not 0 <= sparsity < 1:
                 raise ValueError(f"overrides: {glob!r} is {sparsity}, expected a share from 0 to below 1")
@@ -127,20 +136,26 @@ class Pruner(Method):
         raise NotImplementedError(f"{type(self).__name__}.score")
 
     @property
-    def prunes(self) -> Pattern:
-        """The pattern."""
-        return Pattern.parse(self.pattern)
-
-    @property
     def share(self) -> float:
         """Of the weights that go."""
         pattern = self.prunes
-        return 1 - pattern.n / pattern.m if self.sparsity is None else self.sparsity
+        return 1 - pattern.n / pattern.m if pattern and self.sparsity is None else self.sparsity or 0.0
 
     @property
     def stacks(self) -> bool:
         """A count over a whole matrix is over that matrix alone."""
-        return self.prunes.kind != "layer"
+        return self.prunes is None or self.prunes.kind != "layer"
+
+
+class Pruner(Budgeted):
+    """A method whose result is a mask, and the weights that stay."""
+
+    pattern: str = Field("row", description="row, layer, global, n:m such as 2:4, or block:n")
+
+    @property
+    def prunes(self) -> Pattern:
+        """The pattern."""
+        return Pattern.parse(self.pattern)
 
 
 class ScoreMethod(Pruner):
@@ -157,15 +172,6 @@ class ScoreMethod(Pruner):
             gone = 0 if self.prunes.kind == "block" else -1
             keep = keep_best(score.masked_fill(~mask, gone), self.prunes, self.share).logical_and_(mask)
         return CompressedWeight(values=weight.masked_fill(~keep, 0).to(dtype), mask=keep)
-
-
-def check_sparsity(pattern: str, sparsity: float | None) -> None:
-    """Whether the two options fit. Raises ValueError."""
-    found = Pattern.parse(pattern)
-    if found.kind == "n:m" and sparsity is not None and sparsity != 1 - found.n / found.m:
-        raise ValueError(f"pattern {pattern} removes {1 - found.n / found.m:g} of the weights; leave `sparsity` out")
-    if found.kind != "n:m" and sparsity is None:
-        raise ValueError(f"pattern {pattern} needs `sparsity`, the share to remove, such as 0.5")
 
 
 class IntMethod(Method):

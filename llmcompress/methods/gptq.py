@@ -13,29 +13,30 @@ on to the columns after it, which leaves less output error than to skip masked w
 pruning and rounding are compensated together.
 """
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from llmcompress.grid import IntGrid
 from llmcompress.mask import Pattern
-from llmcompress.methods.base import IntMethod, check_sparsity, required
-from llmcompress.methods.sparsegpt import MaskChoice, chunk_rows, column_order
+from llmcompress.methods.base import Budgeted, IntMethod, required
+from llmcompress.methods.sparsegpt import MaskChoice, chunk_rows, column_order, saliency
 from llmcompress.methods.sweep import Sweep, reversed_factor
 from llmcompress.stats import InputGram, Statistics
 from llmcompress.weight import CompressedWeight
 
 
-class GPTQ(IntMethod):
+class GPTQ(IntMethod, Budgeted):
     """Options of `method: gptq`."""
 
     range: Literal["minmax", "search"] = "search"
-    act_order: bool = True
+    act_order: bool | None = Field(
+        None, description="large inputs first; left out: unless blocks of columns are pruned"
+    )
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")
-    pattern: str | None = Field(None, description="also prune: row, layer, n:m such as 2:4, or block:n")
-    sparsity: float | None = Field(None, ge=0, lt=1, description="share removed; n:m has its own")
+    pattern: str | None = Field(None, description="also prune: row, layer, global, n:m such as 2:4, or block:n")
     needs: ClassVar[Statistics | None] = InputGram
 
     @property
@@ -43,23 +44,14 @@ class GPTQ(IntMethod):
         """The sweep, and its factor."""
         return 2.0
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.pattern is None and self.sparsity is not None:
-            raise ValueError("sparsity is for pruning in the same sweep; set `pattern` too, such as row")
-        if self.pattern is not None:
-            check_sparsity(self.pattern, self.sparsity)
-        return self
-
     @property
     def prunes(self) -> Pattern | None:
         """The pattern, if the mask is chosen here."""
         return None if self.pattern is None else Pattern.parse(self.pattern)
 
-    @property
-    def stacks(self) -> bool:
-        """A count over a whole matrix is over that matrix alone."""
-        return self.pattern != "layer"
+    def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
+        """As SparseGPT's, for ranking matrices."""
+        return saliency(weight, required(self, statistics), self.damp)
 
     def compress(
         self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
@@ -68,7 +60,9 @@ class GPTQ(IntMethod):
         gram, pattern = required(self, statistics), self.prunes
         diagonal = gram.diagonal()
         dead = diagonal == 0  # inputs that were always zero: any weight is right, zero is cheap
-        order = column_order(diagonal, pattern.m if pattern else 1, by_size=self.act_order)
+        # blocks of columns keep equal shares: sorted by size, loud ones would lose as many weights as quiet ones
+        by_size = self.act_order if self.act_order is not None else pattern is None or pattern.kind == "n:m"
+        order = column_order(diagonal, pattern.m if pattern else 1, by_size=by_size)
         factor = reversed_factor(gram, order, self.damp)
         parts, start = [], 0
         for rows in weight.split(chunk_rows(weight, pattern or Pattern("row"))):
@@ -106,9 +100,3 @@ class GPTQ(IntMethod):
         back = order.argsort()
         found = None if keep is None else keep[back].T.contiguous()
         return CompressedWeight.on_grid(codes[back].T.contiguous(), grid, found)
-
-    @property
-    def share(self) -> float:
-        """Of the weights that go."""
-        pattern = self.prunes
-        return 1 - pattern.n / pattern.m if pattern and self.sparsity is None else self.sparsity or 0.0

@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.methods.base import ScoreMethod, required
-from llmcompress.stats import InputGram, Statistics
+from llmcompress.stats import InputSquares, Statistics
 
 
 class RIA(ScoreMethod):
     """Options of `method: ria`."""
 
     a: float = Field(0.5, ge=0, le=2, description="weight of the activations")
-    needs: ClassVar[Statistics | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputSquares
 
     @property
     def stacks(self) -> bool:
@@ -28,8 +28,8 @@ class RIA(ScoreMethod):
         return False
 
     def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
-        """The equation above for weight [out, in] and gram [in, in] float32, with RMS inputs."""
+        """The equation above for weight [out, in] and mean squared inputs [in] float32, with RMS inputs."""
         size = weight.abs()
         tiny = torch.finfo(size.dtype).tiny  # an all-zero row or column has scores of zero
         share = size / size.sum(0).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
-        return share * required(self, statistics).diagonal().pow(self.a / 2)
+        return share * required(self, statistics).pow(self.a / 2)

@@ -63,11 +63,8 @@ class SparseGPT(Pruner):
         return CompressedWeight.join(parts)
 
     def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
-        """What removing one weight alone costs if all others may adapt: w² / [G⁻¹]_jj; for ranking matrices."""
-        gram = required(self, statistics)
-        order = torch.arange(len(gram), device=gram.device)
-        factor = reversed_factor(gram, order, self.damp)  # [G⁻¹]_jj is the squared norm of column j of U
-        return weight.square() / factor.square().sum(0).flip(0)
+        """What removing one weight alone costs, for ranking matrices."""
+        return saliency(weight, required(self, statistics), self.damp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +96,12 @@ class MaskChoice:
             count = kept(here.stop // pattern.m, self.share) - kept(here.start // pattern.m, self.share)
             best = first_of(runs, count).repeat_interleave(pattern.m, 1)
         self.keep[here] &= best.T
+
+
+def saliency(weight: Tensor, gram: Tensor, damp: float) -> Tensor:
+    """What removing one weight alone costs if all others may adapt: w² / [G⁻¹]_jj, [out, in] like weight."""
+    factor = reversed_factor(gram, torch.arange(len(gram), device=gram.device), damp)
+    return weight.square() / factor.square().sum(0).flip(0)  # [G⁻¹]_jj is the squared norm of column j of U
 
 
 def column_order(size: Tensor, together: int, *, by_size: bool) -> Tensor:

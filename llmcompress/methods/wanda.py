@@ -1,7 +1,7 @@
 """Wanda: prune by weights and activations, without an update.
 
 Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695, equation 1.
-With ||x_j|| the norm of input j over the calibration tokens, here the root mean square (the square root of G_jj):
+With ||x_j|| the norm of input j over the calibration tokens, here the root mean square:
 
     S_ij = |W_ij| ||x_j||          compared within each output row
 """
@@ -11,14 +11,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from llmcompress.methods.base import ScoreMethod, required
-from llmcompress.stats import InputGram, Statistics
+from llmcompress.stats import InputSquares, Statistics
 
 
 class Wanda(ScoreMethod):
     """Options of `method: wanda`."""
 
-    needs: ClassVar[Statistics | None] = InputGram
+    needs: ClassVar[Statistics | None] = InputSquares
 
     def score(self, weight: Tensor, statistics: Tensor | None) -> Tensor:
-        """|W_ij| sqrt(G_jj) for weight [out, in] and gram [in, in] float32."""
-        return weight.abs() * required(self, statistics).diagonal().sqrt()
+        """|W_ij| ||x_j|| for weight [out, in] and mean squared inputs [in] float32."""
+        return weight.abs() * required(self, statistics).sqrt()

@@ -161,7 +161,7 @@ def change(folder: Path, ending: str, make: Any) -> None:
         ("sparse24", "q_proj.weight", lambda t: t[:, :-4], "hold a weight of"),
         ("sparse24-int4", "down_proj.weight_index", lambda t: t * 0, "must rise"),
         ("sparse24-int4", "down_proj.weight_scale", lambda t: t * 0, "a scale is zero"),
-        ("sparse24-int4", "down_proj.weight_scale", lambda t: t * float("nan"), "a scale is zero, negative or not"),
+        ("sparse24-int4", "down_proj.weight_scale", lambda t: t * float("nan"), "negative, infinite or no number"),
         ("bitmask", "up_proj.weight", lambda t: t[:-1], "expected floats"),
         ("bitmask", "up_proj.weight_shape", lambda t: t + torch.tensor([1, 0]), "weight_mask is uint8"),
     ],

@@ -3,7 +3,7 @@
 Three walks over the blocks of the dense model, of which a recipe's steps ask for none, one or more (`Method.survey`):
 
     weights     nothing but the weights               rank all scores of a data-free method
-    inputs      forward, with Gram matrices           OWL's shares of outliers; rank all scores of wanda, sparsegpt, ...
+    inputs      forward, statistics of the inputs     OWL's shares of outliers; rank all scores of wanda, sparsegpt, ...
     gradients   forward and back (`gradients.py`)     keep the statistics of snip and taylor; rank their scores
 
 What they find is kept beside the finished blocks: sparsities in survey.json, which is written last, and statistics of

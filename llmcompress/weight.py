@@ -16,7 +16,7 @@ from llmcompress.mask import Pattern
 from llmcompress.stats import bfloat16_products
 
 PRODUCT = 1 << 24  # elements of a temporary product
-PANEL = 512  # columns of one
+PANEL = 1024  # columns of one
 
 
 @dataclass(frozen=True, slots=True)

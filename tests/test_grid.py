@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress import grid as grid_module
-from llmcompress.grid import SHRINK, IntGrid, affine, fit_range, group_error, row_chunks, snap
+from llmcompress.grid import FINER, SHRINK, IntGrid, affine, fit_range, group_error, row_chunks, snap
 
 COLUMNS = 64
 BITS = (2, 3, 4, 8)
@@ -200,11 +200,15 @@ def test_search_finds_the_best_candidate():
     case = Case(weight("outlier"), 3, 32, True, torch.float32)
     groups = case.w.reshape(3, 2, 32)
     low, high = groups.amin(-1), groups.amax(-1)
-    errors = []
-    for shrink in SHRINK:
+
+    def error(shrink: Tensor) -> Tensor:
         scale, zero = affine(low * shrink, high * shrink, 3, True, torch.float32)
-        errors.append(group_error(groups - snap(groups, scale, zero, 3), None))
-    best = torch.stack(errors).amin(0)
+        return group_error(groups - snap(groups, scale, zero, 3), None)
+
+    errors = torch.stack([error(torch.full_like(low, shrink)) for shrink in (1.0, *SHRINK)])
+    coarse = torch.tensor((1.0, *SHRINK))[errors.argmin(0)]
+    errors = torch.cat([errors, error(coarse + FINER)[None], error(coarse - FINER)[None]])
+    best = errors.amin(0)
     torch.testing.assert_close(weighted_error(case, case.fit(), None).float(), best, rtol=1e-5, atol=0)
     assert bool((best < errors[0]).any())
 

@@ -299,17 +299,22 @@ def test_what_a_killed_run_has_written_counts_as_free(tiny_folders, text, tmp_pa
     check_machine(plan, tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_a_plan_takes_less_than_three_seconds():
-    """Of the listed model, in a fresh process; processor time of the best of three, as other work only adds to it."""
+def processor_seconds(*command: str) -> float:
+    """Of a fresh interpreter; the best of three, as other work on the machine only adds to it."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-m", "llmcompress", "plan", "smollm2-135m/w4a16-gptq"]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 3, times
+    return min(times)
+
+
+@pytest.mark.slow
+def test_a_plan_takes_little_more_than_importing_torch():
+    """About 2 s on an idle machine, of which torch has two thirds; a ratio, as machines differ and are shared."""
+    plan = processor_seconds("-m", "llmcompress", "plan", "smollm2-135m/w4a16-gptq")
+    assert plan < 1.8 * processor_seconds("-c", "import torch")
 
 
 def test_the_table_shows_each_linear_as_it_will_be(tiny_folders, text):

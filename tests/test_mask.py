@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmcompress.errors import NumericalError
 from llmcompress.mask import Pattern, first_of, follows, keep_best, kept
 
 some = settings(max_examples=60, deadline=None)
@@ -59,7 +60,7 @@ def test_a_pattern_is_written_as_it_was_read(text):
 def test_rows_that_do_not_divide_and_scores_that_are_nan():
     with pytest.raises(ValueError, match="4 divides, found 6 input columns"):
         keep_best(torch.ones(2, 6), Pattern.parse("2:4"), 0.5)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(NumericalError, match="NaN"):
         keep_best(torch.tensor([[1.0, float("nan")]]), Pattern.parse("row"), 0.5)
 
 

@@ -87,7 +87,7 @@ class Survey:
     def _show(self, block: Block, found: Found, judges: list["Ranking | Outliers"]) -> None:
         """Show the linears of a block to the judges of their steps."""
         for name in self.architecture.linears:
-            module = checkpoint_module(self.stored, block, name)
+            module = self._module(block, name)
             for judge in judges:
                 if module in judge.linears:
                     judge.see(module, oriented(block, name), found.get(name))

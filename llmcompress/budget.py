@@ -44,8 +44,8 @@ def owl_sparsities(
     Blocks with equal shares get equal sparsities.
     """
     low, high = min(outliers.values()), max(outliers.values())
-    stretch = 2 * spread / (high - low) if high > low else 0.0
-    density = {block: (share - low) * stretch for block, share in outliers.items()}
+    reach = high - low if high > low else 1.0
+    density = {block: 2 * spread * ((share - low) / reach) for block, share in outliers.items()}
     mean = sum(density[block] * sizes[block] for block in density) / sum(sizes[block] for block in density)
     return {block: sparsity + mean - value for block, value in density.items()}
 

@@ -72,7 +72,10 @@ class Data:
     record: dict[str, Any] | None  # None: random tokens, which only prove the result
 
 
-def build(plan: Plan, dtype: torch.dtype | None = None) -> tuple[Any, Architecture]:
+Built = tuple[Any, Architecture]
+
+
+def build(plan: Plan, dtype: torch.dtype | None = None) -> Built:
     """The model without its weights, and what it is made of; needs no more of the source than its config.json.
 
     dtype: of its parameters, if not the recipe's.
@@ -107,11 +110,18 @@ class Job:
     """One run whose plan, model and data are at hand."""
 
     def __init__(
-        self, plan: Plan, source: ModelSource, data: Data, tokenizer: Any, output: Path, progress: Progress
+        self,
+        plan: Plan,
+        source: ModelSource,
+        data: Data,
+        tokenizer: Any,
+        output: Path,
+        progress: Progress,
+        built: Built | None = None,
     ) -> None:
         self.plan, self.source, self.data, self.tokenizer = plan, source, data, tokenizer
         self.output, self.progress = output, progress
-        self.model, self.architecture = build(plan)
+        self.model, self.architecture = built or build(plan)
         self.stored = match_names(self.model, source.tensors)
         self._check_against_plan()
         device = device_of(plan.recipe)

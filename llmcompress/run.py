@@ -23,7 +23,7 @@ from llmcompress.checkpoint import (
 )
 from llmcompress.errors import PlanError, PublishError, ResumeError
 from llmcompress.files import MANIFEST, read_json, write_json
-from llmcompress.job import Data, Job, build, stock_errors
+from llmcompress.job import Built, Data, Job, build, stock_errors
 from llmcompress.plan import Plan, check_machine, make_plan
 from llmcompress.progress import Progress, Silent
 from llmcompress.proof import proof_blocks, prove
@@ -50,13 +50,13 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     """The stages of a run, in order."""
     clock = Clock()
     with clock.stage("source"):
-        plan, source = prepare(recipe, output, progress)
+        plan, source, built = prepare(recipe, output, progress)
     with clock.stage("calibrate"):
         progress.stage("calibrating", 1)
         data, tokenizer = load_data(plan)
         if evaluate and recipe.evaluate:
             check_suite(recipe, source)
-    job = Job(plan, source, data, tokenizer, output, progress)
+    job = Job(plan, source, data, tokenizer, output, progress, built)
     with closing(job.open(overwrite=overwrite)) as checkpoint:
         if checkpoint.finished():
             results = read_json(checkpoint.partial / "results.json")
@@ -125,8 +125,11 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, ModelSource]:
-    """Everything that can fail without a weight: source, plan, machine, rights on the Hub, the suite. Then fetch."""
+def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, ModelSource, Built | None]:
+    """Everything that can fail without a weight: source, plan, machine, rights on the Hub, the suite. Then fetch.
+
+    Also returns the model without its weights, if its code is at hand before the fetch.
+    """
     source = open_source(recipe.model, revision=recipe.revision)
     plan = make_plan(recipe, source)
     check_machine(plan, output)
@@ -135,8 +138,7 @@ def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, Mod
         from llmcompress.suite import load_suite
 
         load_suite(recipe.evaluate.suite)
-    if not recipe.trust_remote_code:  # its code would have to be fetched first
-        build(plan)
+    built = None if recipe.trust_remote_code else build(plan)  # else its code must be fetched first
     if recipe.publish:
         from llmcompress.hub import check_rights
 
@@ -144,7 +146,7 @@ def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, Mod
     for text in plan.notes:
         progress.note(text)
     progress.stage("fetching the model", max(1, source.fetch_bytes))
-    return plan, source.fetch(lambda done, total: progress.advance(done))
+    return plan, source.fetch(lambda done, total: progress.advance(done)), built
 
 
 def check_suite(recipe: Recipe, source: ModelSource) -> None:

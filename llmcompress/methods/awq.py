@@ -25,8 +25,8 @@ from torch import Tensor
 
 from llmcompress.grid import row_chunks, snap
 from llmcompress.methods.base import IntMethod, required
-from llmcompress.stats import InputGram, Statistics, bfloat16_products
-from llmcompress.weight import CompressedWeight, quadratic
+from llmcompress.stats import InputGram, Statistics
+from llmcompress.weight import CompressedWeight
 
 FLOOR = 1e-4  # of the mean: a dead channel must not set the normalization of all others
 
@@ -37,7 +37,7 @@ class AWQ(IntMethod):
     grid_points: int = Field(20, ge=1, le=200, description="values of r between 0 and 1")
     duo: bool = Field(True, description="also try scales that look at the weights")
     clip: bool = Field(True, description="search the range of each group")
-    search_rows: int = Field(256, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
+    search_rows: int = Field(128, ge=1, description="weight rows, evenly spaced, that candidates are judged on")
     needs: ClassVar[Statistics | None] = InputGram
     passes: ClassVar[float] = 400.0
     rescales: ClassVar[bool] = True
@@ -67,12 +67,13 @@ class AWQ(IntMethod):
         stacked = torch.cat(weights)
         stacked = stacked[:: -(-len(stacked) // self.search_rows)]  # a scale is shared by all rows: a sample is enough
         rows = int(index.max()) + 1
+        rounded = gram.bfloat16()  # rounding to 4 bits leaves errors that hardly cancel in G: this orders them well
         best_scale = torch.ones(rows, device=gram.device)
-        best = self._error(stacked, gram, best_scale[index], dtype)
+        best = self._error(stacked, rounded, best_scale[index], dtype)
         for scale_of, last in self._candidates(stacked, gram, index, rows):
 
             def error(i: int, scale_of: Callable[[int], Tensor] = scale_of) -> float:
-                return self._error(stacked, gram, scale_of(i)[index], dtype)
+                return self._error(stacked, rounded, scale_of(i)[index], dtype)
 
             for i, found in coarse_to_fine(error, last).items():
                 if found < best:
@@ -93,14 +94,14 @@ class AWQ(IntMethod):
             yield (lambda i: normalized((x * size) ** (i / self.grid_points) / size)), self.grid_points - 1
 
     def _error(self, w: Tensor, gram: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
-        """tr(D G Dᵀ) for D = Q(w diag(scale)) diag(scale)⁻¹ - w."""
+        """tr(D G Dᵀ) for D = Q(w diag(scale)) diag(scale)⁻¹ - w and gram G [in, in] in bfloat16."""
         group, total = self.group(w.shape[1]), 0.0
         for rows in row_chunks(w):
             scaled = w[rows] * scale
             grid = self.fit(scaled, dtype, search=False)
             snapped = snap(scaled.reshape(len(scaled), -1, group), grid.scale.float(), grid.zero.float(), self.bits)
-            with bfloat16_products():  # rounding alone leaves errors that hardly cancel in G, so this orders them well
-                total += float(quadratic((snapped.reshape(scaled.shape) - scaled) / scale, gram))
+            delta = snapped.reshape(scaled.shape).sub_(scaled).div_(scale)
+            total += float((delta.bfloat16() @ gram).float().mul_(delta).sum())
         return total
 
 

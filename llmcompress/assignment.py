@@ -25,17 +25,17 @@ def assign(names: Iterable[str], steps: list[Step], keep: list[str]) -> dict[str
             if not any(matches(name, [target]) for name in assigned):
                 some = ", ".join(list(assigned)[:3])
                 raise PlanError(
-                    f"steps[{i}].targets: {target!r} matches no linear of the decoder blocks (such as {some})"
+                    f"{step.where}.targets: {target!r} matches no linear of the decoder blocks (such as {some})"
                 )
         if not any(i in mine for mine in assigned.values()):
-            raise PlanError(f"steps[{i}]: `keep` {keep} leaves nothing for this step to do")
+            raise PlanError(f"{step.where}: `keep` {keep} leaves nothing for this step to do")
     return assigned
 
 
 def check_sequence(name: str, mine: tuple[int, ...], steps: list[Step]) -> None:
     """A linear is pruned once at most, then quantized once at most."""
     for i, j in pairwise(mine):
-        first, second = (f"steps[{k}] ({steps[k].name})" for k in (i, j))
+        first, second = (f"{steps[k].where} ({steps[k].name})" for k in (i, j))
         quantized, prunes = isinstance(steps[i].method, IntMethod), steps[j].method.prunes
         if quantized and not isinstance(steps[j].method, IntMethod):
             raise PlanError(f"{name}: {second} would prune what {first} has quantized; put the pruning step first")
@@ -53,13 +53,13 @@ def methods_by_linear(
 ) -> dict[str, tuple[Method, ...]]:
     """The methods of every linear that has any, with what is known now of its share of a budget."""
     budgets = [
-        spread_budget(step, i, {name: shapes[name] for name in shapes if i in assigned[name]})
+        spread_budget(step, {name: shapes[name] for name in shapes if i in assigned[name]})
         for i, step in enumerate(steps)
     ]
     found = {}
     for name, mine in assigned.items():
         for i in mine:
-            check_shape(name, shapes[name][1], steps[i].method, i)
+            check_shape(name, shapes[name][1], steps[i].method, steps[i].where)
         if mine:
             found[name] = tuple(budgets[i].get(name, steps[i].method) for i in mine)
     return found
@@ -83,7 +83,7 @@ def earlier_patterns(
             asked = steps[i].method.prunes
             if asked and asked != before:
                 raise PlanError(
-                    f"{name}: an earlier run has pruned it to pattern {before}, and steps[{i}] ({steps[i].name}) "
+                    f"{name}: an earlier run has pruned it to pattern {before}, and {steps[i].where} ({steps[i].name}) "
                     f"would prune it to {asked}; start from the dense model, or set pattern: {str(before)!r}"
                 )
     return found
@@ -94,19 +94,19 @@ def kind_after(methods: tuple[Method, ...], before: Kind | None = None) -> Kind:
     return Kind.after([before or Kind(), *(method.kind for method in methods)])
 
 
-def check_shape(name: str, columns: int, method: Method, step: int) -> None:
+def check_shape(name: str, columns: int, method: Method, where: str) -> None:
     """Groups and patterns must divide the row."""
     pattern = method.prunes
     if pattern and columns % pattern.m:
         fitting = [f"{max(1, m // 2)}:{m}" for m in (16, 8, 4, 2) if columns % m == 0]
         raise PlanError(
-            f"{name}: {columns} input columns are not divisible by the {pattern.m} of steps[{step}].pattern "
+            f"{name}: {columns} input columns are not divisible by the {pattern.m} of {where}.pattern "
             f"{str(pattern)!r}; try {' or '.join(['row', *fitting])}, or add the tensor to `keep`"
         )
     if isinstance(method, IntMethod) and columns % method.group(columns):
         fitting = [str(size) for size in GROUPS if columns % size == 0] + ["row"]
         raise PlanError(
-            f"{name}: {columns} input columns are not divisible by steps[{step}].group_size {method.group_size}; "
+            f"{name}: {columns} input columns are not divisible by {where}.group_size {method.group_size}; "
             f"try group_size: {' or '.join(fitting)}, or add the tensor to `keep`"
         )
 
@@ -116,7 +116,7 @@ def needs_data(method: Method) -> bool:
     return method.needs is not None or bool(method.survey - {"weights"})
 
 
-def spread_budget(step: Step, index: int, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
+def spread_budget(step: Step, shapes: dict[str, tuple[int, int]]) -> dict[str, Method]:
     """The step's method for each linear that has its own sparsity already now: by `overrides`, or by shape."""
     method = step.method
     if not isinstance(method, Budgeted):
@@ -125,7 +125,7 @@ def spread_budget(step: Step, index: int, shapes: dict[str, tuple[int, int]]) ->
     for glob, share in method.overrides.items():
         found = [name for name in shapes if matches(name, [glob])]
         if not found:
-            raise PlanError(f"steps[{index}].overrides: {glob!r} matches no linear of this step")
+            raise PlanError(f"{step.where}.overrides: {glob!r} matches no linear of this step")
         shares |= dict.fromkeys(found, share)
     if method.budget == "erk":
         density = erk_densities({name: shape for name, shape in shapes.items() if name not in shares}, method.share)

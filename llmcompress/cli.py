@@ -70,26 +70,25 @@ def run_command(
 @app.command("plan")
 def plan_command(recipe: RecipeFile, model: Model = None, set_: Set = None, as_json: Json = False) -> None:
     """Show what a recipe would do and cost, without reading a weight."""
-    from llmcompress.plan import check_machine, make_plan
-    from llmcompress.proof import proof_blocks
     from llmcompress.recipe import default_output
     from llmcompress.source import open_source
+    from llmcompress.stages import check_stages, plain_stages, plan_stages
 
     loaded, path = read_recipe(recipe, model, set_)
-    plan = make_plan(loaded, open_source(loaded.model, revision=loaded.revision))
-    check_machine(plan, default_output(loaded, path))
-    proof_blocks(plan)
+    plans = [plan for _, plan in plan_stages(loaded, open_source(loaded.model, revision=loaded.revision))]
+    check_stages(plans, default_output(loaded, path))
     if loaded.publish:
         from llmcompress.hub import check_rights
 
         check_rights(loaded.publish.repo_id, private=loaded.publish.private)
     if as_json:
-        print_json(plan.plain())
+        print_json(plain_stages(plans))
     else:
         from llmcompress.tables import plan_tables
 
-        for table in plan_tables(plan):
-            print_table(table)
+        for plan in plans:
+            for table in plan_tables(plan):
+                print_table(table)
 
 
 @app.command("eval")
@@ -185,6 +184,8 @@ class Listing(StrEnum):
     models = "models"
     datasets = "datasets"
     methods = "methods"
+    structures = "structures"
+    scores = "scores"
     formats = "formats"
     recipes = "recipes"
     suites = "suites"

@@ -101,14 +101,19 @@ def peak_memory(plan: "Plan") -> int:
 
 def gradient_memory(plan: "Plan", table: int) -> int:
     """What backpropagation needs besides the libraries; table: bytes of the embedding table."""
+    first = [linear for linear in plan.linears if linear.block == 0]
+    surveyed = sum(prod(linear.shape) for linear in first if uses_gradients(linear))
+    return gradient_bytes(plan, table, [linear.shape for linear in first], surveyed)
+
+
+def gradient_bytes(plan: "Plan", table: int, shapes: list[tuple[int, int]], surveyed: int) -> int:
+    """The same, for linears of a block [out, in] and `surveyed` numbers of statistics about their gradients."""
     _, length = samples_and_length(plan)
     hidden = hidden_bytes(plan) * 4 // plan.dtype.itemsize
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     head = table + table * 4 // plan.dtype.itemsize + hidden + 3 * 4 * length * vocabulary
-    first = [linear for linear in plan.linears if linear.block == 0]
     block = sum(prod(info.shape) for info in plan.tensors_of(0))
-    surveyed = sum(prod(linear.shape) for linear in first if uses_gradients(linear))
-    activations = 3 * 4 * length * sum(sum(linear.shape) for linear in first)
+    activations = 3 * 4 * length * sum(sum(shape) for shape in shapes)
     return max(head, block * (plan.dtype.itemsize + 4) + 2 * 4 * surveyed + 2 * hidden + activations)
 
 

@@ -12,8 +12,9 @@ units round the factors of products.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +25,12 @@ from llmcompress.errors import CalibrationError
 from llmcompress.stats import GradientMean, bfloat16_products
 from llmcompress.stream import Block, StreamedModel, stream_blocks
 
-Statistics = dict[str, GradientMean]
+Sums = TypeVar("Sums", bound=GradientMean)
 
 
 def stream_gradients(
-    model: StreamedModel, tokens: Tensor, folder: Path, statistics: Callable[[Block], Statistics]
-) -> Iterator[tuple[Block, Statistics]]:
+    model: StreamedModel, tokens: Tensor, folder: Path, statistics: Callable[[Block], dict[str, Sums]]
+) -> Iterator[tuple[Block, dict[str, Sums]]]:
     """Yield every block, last to first, with the statistics of its gradients over all windows.
 
     model: a float32 stream of the dense model.  tokens: [samples, length] int64.  folder: for hidden states; made here
@@ -70,7 +71,7 @@ def loss_gradients(model: StreamedModel, hidden: Tensor, tokens: Tensor) -> Tens
     return hidden
 
 
-def backward(block: Block, row: int, slope: Tensor, statistics: Statistics) -> Tensor:
+def backward(block: Block, row: int, slope: Tensor, statistics: Mapping[str, GradientMean]) -> Tensor:
     """One window through a block and back: adds to the statistics, returns dL/dx [length, width].
 
     slope: dL/dy [length, width] of the block's output.

@@ -7,8 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,23 @@ import torch
 from torch import Tensor
 
 from llmcompress import cost
-from llmcompress.arch import Architecture, discover, ignored_linears, match_names, skeleton
+from llmcompress.arch import ignored_linears, match_names
+from llmcompress.building import Built, build
 from llmcompress.checkpoint import (
     Checkpoint,
     read_tensors,
     write_tensors,
 )
 from llmcompress.compress import BlockCompressor, BlockResult
-from llmcompress.errors import LLMCompressError, PlanError, SourceError
+from llmcompress.errors import PlanError
 from llmcompress.files import read_json, write_json, write_text
 from llmcompress.fused import fuse
 from llmcompress.plan import Plan, device_of
 from llmcompress.progress import Progress, staged
 from llmcompress.proof import positions, proof_blocks, write_expected
-from llmcompress.results import PACKAGES, peak_bytes, version
+from llmcompress.results import PACKAGES, Origin, peak_bytes, version
 from llmcompress.source import ModelSource
-from llmcompress.stream import StreamedModel, stream_blocks
+from llmcompress.stream import Block, StreamedModel, stream_blocks
 from llmcompress.survey import Survey
 
 COMPUTING = PACKAGES[:5]  # those whose version can change the bytes of a result
@@ -72,56 +72,30 @@ class Data:
     record: dict[str, Any] | None  # None: random tokens, which only prove the result
 
 
-Built = tuple[Any, Architecture]
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all stages of a run have in common."""
+
+    origin: Origin
+    data: Data
+    tokenizer: Any
+    progress: Progress
 
 
-def build(plan: Plan, dtype: torch.dtype | None = None) -> Built:
-    """The model without its weights, and what it is made of; needs no more of the source than its config.json.
-
-    dtype: of its parameters, if not the recipe's.
-    """
-    from transformers import AutoConfig
-
-    source, trust = plan.source, plan.recipe.trust_remote_code
-    with stock_errors(source, "transformers cannot build a model from its config.json"):
-        if source.folder is None:
-            config = AutoConfig.for_model(**source.config)
-        else:
-            config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=trust)
-        model = skeleton(config, dtype or plan.dtype, trust_remote_code=trust)
-    return model, discover(model)
-
-
-@contextmanager
-def stock_errors(source: ModelSource, what: str) -> Iterator[None]:
-    """Say in one message what transformers makes of files that somebody else wrote."""
-    try:
-        yield
-    except LLMCompressError:
-        raise
-    except Exception as exc:  # it raises whatever its many loaders happen to: the cause is kept and shown
-        raise SourceError(
-            f"{source.name}: {what}: {' '.join(str(exc).split())[:300] or type(exc).__name__}; check the files in "
-            f"{source.folder}, or fetch the model again"
-        ) from exc
+def build_for(plan: Plan, dtype: torch.dtype | None = None) -> Built:
+    """The model of a plan without its weights; dtype: of its parameters, if not the recipe's."""
+    return build(plan.source, dtype or plan.dtype, trust_remote_code=plan.recipe.trust_remote_code)
 
 
 class Job:
     """One run whose plan, model and data are at hand."""
 
     def __init__(
-        self,
-        plan: Plan,
-        source: ModelSource,
-        data: Data,
-        tokenizer: Any,
-        output: Path,
-        progress: Progress,
-        built: Built | None = None,
+        self, plan: Plan, source: ModelSource, shared: Shared, output: Path, built: Built | None = None
     ) -> None:
-        self.plan, self.source, self.data, self.tokenizer = plan, source, data, tokenizer
-        self.output, self.progress = output, progress
-        self.model, self.architecture = built or build(plan)
+        self.plan, self.source, self.shared, self.output = plan, source, shared, output
+        self.data, self.progress = shared.data, shared.progress
+        self.model, self.architecture = built or build_for(plan)
         self.stored = match_names(self.model, source.tensors)
         self._check_against_plan()
         device = device_of(plan.recipe)
@@ -131,10 +105,15 @@ class Job:
 
     def open(self, *, overwrite: bool) -> Checkpoint:
         """The folder that is being written."""
-        checkpoint = Checkpoint(self.output, self.plan.count + len(self.outside), self.fingerprint())
+        checkpoint = Checkpoint(self.output, self.block_shards + len(self.outside), self.fingerprint())
         checkpoint.open(overwrite=overwrite, details={"proof_blocks": self.proof_blocks})
         self.proof_blocks = checkpoint.details.get("proof_blocks", self.proof_blocks)  # free memory may have changed
         return checkpoint
+
+    @property
+    def block_shards(self) -> int:
+        """How many blocks the result has; each is a shard."""
+        return self.plan.count
 
     def fingerprint(self) -> str:
         """sha256 over all that decides the bytes of the result: model, tokens, recipe and versions."""
@@ -153,11 +132,14 @@ class Job:
 
     def compress(self, checkpoint: Checkpoint) -> None:
         """All blocks, then all else."""
-        done = len(checkpoint.records())
         survey = Survey(self.plan, self.architecture, self.stored, checkpoint.state)
         self.plan = self.plan.with_sparsities(survey.run(self.stream, self._exact, self.data.tokens, self.progress))
+        self._stream_through(checkpoint, BlockCompressor(self.plan, self.architecture, self.stored, survey.gradients))
+
+    def _stream_through(self, checkpoint: Checkpoint, work: Callable[[Block], BlockResult]) -> None:
+        """Let `work` change one block after another, each fed by those before it; then write all else."""
+        done = len(checkpoint.records())
         self.progress.stage("compressing", self.plan.count)
-        compressor = BlockCompressor(self.plan, self.architecture, self.stored, survey.gradients)
         if done:
             self.progress.note(f"continuing after block {done - 1}")
             self.stream.prepare(self.data.tokens)
@@ -170,12 +152,16 @@ class Job:
             if pending:  # its outputs are in `hidden` only now that the stream has replayed it
                 self._finish(checkpoint, hidden, *pending)
             self.progress.advance(block.index, block.name)
-            result = compressor(block)
+            result = work(block)
             self._write_block(checkpoint, block.index, result)
             pending = (block.index, result)
         if pending:
             self._finish(checkpoint, hidden, *pending)
         self.progress.advance(self.plan.count)
+        self._write_rest(checkpoint)
+
+    def _write_rest(self, checkpoint: Checkpoint) -> None:
+        """What is outside the blocks, what the reloaded model must reproduce, and small files."""
         self._write_outside(checkpoint)
         records = checkpoint.records()
         self._write_expected(checkpoint, records)
@@ -183,7 +169,7 @@ class Job:
 
     def _exact(self) -> StreamedModel:
         """A stream of the dense model in float32, of a skeleton of its own: this one's must stay as it is."""
-        model, architecture = build(self.plan, torch.float32)
+        model, architecture = build_for(self.plan, torch.float32)
         return StreamedModel(model, architecture, self._read, dtype=torch.float32, device=self.plan.device)
 
     def _finish(self, checkpoint: Checkpoint, hidden: Tensor, index: int, result: BlockResult) -> None:
@@ -202,7 +188,7 @@ class Job:
     def _write_block(self, checkpoint: Checkpoint, index: int, result: BlockResult) -> None:
         """The block's shard: packed linears, and everything else of the block as it is now."""
         module, name = self.stream.blocks[index], self.architecture.block(index)
-        done = {row["name"] + ".weight" for row in result.layers}
+        done = {row["name"] + ".weight" for row in result.layers} | set(result.tensors)
         tensors = dict(result.tensors)
         for parameter, value in module.named_parameters():
             sources = self.stored[f"{name}.{parameter}"]
@@ -218,7 +204,7 @@ class Job:
 
     def _write_outside(self, checkpoint: Checkpoint) -> None:
         """Shards of the tensors outside the blocks, one at a time."""
-        for number, names in enumerate(self.outside, self.plan.count):
+        for number, names in enumerate(self.outside, self.block_shards):
             checkpoint.write_shard(number, self._as_stored(names))
 
     def _as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -263,35 +249,51 @@ class Job:
                     shutil.copyfile(path, checkpoint.partial / path.name)
         write_json(checkpoint.partial / "config.json", self._config(records))
         checkpoint.write_index()
-        write_text(checkpoint.partial / "recipe.yaml", yaml.safe_dump(self.plan.recipe.plain(), sort_keys=False))
+        write_text(
+            checkpoint.partial / "recipe.yaml", yaml.safe_dump(self.shared.origin.recipe.plain(), sort_keys=False)
+        )
 
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """The model's config.json with its new dtype and, for packed formats, the quantization block."""
-        config = read_json(self.source.folder / "config.json") if self.source.folder else {}
-        config.pop("torch_dtype", None)
-        config["dtype"] = self.plan.recipe.dtype
+        config = self._dense_config(read_json(self.source.folder / "config.json") if self.source.folder else {})
         rows = [row["name"] for record in records for row in record["layers"]]
         module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
         kinds = {alias: self.plan.kind_of(name) for name in rows for alias in {name, module[name]}}
         quantization = self.plan.format.config(kinds, ignored_linears(self.model, self.stored, set(rows)))
         return config | ({"quantization_config": quantization} if quantization else {})
 
+    def _dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config with the dtype of the result."""
+        return {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.plan.recipe.dtype}
+
     def scores(self, folder: Path) -> dict[str, Any]:
         """The recipe's suite on the reloaded result and on the base model."""
         from llmcompress.evaluate import evaluate
         from llmcompress.suite import load_suite
 
-        assert self.plan.recipe.evaluate is not None
-        suite = load_suite(self.plan.recipe.evaluate.suite)
+        origin = self.shared.origin
+        assert origin.recipe.evaluate is not None
         return evaluate(
             folder,
-            suite,
-            base=self.source.folder,
-            base_fingerprint=self.source.fingerprint,
+            load_suite(origin.recipe.evaluate.suite),
+            base=origin.source.folder,
+            base_fingerprint=origin.source.fingerprint,
             device=str(self.plan.device),
-            trust_remote_code=self.plan.recipe.trust_remote_code,
+            trust_remote_code=origin.recipe.trust_remote_code,
             progress=staged(self.progress),
         )
+
+    def text_scores(self, folder: Path) -> list[dict[str, Any]]:
+        """Perplexity on the texts of the recipe's suite, of a stage that is not the last."""
+        from llmcompress.evaluate import evaluate
+        from llmcompress.suite import load_suite
+
+        origin = self.shared.origin
+        assert origin.recipe.evaluate is not None
+        texts = load_suite(origin.recipe.evaluate.suite).model_copy(update={"divergence": None, "tasks": []})
+        trust, progress = origin.recipe.trust_remote_code, staged(self.progress)
+        found = evaluate(folder, texts, device=str(self.plan.device), trust_remote_code=trust, progress=progress)
+        return [{"name": row["name"], "value": row["compressed"]["value"]} for row in found["perplexity"]]
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by their names in the model."""

@@ -5,11 +5,25 @@ Strict means: unknown keys are errors that name the closest known key, values ar
 """
 
 import difflib
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmcompress.errors import RecipeError
+
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 class Options(BaseModel):
@@ -64,3 +78,11 @@ def known_keys(cls: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
 def _members(annotation: Any) -> list[Any]:
     """A type and, for unions and containers, the types inside it."""
     return [annotation, *(m for a in getattr(annotation, "__args__", ()) for m in _members(a))]
+
+
+def parse_bytes(text: str) -> int:
+    """'6GiB', '500 MB' or '1024' as bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS:
+        raise ValueError("expected a size such as 6GiB or 500MB")
+    return int(float(found[1]) * UNITS[found[2].upper()])

@@ -139,9 +139,13 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
-    """Fit a recipe to a model. Raises PlanError with the first thing that does not fit and what would."""
-    steps = recipe.parsed_steps()
+def make_plan(recipe: Recipe, source: ModelSource, steps: list[Step] | None = None) -> Plan:
+    """Fit method steps to a model. Raises PlanError with the first thing that does not fit and what would.
+
+    steps: those of the recipe, if they are not known yet; none may be of another kind.
+    """
+    if steps is None:
+        steps = method_steps(recipe)
     if source.needs_remote_code and not recipe.trust_remote_code:
         raise PlanError(
             f"{source.name}: its config.json asks for Python code from the repository (auto_map), which is not run; "
@@ -187,6 +191,14 @@ def make_plan(recipe: Recipe, source: ModelSource) -> Plan:
         predicted=Cost(0, 0, 0, 0, 0.0),
     )
     return replace(plan, predicted=predict(plan))
+
+
+def method_steps(recipe: Recipe) -> list[Step]:
+    """The steps of a recipe that has no others."""
+    steps = [step for step in recipe.parsed_steps() if isinstance(step, Step)]
+    if len(steps) < len(recipe.steps):
+        raise ValueError("a recipe with other than method steps is planned stage by stage, see stages.py")
+    return steps
 
 
 def check_length(recipe: Recipe, source: ModelSource) -> None:

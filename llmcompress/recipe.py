@@ -8,12 +8,15 @@
         group_size: 64
     output: {format: pack-quantized}
 
-Step options other than `method` and `targets` are the fields of the method's own record (`llmcompress list methods`).
+A step names a `method` for single weights or a `structure` whose units go. Its other options, but for `targets`, are
+the fields of that method's or structure's own record (`llmcompress list methods`, `list structures`).
+
+Consecutive method steps are one stage, in which every block is loaded once; a structure step is a stage of its own,
+whose result is the model that the next stage starts from.
 """
 
 import difflib
 import fnmatch
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +30,8 @@ from llmcompress.calibrate import CalibrationOptions
 from llmcompress.errors import RecipeError
 from llmcompress.formats import FORMATS
 from llmcompress.methods import METHODS, Method
-from llmcompress.options import Options
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+from llmcompress.options import Options, parse_bytes
+from llmcompress.structure import STRUCTURES, Structure
 
 
 class Output(Options):
@@ -75,6 +66,7 @@ class Step:
 
     method: Method
     name: str  # its key in METHODS
+    where: str  # path in the recipe, for messages
     targets: tuple[str, ...] = ("*",)  # globs on module names
 
     def matches(self, module: str) -> bool:
@@ -82,8 +74,17 @@ class Step:
         return matches(module, self.targets)
 
 
+@dataclass(frozen=True, slots=True)
+class StructureStep:
+    """Units that go from the whole model."""
+
+    options: Structure
+    name: str  # its key in STRUCTURES
+    where: str  # path in the recipe, for messages
+
+
 class Recipe(Options):
-    """The whole recipe, as plain values; `parsed_steps` are its steps as methods."""
+    """The whole recipe, as plain values; `parsed_steps` are its steps as records."""
 
     model: str
     revision: str | None = None  # of a Hub model; resolved to a commit in the manifest
@@ -103,13 +104,43 @@ class Recipe(Options):
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
-    def parsed_steps(self) -> list[Step]:
-        """Every step with its method's options checked. Raises RecipeError with the path of the first bad key."""
+    def parsed_steps(self) -> list[Step | StructureStep]:
+        """Every step with its options checked. Raises RecipeError with the path of the first bad key."""
         return [parse_step(step, f"steps[{i}]") for i, step in enumerate(self.steps)]
+
+    def stages(self) -> list["Stage"]:
+        """The recipe as a chain, each link of one structure step or of method steps alone.
+
+        All but the last give a dense model; only the last is published. A recipe of method steps is one stage.
+        """
+        runs: list[list[Step] | list[StructureStep]] = []
+        for step in self.parsed_steps():
+            if isinstance(step, StructureStep):
+                runs.append([step])
+            elif runs and isinstance(runs[-1][0], Step):
+                runs[-1] = [*(s for s in runs[-1] if isinstance(s, Step)), step]
+            else:
+                runs.append([step])
+        stages, first = [], 0
+        for steps in runs:
+            changes: dict[str, Any] = {"steps": self.steps[first : first + len(steps)]}
+            if steps is not runs[-1]:
+                changes |= {"output": Output(format="dense"), "publish": None}
+            stages.append(Stage(self if len(runs) == 1 else self.model_copy(update=changes), steps))
+            first += len(steps)
+        return stages
 
     def plain(self) -> dict[str, Any]:
         """The recipe as values that YAML and JSON hold, without what was left at its default."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Steps that are carried out in one go, as a recipe of their own."""
+
+    recipe: Recipe
+    steps: list[Step] | list[StructureStep]
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -140,9 +171,11 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def parse_step(values: dict[str, Any], where: str) -> Step:
+def parse_step(values: dict[str, Any], where: str) -> Step | StructureStep:
     """One step from its plain values."""
     options = dict(values)
+    if "structure" in options:
+        return parse_structure(options, where)
     name = options.pop("method", None)
     if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name), METHODS, n=1)
@@ -154,7 +187,19 @@ def parse_step(values: dict[str, Any], where: str) -> Step:
     unknown = set(options) - set(METHODS[name].model_fields)
     if close := [c for u in unknown for c in difflib.get_close_matches(u, ["targets", "method"], n=1)]:
         raise RecipeError(f"{where}.{min(unknown)}: unknown option; did you mean {close[0]!r}?")
-    return Step(METHODS[name].parse(options, where), name, tuple(targets))
+    return Step(METHODS[name].parse(options, where), name, where, tuple(targets))
+
+
+def parse_structure(options: dict[str, Any], where: str) -> StructureStep:
+    """One structure step from its plain values, which are taken apart."""
+    name = options.pop("structure")
+    if not isinstance(name, str) or name not in STRUCTURES:
+        close = difflib.get_close_matches(str(name), STRUCTURES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"{where}.structure: unknown structure {name!r}{hint} (known: {', '.join(STRUCTURES)})")
+    if "method" in options:
+        raise RecipeError(f"{where}: has both `structure` and `method`; make two steps of it")
+    return StructureStep(STRUCTURES[name].parse(options, where), name, where)
 
 
 def override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -188,14 +233,6 @@ def recipe_paths() -> dict[str, Path]:
 def default_output(recipe: Recipe, path: Path) -> Path:
     """Where a run writes when nobody says: outputs/<model>-<recipe>."""
     return Path("outputs") / f"{Path(recipe.model).name.removesuffix('.gguf')}-{path.stem}"
-
-
-def parse_bytes(text: str) -> int:
-    """'6GiB', '500 MB' or '1024' as bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].upper() not in UNITS:
-        raise ValueError("expected a size such as 6GiB or 500MB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def matches(module: str, globs: tuple[str, ...] | list[str]) -> bool:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
@@ -17,9 +17,13 @@ from typing import Any
 import torch
 
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.cost import Cost
 from llmcompress.engines import verdicts
 from llmcompress.files import read_json
 from llmcompress.plan import Plan
+from llmcompress.recipe import Recipe
+from llmcompress.source import ModelSource
+from llmcompress.structure_plan import StructurePlan
 
 PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval")
 PARTS = (
@@ -31,34 +35,75 @@ PARTS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What a run began with."""
+
+    recipe: Recipe  # the whole one
+    source: ModelSource
+    parameters: int  # of the model; those that are tied count once
+    fetched_bytes: int  # downloaded or converted
+
+    @property
+    def item(self) -> int:
+        """Bytes of a parameter in the recipe's dtype."""
+        return int(getattr(torch, self.recipe.dtype).itemsize)
+
+    @property
+    def bytes(self) -> int:
+        """Of everything stored, in the recipe's dtype."""
+        return stored_parameters(self.source) * self.item
+
+    def named(self, stage: ModelSource) -> ModelSource:
+        """The result of a stage under the name and licence of the model it was made from."""
+        kept = {key: getattr(self.source, key) for key in ("name", "hub_id", "revision", "license")}
+        return replace(stage, **kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """The stages of a run."""
+
+    predicted: Cost  # of all of them
+    last: str  # name of the last one
+    earlier: list[dict[str, Any]]  # records of the others
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """All that a finished run knows."""
 
     plan: Plan
+    origin: Origin
     checkpoint: Checkpoint
-    parameters: int
+    story: Story
     calibration: dict[str, Any] | None
     proof: dict[str, Any]
     scores: dict[str, Any] | None
     clock: "Clock"
     peak_bytes: int  # of this process, up to the written checkpoint
     peak_device_bytes: int  # of the same on a CUDA device; 0 without one
-    fetched_bytes: int  # downloaded or converted
 
 
 def collect_results(outcome: Outcome) -> dict[str, Any]:
     """Everything that the card and the report may show, as results.json holds it."""
     plan, checkpoint, records = outcome.plan, outcome.checkpoint, outcome.checkpoint.records()
-    source, config = plan.source, read_json(checkpoint.partial / "config.json")
+    origin, config = outcome.origin, read_json(checkpoint.partial / "config.json")
+    source, before = origin.source, origin.bytes
     layers = [row for record in records for row in record["layers"]]
     notes = [note for record in records for note in record["notes"]]
     output = sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors"))
     compress_seconds = sum(record["seconds"] for record in records)
     stages = outcome.clock.stages | {"compress": max(outcome.clock.stages["compress"], compress_seconds)}
+    earlier = outcome.story.earlier
+    peaks = [
+        outcome.peak_bytes,
+        *(record["peak_bytes"] for record in records),
+        *(s["peak_host_bytes"] for s in earlier),
+    ]
     measured = {
-        "peak_host_bytes": max([outcome.peak_bytes, *(record["peak_bytes"] for record in records)]),
+        "peak_host_bytes": max(peaks),
         "peak_device_bytes": outcome.peak_device_bytes,
-        "disk_bytes": disk_bytes(checkpoint.partial) + outcome.fetched_bytes,
+        "disk_bytes": disk_bytes(checkpoint.partial) + sum(s["bytes"] for s in earlier) + origin.fetched_bytes,
         "output_bytes": output,
         "seconds": sum(stages[name] for name in ("source", "calibrate", "compress")),
     }
@@ -72,22 +117,23 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
             "revision": source.revision,
             "license": source.license,
             "model_type": config.get("model_type"),
-            "parameters": outcome.parameters,
+            "parameters": origin.parameters,
         },
-        "recipe": plan.recipe.plain(),
+        "recipe": origin.recipe.plain(),
         "format": plan.format_name,
         "calibration": outcome.calibration,
         "size": {
-            "before_bytes": plan.before_bytes,
+            "before_bytes": before,
             "after_bytes": output,
-            "ratio": output / plan.before_bytes,
-            "parts": parts(plan, layers),
+            "ratio": output / before,
+            "parts": parts(origin, plan, layers),
         },
-        "sparsity": sparsity(plan, layers, outcome.parameters),
+        "stages": stages_of(outcome, output),
+        "sparsity": sparsity(origin, plan, layers),
         "layers": layers,
         "kept": [{"name": name, "reason": reason} for name, reason in plan.kept.items()],
-        "notes": list(dict.fromkeys(plan.notes + notes)),
-        "plan": {"predicted": asdict(plan.predicted), "measured": measured},
+        "notes": list(dict.fromkeys([*(n for s in earlier for n in s["notes"]), *plan.notes, *notes])),
+        "plan": {"predicted": asdict(outcome.story.predicted), "measured": measured},
         "timing": {"total_seconds": sum(stages.values()), "stages": stages},
         "proof": outcome.proof,
         "engines": verdicts(config),
@@ -134,31 +180,76 @@ class Clock:
         self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - start
 
 
-def parts(plan: Plan, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def parts(origin: Origin, plan: Plan, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bytes before and after by part of the model."""
-    after = {row["name"] + ".weight": row["after_bytes"] for row in layers}
+    packed = {row["name"] + ".weight": row["after_bytes"] for row in layers}
     sizes: dict[str, list[int]] = {}
-    for info in plan.source.tensors.values():
-        dense = prod(info.shape) * plan.dtype.itemsize
-        size = sizes.setdefault(part_of(info.name), [0, 0])
-        size[0] += dense
-        size[1] += after.get(info.name, dense)
+    for info in origin.source.tensors.values():
+        sizes.setdefault(part_of(info.name), [0, 0])[0] += prod(info.shape) * origin.item
+    for info in result_of(plan).tensors.values():
+        sizes.setdefault(part_of(info.name), [0, 0])[1] += packed.get(info.name, prod(info.shape) * origin.item)
     return [{"part": name, "before_bytes": before, "after_bytes": now} for name, (before, now) in sizes.items()]
 
 
-def sparsity(plan: Plan, layers: list[dict[str, Any]], parameters: int) -> dict[str, Any] | None:
+def sparsity(origin: Origin, plan: Plan, layers: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Zeros in the pruned linears, as shares of three totals; None if nothing was pruned."""
     pruned = [row for row in layers if "zeros" in row]
     if not pruned:
         return None
     shapes = {linear.name: prod(linear.shape) for linear in plan.linears}
     zeros = sum(row["zeros"] for row in pruned)
+    parameters = origin.parameters - stored_parameters(origin.source) + stored_parameters(plan.source)
     return {
         "zeros": zeros,
         "of_pruned_linears": zeros / sum(shapes[row["name"]] for row in pruned),
         "of_decoder_linears": zeros / sum(shapes.values()),
         "of_parameters": zeros / parameters,
     }
+
+
+def result_of(plan: Plan) -> ModelSource:
+    """The tensors that a plan leaves, before anything is packed."""
+    return plan.result if isinstance(plan, StructurePlan) else plan.source
+
+
+def stored_parameters(source: ModelSource) -> int:
+    """Numbers in all tensors of a checkpoint, old buffers included."""
+    return sum(prod(info.shape) for info in source.tensors.values())
+
+
+def stage_record(
+    plan: Plan, checkpoint: Checkpoint, name: str, proof: dict[str, Any], peak: int, scores: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What is kept of a stage that is not the last."""
+    records = checkpoint.records()
+    return {
+        "name": name,
+        "parameters": stored_parameters(result_of(plan)),
+        "bytes": sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors")),
+        "seconds": sum(record["seconds"] for record in records),
+        "peak_host_bytes": max([peak, *(record["peak_bytes"] for record in records)]),
+        "proof": proof,
+        "perplexity": scores,
+        "notes": [*plan.notes, *(note for record in records for note in record["notes"])],
+    }
+
+
+def stages_of(outcome: Outcome, output: int) -> list[dict[str, Any]]:
+    """Size and perplexity before the first stage and after each; empty for a run of one."""
+    if not outcome.story.earlier:
+        return []
+    scored = outcome.scores["perplexity"] if outcome.scores else []
+
+    def texts(side: str) -> list[dict[str, Any]]:
+        return [{"name": row["name"], "value": row[side]["value"]} for row in scored if row[side]]
+
+    origin = outcome.origin
+    before = {"name": "before", "parameters": origin.parameters, "bytes": origin.bytes, "perplexity": texts("base")}
+    keys = ("name", "parameters", "bytes", "perplexity")
+    earlier = [{key: stage[key] for key in keys} for stage in outcome.story.earlier]
+    parameters = stored_parameters(result_of(outcome.plan))
+    last = {"name": outcome.story.last, "parameters": parameters, "bytes": output, "perplexity": texts("compressed")}
+    return [before, *earlier, last]
 
 
 def part_of(tensor: str) -> str:

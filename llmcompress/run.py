@@ -3,11 +3,14 @@
     source -> plan -> checks -> calibration -> blocks, one after another -> what is outside the blocks
            -> proof of loading -> scores -> card and report -> final name -> Hub
 
-Until the last rename everything lives in DIR.partial; a killed run continues from its last finished block.
+Until the last rename everything lives in DIR.partial; a killed run continues from its last finished block. A recipe of
+several stages keeps the result of each in DIR.stages, proved and scored like the last, until the last has its name.
 """
 
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 
 from llmcompress import cost
 from llmcompress.arch import quiet_transformers
+from llmcompress.building import Built, stock_errors
 from llmcompress.calibrate import load_calibration
 from llmcompress.checkpoint import (
     Checkpoint,
@@ -23,14 +27,26 @@ from llmcompress.checkpoint import (
 )
 from llmcompress.errors import PlanError, PublishError, ResumeError
 from llmcompress.files import MANIFEST, read_json, write_json
-from llmcompress.job import Built, Data, Job, build, stock_errors
-from llmcompress.plan import Plan, check_machine, make_plan
+from llmcompress.job import Data, Job, Shared, build_for
+from llmcompress.plan import Plan
 from llmcompress.progress import Progress, Silent
-from llmcompress.proof import proof_blocks, prove
+from llmcompress.proof import prove
 from llmcompress.recipe import Recipe
 from llmcompress.report import write_report
-from llmcompress.results import Clock, Outcome, collect_results, manifest, peak_bytes
-from llmcompress.source import ModelSource, open_source
+from llmcompress.results import (
+    Clock,
+    Origin,
+    Outcome,
+    Story,
+    collect_results,
+    manifest,
+    peak_bytes,
+    stage_record,
+)
+from llmcompress.source import ModelSource, open_folder, open_source
+from llmcompress.stages import Link, check_stages, combined, plan_stages
+from llmcompress.structure_job import DepthJob, WidthJob
+from llmcompress.structure_plan import StructurePlan
 
 
 def run(
@@ -50,49 +66,85 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     """The stages of a run, in order."""
     clock = Clock()
     with clock.stage("source"):
-        plan, source, built = prepare(recipe, output, progress)
+        chain, source, built = prepare(recipe, output, progress)
+    links, plans = [link for link, _ in chain], [plan for _, plan in chain]
     with clock.stage("calibrate"):
         progress.stage("calibrating", 1)
-        data, tokenizer = load_data(plan)
+        data, tokenizer = load_data(recipe, source, needed=any(plan.needs_data for plan in plans))
         if evaluate and recipe.evaluate:
             check_suite(recipe, source)
-    job = Job(plan, source, data, tokenizer, output, progress, built)
+    built = built or build_for(replace(plans[0], source=source))
+    parameters = sum(parameter.numel() for parameter in built[0].parameters())
+    origin = Origin(recipe, source, parameters, plans[0].source.fetch_bytes)
+    shared = Shared(origin, data, tokenizer, progress)
+    plan, earlier = plans[0], list[dict[str, Any]]()
+    for number, link in enumerate(links[:-1]):
+        folder = stages_folder(output) / f"{number:02d}-{link.name.replace(' ', '')}"
+        earlier.append(run_stage(shared, plan, link.name, folder, clock, evaluate=evaluate, overwrite=overwrite))
+        plan = links[number + 1].plan(origin.named(open_folder(str(folder), folder)))
+    job = job_for(plan, shared, output, built if plan is plans[0] else None)
     with closing(job.open(overwrite=overwrite)) as checkpoint:
         if checkpoint.finished():
             results = read_json(checkpoint.partial / "results.json")
         else:
-            results = make_folder(job, checkpoint, clock, evaluate=evaluate)
+            story = Story(combined([plan.predicted for plan in plans]), links[-1].name, earlier)
+            results = make_folder(job, checkpoint, clock, story, evaluate=evaluate)
         checkpoint.complete(overwrite=overwrite)
+    shutil.rmtree(stages_folder(output), ignore_errors=True)
     publish(recipe, output, progress)
     return results
 
 
-def make_folder(job: "Job", checkpoint: Checkpoint, clock: Clock, *, evaluate: bool) -> dict[str, Any]:
-    """Everything in DIR.partial: compressed, proved, scored and described. Returns the contents of results.json."""
-    plan, progress = job.plan, job.progress
+def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None) -> Job:
+    """The job that carries out a plan, whose source is local by now."""
+    kind = Job
+    if isinstance(plan, StructurePlan):
+        kind = WidthJob if plan.group else DepthJob
+    return kind(plan, plan.source.fetch(), shared, output, built)
+
+
+def run_stage(
+    shared: Shared, plan: Plan, name: str, folder: Path, clock: Clock, *, evaluate: bool, overwrite: bool
+) -> dict[str, Any]:
+    """Carry out a stage that is not the last; its record. Nothing is done again for a folder that has its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    job = job_for(plan, shared, folder)
+    if read_json(folder / MANIFEST).get("fingerprint") == job.fingerprint():
+        return dict(read_json(folder / MANIFEST)["stage"])
+    with closing(job.open(overwrite=overwrite)) as checkpoint:
+        if not checkpoint.finished():
+            proof, peak = finish_tensors(job, checkpoint, clock)
+            suite = shared.origin.recipe.evaluate
+            with clock.stage("evaluate"):
+                scores = job.text_scores(checkpoint.partial) if evaluate and suite else []
+            record = stage_record(plan, checkpoint, name, proof, peak, scores)
+            layers = [row for block in checkpoint.records() for row in block["layers"]]
+            written = {"fingerprint": checkpoint.fingerprint, "stage": record, "layers": layers}
+            write_json(checkpoint.partial / MANIFEST, written)
+        checkpoint.complete(overwrite=True)
+    return dict(read_json(folder / MANIFEST)["stage"])
+
+
+def finish_tensors(job: Job, checkpoint: Checkpoint, clock: Clock) -> tuple[dict[str, Any], int]:
+    """Compress, and prove that the result loads; the proof, and the peak memory before it."""
     with clock.stage("compress"):
         job.compress(checkpoint)
     peak = peak_bytes()
-    peak_device = torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0
     with clock.stage("prove"):
-        progress.stage("proving that it loads", 1)
-        proof = prove(plan, checkpoint.partial, checkpoint.state / "expected", job.proof_blocks)
+        job.progress.stage("proving that it loads", 1)
+        proof = prove(job.plan, checkpoint.partial, checkpoint.state / "expected", job.proof_blocks)
+    return proof, peak
+
+
+def make_folder(job: Job, checkpoint: Checkpoint, clock: Clock, story: Story, *, evaluate: bool) -> dict[str, Any]:
+    """Everything in DIR.partial: compressed, proved, scored and described. Returns the contents of results.json."""
+    plan, origin = job.plan, job.shared.origin
+    proof, peak = finish_tensors(job, checkpoint, clock)
+    peak_device = torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0
     with clock.stage("evaluate"):
-        scores = job.scores(checkpoint.partial) if evaluate and plan.recipe.evaluate else None
-    parameters = sum(parameter.numel() for parameter in job.model.parameters())
+        scores = job.scores(checkpoint.partial) if evaluate and origin.recipe.evaluate else None
     results = collect_results(
-        Outcome(
-            plan,
-            checkpoint,
-            parameters,
-            job.data.record,
-            proof,
-            scores,
-            clock,
-            peak,
-            peak_device,
-            plan.source.fetch_bytes,
-        )
+        Outcome(plan, origin, checkpoint, story, job.shared.data.record, proof, scores, clock, peak, peak_device)
     )
     write_json(checkpoint.partial / "results.json", results)
     write_json(checkpoint.partial / MANIFEST, manifest(results, checkpoint.fingerprint))
@@ -125,28 +177,35 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def prepare(recipe: Recipe, output: Path, progress: Progress) -> tuple[Plan, ModelSource, Built | None]:
-    """Everything that can fail without a weight: source, plan, machine, rights on the Hub, the suite. Then fetch.
+def stages_folder(output: Path) -> Path:
+    """Where the results of all stages but the last are kept until that one is done."""
+    return output.with_name(output.name + ".stages")
+
+
+def prepare(
+    recipe: Recipe, output: Path, progress: Progress
+) -> tuple[list[tuple[Link, Plan]], ModelSource, Built | None]:
+    """Everything that can fail without a weight: source, plans, machine, rights on the Hub, the suite. Then fetch.
 
     Also returns the model without its weights, if its code is at hand before the fetch.
     """
     source = open_source(recipe.model, revision=recipe.revision)
-    plan = make_plan(recipe, source)
-    check_machine(plan, output)
-    proof_blocks(plan)
+    chain = plan_stages(recipe, source)
+    plan = chain[0][1]
+    check_stages([each for _, each in chain], output)
     if recipe.evaluate:
         from llmcompress.suite import load_suite
 
         load_suite(recipe.evaluate.suite)
-    built = None if recipe.trust_remote_code else build(plan)  # else its code must be fetched first
+    built = None if recipe.trust_remote_code else build_for(plan)  # else its code must be fetched first
     if recipe.publish:
         from llmcompress.hub import check_rights
 
         check_rights(recipe.publish.repo_id, private=recipe.publish.private)
-    for text in plan.notes:
+    for text in dict.fromkeys(note for _, each in chain for note in each.notes):
         progress.note(text)
     progress.stage("fetching the model", max(1, source.fetch_bytes))
-    return plan, source.fetch(lambda done, total: progress.advance(done)), built
+    return chain, source.fetch(lambda done, total: progress.advance(done)), built
 
 
 def check_suite(recipe: Recipe, source: ModelSource) -> None:
@@ -159,20 +218,19 @@ def check_suite(recipe: Recipe, source: ModelSource) -> None:
     check_data(load_suite(recipe.evaluate.suite), source.folder, trust_remote_code=recipe.trust_remote_code)
 
 
-def load_data(plan: Plan) -> tuple[Data, Any]:
-    """Calibration tokens, or for data-free methods a few random ones for the proof; and the tokenizer."""
+def load_data(recipe: Recipe, source: ModelSource, *, needed: bool) -> tuple[Data, Any]:
+    """Calibration tokens, or if none are needed a few random ones for the proof; and the tokenizer."""
     from transformers import AutoTokenizer
 
-    source = plan.source.fetch()
     with quiet_transformers(), stock_errors(source, "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, local_files_only=True, trust_remote_code=plan.recipe.trust_remote_code
+            source.folder, local_files_only=True, trust_remote_code=recipe.trust_remote_code
         )
-    options = plan.recipe.calibration
-    if not plan.needs_data or options is None:
+    options = recipe.calibration
+    if not needed or options is None:
         random = torch.Generator().manual_seed(0)
         shape = (cost.PROOF_SAMPLES, cost.PROOF_LENGTH)
-        known = min(len(tokenizer), int(plan.source.config.get("vocab_size", len(tokenizer))))
+        known = min(len(tokenizer), int(source.config.get("vocab_size", len(tokenizer))))
         return Data(torch.randint(known, shape, generator=random), None), tokenizer
     found = load_calibration(options, tokenizer)
     record = {

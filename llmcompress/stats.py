@@ -101,6 +101,49 @@ class InputSquares:
         return self.total / self.tokens
 
 
+class InputMoments:
+    """Mean and mean square of each of one linear's inputs, summed in float64: little is left of their difference."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.sums = torch.zeros(features, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.sums)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
+        x = x.reshape(-1, x.shape[-1]).double()
+        self.sums += x.sum(0)
+        self.squares += x.square().sum(0)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or shard saw."""
+        self.sums += other.sums
+        self.squares += other.squares
+        self.tokens += other.tokens
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], [in] float32."""
+        return self._over_tokens(self.sums).float()
+
+    @property
+    def square(self) -> Tensor:
+        """E[x²], [in] float32."""
+        return self._over_tokens(self.squares).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """E[x²] - E[x]², [in] float32 >= 0."""
+        mean = self._over_tokens(self.sums)
+        return (self._over_tokens(self.squares) - mean.square()).clamp_(min=0).float()
+
+    def _over_tokens(self, total: Tensor) -> Tensor:
+        if self.tokens == 0:
+            raise CalibrationError(NO_TOKENS)
+        return total / self.tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What was found out about a linear's inputs."""
@@ -153,6 +196,31 @@ class GradientSquare(GradientMean):
         """Add the square of the gradient [out, in] of one window's mean loss."""
         self.total.addcmul_(gradient, gradient)
         self.windows += 1
+
+
+class GradientMoments(GradientMean):
+    """Mean over windows of dL/dW and of its square; [out, in] float32 each."""
+
+    def __init__(self, shape: torch.Size, device: torch.device | str = "cpu") -> None:
+        super().__init__(shape, device)
+        self.squares = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradient [out, in] of one window's mean loss, and its square."""
+        super().update(gradient)
+        self.squares.addcmul_(gradient, gradient)
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or shard saw."""
+        super().merge(other)
+        self.squares += other.squares
+
+    @property
+    def square(self) -> Tensor:
+        """The mean square, [out, in] float32; a new tensor."""
+        if self.windows == 0:
+            raise CalibrationError(NO_TOKENS)
+        return self.squares / self.windows
 
 
 Statistics = type[InputGram] | type[InputSquares] | type[GradientMean]

@@ -16,19 +16,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.arch import Architecture, Module, first, is_transposed
 from llmcompress.errors import CalibrationError, FormatError
-from llmcompress.stats import InputGram, Inputs, InputSquares
+from llmcompress.stats import InputGram, InputMoments, Inputs, InputSquares
 
 BATCH_TOKENS = 4096  # tokens of one forward pass: large enough for matrix units, small enough for memory
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]
 InputKind = type[InputGram] | type[InputSquares]
+Sums = TypeVar("Sums", InputGram, InputSquares, InputMoments, InputGram | InputSquares)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -225,19 +226,19 @@ def collect_inputs(block: Block, kinds: Mapping[tuple[str, ...], InputKind]) -> 
     return means
 
 
-def collect(block: Block, kinds: Mapping[tuple[str, ...], InputKind]) -> dict[str, InputGram | InputSquares]:
+def collect(block: Block, kinds: Mapping[tuple[str, ...], type[Sums]]) -> dict[str, Sums]:
     """Statistics of the inputs of a block's linears, gathered once per group of linears that share an input.
 
     kinds: what to gather, by names of linears below the block. The result has one entry per linear; those of a group
     are the same object.
     """
-    sums: dict[str, InputGram | InputSquares] = {}
+    sums: dict[str, Sums] = {}
     hooks = []
     for names, kind in kinds.items():
         linear = block.module.get_submodule(names[0])
         total = kind(in_features(linear), next(linear.parameters()).device)
         sums |= dict.fromkeys(names, total)
-        hooks.append(linear.register_forward_pre_hook(lambda module, args, total=total: total.update(args[0])))
+        hooks.append(linear.register_forward_pre_hook(adding_to(total)))
     try:
         for rows in block.batches():
             block.forward(rows)
@@ -245,6 +246,15 @@ def collect(block: Block, kinds: Mapping[tuple[str, ...], InputKind]) -> dict[st
         for hook in hooks:
             hook.remove()
     return sums
+
+
+def adding_to(total: InputGram | InputSquares | InputMoments) -> Callable[[Module, tuple[Any, ...]], None]:
+    """A hook that adds what a module is called with."""
+
+    def hook(module: Module, args: tuple[Any, ...]) -> None:
+        total.update(args[0])
+
+    return hook
 
 
 def checkpoint_module(stored: Mapping[str, list[str]], block: Block, linear: str) -> str:

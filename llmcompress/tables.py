@@ -10,8 +10,11 @@ from llmcompress.catalog import DATASETS, MODELS
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
 from llmcompress.methods import METHODS, Method, Pruner
+from llmcompress.options import Options
 from llmcompress.plan import Plan, gib
 from llmcompress.recipe import recipe_paths
+from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
+from llmcompress.structure.scores import BLOCK_SCORES, UNIT_SCORES
 from llmcompress.suite import suite_paths
 
 
@@ -23,6 +26,8 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
         what = ", then ".join(
             describe(plan.steps[i].name, method) for i, method in zip(linear.steps, linear.methods, strict=True)
         )
+        if linear.after_bytes < linear.before_bytes and not what:
+            what = "becomes smaller" if linear.after_bytes else "goes with its block"
         row = kinds.setdefault((kind, linear.shape, what or "left alone"), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
@@ -123,9 +128,21 @@ def listing(what: str) -> list[dict[str, Any]]:
                 "name": name,
                 "description": first_line(method),
                 "data": data_of(method),
-                "options": {k: f.default for k, f in method.model_fields.items()},
+                "options": options_of(method),
             }
             for name, method in METHODS.items()
+        ]
+    if what == "structures":
+        return [
+            {"name": name, "description": STRUCTURE_WORDS[name], "options": options_of(structure)}
+            for name, structure in STRUCTURES.items()
+        ]
+    if what == "scores":
+        tables: dict[str, Any] = {"units": UNIT_SCORES, "blocks": BLOCK_SCORES}
+        return [
+            {"name": name, "of": of, "description": first_line(score), "options": options_of(score)}
+            for of, scores in tables.items()
+            for name, score in scores.items()
         ]
     if what == "formats":
         return [
@@ -133,6 +150,11 @@ def listing(what: str) -> list[dict[str, Any]]:
         ]
     table: dict[str, Any] = dict(MODELS if what == "models" else DATASETS)
     return [{"name": name, "description": entry.description, "license": entry.license} for name, entry in table.items()]
+
+
+def options_of(record: type[Options]) -> dict[str, Any]:
+    """Names and defaults of a record's options."""
+    return {k: "required" if f.is_required() else f.default for k, f in record.model_fields.items()}
 
 
 def data_of(method: type[Method]) -> str:

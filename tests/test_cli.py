@@ -239,11 +239,11 @@ def test_nothing_heavy_is_imported(code, absent):
 
 def test_our_own_bug_shows_its_traceback(recipe, monkeypatch):
     """Only what the user can mend is said in one message; anything else must not be hidden."""
-    from llmcompress import plan
+    from llmcompress import stages
 
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(plan, "make_plan", broken)
+    monkeypatch.setattr(stages, "plan_stages", broken)
     with pytest.raises(ZeroDivisionError):
         main(["plan", str(recipe)])

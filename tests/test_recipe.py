@@ -9,7 +9,8 @@ from pydantic import ValidationError
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods import METHODS, IntMethod, Pruner
-from llmcompress.recipe import default_output, load_recipe, matches, override, parse_bytes, parse_recipe, parse_step
+from llmcompress.options import parse_bytes
+from llmcompress.recipe import default_output, load_recipe, matches, override, parse_recipe, parse_step
 
 SMALLEST = {"model": "m", "steps": [{"method": "rtn"}]}
 

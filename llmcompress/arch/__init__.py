@@ -11,18 +11,22 @@ the same to 1e-5. Candidates differ only in which rows of the producer make whic
 a function of the head layout, so what is found on the tiny model holds for the full one.
 """
 
+from llmcompress.arch.couplings import Channels, HeadRows, find_couplings
 from llmcompress.arch.discovery import Architecture, discover, ignored_linears, match_names, skeleton
 from llmcompress.arch.links import Heads, Link, row_factors, scale_consumers, scale_producer
 from llmcompress.arch.modules import Linear, Module, find_blocks, first, is_transposed, quiet_transformers, rows_of
 
 __all__ = [
     "Architecture",
+    "Channels",
+    "HeadRows",
     "Heads",
     "Linear",
     "Link",
     "Module",
     "discover",
     "find_blocks",
+    "find_couplings",
     "first",
     "ignored_linears",
     "is_transposed",

@@ -1,0 +1,45 @@
+"""From a source to a model without weights, with what it is made of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llmcompress.arch import Architecture, discover, skeleton
+from llmcompress.errors import LLMCompressError, SourceError
+from llmcompress.source import ModelSource
+
+Built = tuple[Any, Architecture]
+
+
+def build(source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Built:
+    """The model without its weights, and what it is made of; needs no more of the source than its config.json.
+
+    dtype: of its parameters.
+    """
+    from transformers import AutoConfig
+
+    with stock_errors(source, "transformers cannot build a model from its config.json"):
+        if source.folder is None:
+            config = AutoConfig.for_model(**source.config)
+        else:
+            config = AutoConfig.from_pretrained(
+                str(source.folder), local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
+    return model, discover(model)
+
+
+@contextmanager
+def stock_errors(source: ModelSource, what: str) -> Iterator[None]:
+    """Say in one message what transformers makes of files that somebody else wrote."""
+    try:
+        yield
+    except LLMCompressError:
+        raise
+    except Exception as exc:  # it raises whatever its many loaders happen to: the cause is kept and shown
+        raise SourceError(
+            f"{source.name}: {what}: {' '.join(str(exc).split())[:300] or type(exc).__name__}; check the files in "
+            f"{source.folder}, or fetch the model again"
+        ) from exc

@@ -1,0 +1,87 @@
+"""The plans of a recipe's stages, each for the model that the one before it leaves.
+
+A structure step of several rounds is several stages: each scores what is left and removes its part of the way.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmcompress.cost import Cost
+from llmcompress.errors import PlanError
+from llmcompress.plan import Plan, check_machine, make_plan
+from llmcompress.proof import proof_blocks
+from llmcompress.recipe import Recipe, Stage, StructureStep
+from llmcompress.source import ModelSource
+from llmcompress.structure_plan import StructurePlan, plan_structure
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One stage, or one round of one, and how to plan it once its model exists."""
+
+    stage: Stage
+    keep: int | None  # units or blocks that stay after this round
+
+    def plan(self, source: ModelSource) -> Plan:
+        """The plan for a model, which may be one that an earlier link is going to make."""
+        step = self.stage.steps[0]
+        if isinstance(step, StructureStep):
+            return plan_structure(self.stage.recipe, source, step, self.keep)
+        return make_plan(self.stage.recipe, source, [s for s in self.stage.steps if not isinstance(s, StructureStep)])
+
+    @property
+    def name(self) -> str:
+        """What it does, for folders and tables."""
+        return " + ".join(step.name for step in self.stage.steps)
+
+
+def plan_stages(recipe: Recipe, source: ModelSource) -> list[tuple[Link, Plan]]:
+    """Every stage of a recipe with its plan. Raises PlanError with the first thing that does not fit."""
+    planned: list[tuple[Link, Plan]] = []
+    for stage in recipe.stages():
+        for link in rounds(stage, source):
+            plan = link.plan(source)
+            planned.append((link, plan))
+            source = plan.result if isinstance(plan, StructurePlan) else source
+    return planned
+
+
+def rounds(stage: Stage, source: ModelSource) -> list[Link]:
+    """A stage as one link, or as one for every round of its structure step."""
+    step = stage.steps[0]
+    if not isinstance(step, StructureStep) or step.options.rounds == 1:
+        return [Link(stage, None)]
+    whole = plan_structure(stage.recipe, source, step)
+    units = whole.group.units if whole.group else whole.count
+    gone = units - min(whole.widths.values()) if whole.group else whole.drop
+    count = step.options.rounds
+    if count > gone:
+        raise PlanError(f"{step.where}.rounds: {count} rounds, but only {gone} of {units} units go; use at most {gone}")
+    return [Link(stage, units - round(gone * i / count)) for i in range(1, count + 1)]
+
+
+def check_stages(plans: list[Plan], output: Path) -> None:
+    """Memory and disk for all stages, before a weight is read. Raises PlanError with both numbers."""
+    check_machine(replace(plans[0], predicted=combined([plan.predicted for plan in plans])), output)
+    for plan in plans:
+        proof_blocks(plan)
+
+
+def plain_stages(plans: list[Plan]) -> dict[str, Any]:
+    """For `--json`: the plan of a run of one stage, or all of them and what they take together."""
+    if len(plans) == 1:
+        return plans[0].plain()
+    predicted = asdict(combined([plan.predicted for plan in plans]))
+    return {"stages": [plan.plain() for plan in plans], "predicted": predicted}
+
+
+def combined(costs: list[Cost]) -> Cost:
+    """What all stages take together: times add up, memory does not, and every stage's result stays until the end."""
+    return Cost(
+        peak_host_bytes=max(cost.peak_host_bytes for cost in costs),
+        peak_device_bytes=max(cost.peak_device_bytes for cost in costs),
+        disk_bytes=sum(cost.disk_bytes for cost in costs),
+        output_bytes=costs[-1].output_bytes,
+        seconds=sum(cost.seconds for cost in costs),
+    )

@@ -1,0 +1,43 @@
+"""Random: the baseline that a score must beat. Drawn anew for every block from a seed; also for whole blocks."""
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.stream import StreamedModel
+from llmcompress.structure.groups import Group
+from llmcompress.structure.scores.base import Seen, UnitScore
+from llmcompress.structure.scores.depth import BlockScore, Dropped, Told, lowest
+
+
+class Random(UnitScore):
+    """Options of `score: random`."""
+
+    seed: int = Field(0, ge=0, description="of the draw")
+
+    def score(self, group: Group, seen: Seen) -> Tensor:
+        """A permutation of the units as scores, [units]."""
+        return draw(group.units, self.seed, seen.block)
+
+
+class RandomBlocks(BlockScore):
+    """Options of `score: random` for blocks."""
+
+    looks_at_data: ClassVar[bool] = False
+
+    seed: int = Field(0, ge=0, description="of the draw")
+
+    def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
+        """The first of a random order."""
+        blocks = sorted(allowed)
+        order = draw(len(blocks), self.seed, 0)
+        scores = {block: float(place) for block, place in zip(blocks, order, strict=True)}
+        return lowest(scores, count)
+
+
+def draw(count: int, seed: int, block: int) -> Tensor:
+    """1 .. count in random order, [count] float32."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + block)
+    return 1.0 + torch.randperm(count, generator=generator).float()

@@ -1,0 +1,86 @@
+"""Options of a structure step: what goes, by which score, how much, and what makes up for it.
+
+- structure: mlp_channel
+  score: taylor                # or {method: taylor, order: mixed}
+  ratio: 0.2                   # of the model's parameters, unless `of` says otherwise
+  multiple: 128
+  compensate: least_squares
+"""
+
+import difflib
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from llmcompress.errors import RecipeError
+from llmcompress.options import Options, parse_bytes
+from llmcompress.structure.scores import BLOCK_SCORES, UNIT_SCORES, BlockScore, UnitScore
+
+Denominator = Literal["model", "decoder", "group"]
+
+
+class Structure(Options):
+    """What all structure steps have: a budget and rounds."""
+
+    score: Any
+    ratio: float | None = Field(None, gt=0, lt=1, description="share of `of` to remove")
+    parameters: int | None = Field(None, gt=0, description="parameters of `of` that stay")
+    bytes: int | None = Field(None, gt=0, description="bytes of `of` that stay, in the recipe's dtype; such as 200MiB")
+    of: Denominator = Field("model", description="what the budget is a share of: model, decoder or group")
+    rounds: int = Field(1, ge=1, le=100, description="score, remove a part, and score again, so many times")
+
+    @field_validator("bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        given = [name for name in ("ratio", "parameters", "bytes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"expected one of ratio, parameters and bytes, found {' and '.join(given) if given else 'none'}"
+            )
+        return self
+
+
+class Width(Structure):
+    """Options of `structure: mlp_channel`, `kv_group` and `query_head`: every block becomes as much narrower."""
+
+    score: UnitScore
+    multiple: int = Field(1, ge=1, description="widths are multiples of this; kernels like 64 or 128")
+    compensate: Literal["least_squares", "mean", "none"] = Field(
+        "least_squares", description="how the kept weights make up for the removed ones"
+    )
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _score(cls, value: Any) -> Any:
+        return parse_score(value, UNIT_SCORES)
+
+
+class Depth(Structure):
+    """Options of `structure: block`: some blocks go as a whole."""
+
+    score: BlockScore
+    protect_first: int = Field(0, ge=0, description="blocks at the start that stay")
+    protect_last: int = Field(0, ge=0, description="blocks at the end that stay")
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _score(cls, value: Any) -> Any:
+        return parse_score(value, BLOCK_SCORES)
+
+
+def parse_score(value: Any, table: dict[str, Any]) -> Any:
+    """A score from its name, or from a mapping with `method` and its options."""
+    options = {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+    name = options.pop("method", None)
+    if name not in table:
+        close = difflib.get_close_matches(str(name), table, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown score {name!r}{hint} (known: {', '.join(table)})")
+    try:
+        return table[name].parse(options, name)
+    except RecipeError as exc:
+        raise ValueError(str(exc)) from None

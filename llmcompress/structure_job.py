@@ -1,0 +1,234 @@
+"""One structure step on a model at hand: scores, selection, compensation, and the files of the smaller model.
+
+    width   walk over the dense model for scores -> which units stay -> block by block: statistics of what the smaller
+            model so far feeds it, compensation, masked units -> what is left of every tensor
+    depth   the score's own walks -> which blocks stay -> their tensors under new numbers
+
+The stream computes with the masked blocks, which have the old shapes; the folder holds the cut ones. So the proof of
+loading is also the proof that cutting changed nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress import cost
+from llmcompress.arch import is_transposed
+from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
+from llmcompress.compress import BlockResult, weight_of
+from llmcompress.files import read_json, write_json
+from llmcompress.gradients import stream_gradients
+from llmcompress.job import Job
+from llmcompress.proof import digest
+from llmcompress.results import peak_bytes
+from llmcompress.stats import GradientMoments, InputGram, InputMoments
+from llmcompress.stream import Block, collect, oriented, stream_blocks
+from llmcompress.structure import Depth, Width
+from llmcompress.structure.compensation import least_squares, mean_bias
+from llmcompress.structure.groups import Group, cut, kept_positions, mask_units
+from llmcompress.structure.reshape import shallower
+from llmcompress.structure.scores import Dropped, Seen
+from llmcompress.structure.selection import check_scores, keep_highest
+from llmcompress.structure_plan import StructurePlan, unprotected
+from llmcompress.weight import relative_error
+
+
+class WidthJob(Job):
+    """Every block becomes narrower."""
+
+    plan: StructurePlan
+
+    def compress(self, checkpoint: Checkpoint) -> None:
+        """Choose units, then all blocks, then all else."""
+        self.kept = self._choose(checkpoint)
+        self._stream_through(checkpoint, self._shrink)
+
+    def _choose(self, checkpoint: Checkpoint) -> dict[int, Tensor]:
+        """Block -> units that stay [n] int64, by the scores of the dense model; kept for a run that continues."""
+        path = checkpoint.state / "units.safetensors"
+        if not path.exists():
+            options, group = self._options, self._group
+            self.progress.stage(f"scoring {self.plan.step.name}", self.plan.count)
+            scores: dict[int, Tensor] = {}
+            for done, seen in enumerate(self._seen(checkpoint), 1):
+                scores[seen.block] = options.score.score(group, seen).cpu()
+                self.progress.advance(done)
+            check_scores(list(scores.values()), self.plan.step.where)
+            kept = {index: keep_highest(scores[index], width) for index, width in self.plan.widths.items()}
+            write_tensors(path, {str(index): units for index, units in kept.items()})
+        return {int(index): units for index, units in read_tensors(path).items()}
+
+    def _seen(self, checkpoint: Checkpoint) -> Iterator[Seen]:
+        """Every block of the dense model with what the score's walk gathers."""
+        walk, linears = self._options.score.walk, [*self._group.rows, self._group.consumer]
+        if walk == "weights":
+            for index in range(self.plan.count):
+                yield self._with(self.stream.load_block(index, torch.empty(0)))
+                self.stream.free_block(index)
+        elif walk == "inputs":
+            for block in stream_blocks(self.stream, self.stream.embed(self.data.tokens)):
+                yield self._with(block, inputs=collect(block, {(name,): InputMoments for name in linears}))
+        else:
+
+            def empty(block: Block) -> dict[str, GradientMoments]:
+                return {name: GradientMoments(oriented(block, name).shape, self.plan.device) for name in linears}
+
+            folder = checkpoint.state / "inputs"
+            for block, found in stream_gradients(self._exact(), self.data.tokens, folder, empty):
+                yield self._with(block, gradients=found)
+
+    def _with(self, block: Block, **found: Any) -> Seen:
+        """A block with what was gathered of it."""
+        weights = {name: weight_of(block, name) for name in (*self._group.rows, self._group.consumer)}
+        return Seen(block.index, weights, **found)
+
+    def _shrink(self, block: Block) -> BlockResult:
+        """Compensate and mask a block; the result holds what is left of its tensors."""
+        result, group = BlockResult(), self._group
+        stays = self.kept[block.index]
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[stays] = False
+        removed = gone.nonzero().flatten()
+        shapes = {name: tuple(value.shape) for name, value in block.module.named_parameters()}
+        error = self._compensate(block, group.columns[stays].flatten()) if len(removed) else None
+        mask_units(block.module, group, removed)
+        kept = kept_positions(group, removed, shapes)
+        for name, value in block.module.named_parameters():
+            left = cut(name, value.data, kept)
+            result.tensors[self.stored[f"{block.name}.{name}"][0]] = left.to(self.plan.dtype).contiguous()
+        for name in dict.fromkeys((*group.rows, group.consumer)):
+            result.layers.append(self._row(block, name, shapes, kept, error if name == group.consumer else None))
+            left = cut(f"{name}.weight", block.module.get_parameter(f"{name}.weight").data, kept)
+            result.digests[f"{block.name}.{name}"] = digest(left)
+        return result
+
+    def _compensate(self, block: Block, columns: Tensor) -> float | None:
+        """Let the kept columns of the consumer make up for the others; its relative output error, if data was seen."""
+        name, how = self._group.consumer, self._options.compensate
+        if how == "none":
+            return None
+        linear, weight = block.module.get_submodule(name), weight_of(block, name)
+        gram = collect(block, {(name,): InputGram})[name].mean
+        changed = torch.zeros_like(weight)
+        if how == "least_squares":
+            changed = least_squares(weight, gram, columns)
+            oriented(block, name).copy_(changed)
+        else:
+            changed[:, columns] = weight[:, columns]
+            moments = collect(block, {(name,): InputMoments})[name]
+            linear.bias.data.add_(mean_bias(weight, moments.mean, columns).to(linear.bias.dtype))
+        return relative_error(weight, changed, gram)
+
+    def _row(
+        self, block: Block, name: str, shapes: dict[str, tuple[int, ...]], kept: Any, error: float | None
+    ) -> dict[str, Any]:
+        """The row of results.json for a linear that became smaller."""
+        shape = shapes[f"{name}.weight"]
+        left = list(shape)
+        for (parameter, dim), positions in kept.items():
+            if parameter == f"{name}.weight":
+                left[dim] = len(positions)
+        if is_transposed(block.module.get_submodule(name)):
+            shape, left = shape[::-1], left[::-1]
+        item = self.plan.dtype.itemsize
+        return {
+            "name": self.stored[f"{block.name}.{name}.weight"][0].removesuffix(".weight"),
+            "block": block.index,
+            "method": self.plan.step.name,
+            "shape_before": list(shape),
+            "shape": list(left),
+            "before_bytes": prod(shape) * item,
+            "after_bytes": prod(left) * item,
+            "error": error,
+            "weight_error": None,
+        }
+
+    @property
+    def _options(self) -> Width:
+        options = self.plan.step.options
+        assert isinstance(options, Width)
+        return options
+
+    @property
+    def _group(self) -> Group:
+        assert self.plan.group is not None
+        return self.plan.group
+
+    def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._dense_config(self.plan.result.config)
+
+    def _check_against_plan(self) -> None:
+        """The plan was made from the modules themselves."""
+
+
+class DepthJob(Job):
+    """Some blocks go as a whole."""
+
+    plan: StructurePlan
+
+    @property
+    def block_shards(self) -> int:
+        """How many blocks the result has."""
+        return self.plan.count - self.plan.drop
+
+    def compress(self, checkpoint: Checkpoint) -> None:
+        """Choose blocks, then copy the tensors of the others, then all else."""
+        dropped = self._choose(checkpoint)
+        self.numbers = [i for i in range(self.plan.count) if i not in dropped.blocks]
+        self.proof_blocks = min(self.proof_blocks, len(self.numbers))
+        self.progress.stage("writing the blocks that stay", len(self.numbers))
+        done = len(checkpoint.records())
+        hidden = self.stream.embed(self.data.tokens[: cost.PROOF_SAMPLES])
+        hidden = checkpoint.hidden(done) if done else hidden
+        for new, old in list(enumerate(self.numbers))[done:]:
+            self._copy(checkpoint, new, old, hidden)
+            self.progress.advance(new + 1)
+        self._write_rest(checkpoint)
+
+    def _choose(self, checkpoint: Checkpoint) -> Dropped:
+        """Which blocks go; kept for a run that continues."""
+        path = checkpoint.state / "blocks.json"
+        if not path.exists():
+            options, steps = self.plan.step.options, self.plan.count
+            assert isinstance(options, Depth)
+            self.progress.stage("scoring blocks", steps)
+            found = options.score.choose(
+                self.stream,
+                self.data.tokens,
+                self.plan.drop,
+                unprotected(self.plan, self.plan.step),
+                lambda done, total: self.progress.advance(done * steps // total),
+            )
+            write_json(path, {"blocks": found.blocks, "scores": {str(b): s for b, s in found.scores.items()}})
+        kept = read_json(path)
+        return Dropped(kept["blocks"], {int(block): score for block, score in kept["scores"].items()})
+
+    def _copy(self, checkpoint: Checkpoint, new: int, old: int, hidden: Tensor) -> None:
+        """Block `old` becomes block `new`; hidden: its inputs for the proof, replaced by its outputs."""
+        start = time.monotonic()
+        block = self.stream.load_block(old, hidden)
+        for rows in block.batches():
+            hidden[rows] = block.forward(rows).to(hidden.device)
+        name = self.architecture.block(new)
+        digests = {
+            f"{name}.{linear}": digest(block.module.get_submodule(linear).weight)
+            for linear in self.architecture.linears
+        }
+        self.stream.free_block(old)
+        before, after = (f"{self.plan.blocks}.{number}." for number in (old, new))
+        tensors = self._as_stored([info.name for info in self.plan.tensors_of(old)])
+        checkpoint.write_shard(new, {after + key.removeprefix(before): value for key, value in tensors.items()})
+        record = {"layers": [], "notes": [], "digests": digests, "seconds": time.monotonic() - start}
+        if new == self.proof_blocks - 1:
+            write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden.clone()})
+        checkpoint.finish_block(new, hidden, record | {"peak_bytes": peak_bytes()})
+
+    def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._dense_config(shallower(self.source.config, self.model, self.numbers))
+
+    def _check_against_plan(self) -> None:
+        """No linear changes."""

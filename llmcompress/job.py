@@ -82,9 +82,31 @@ class Shared:
     progress: Progress
 
 
-def build_for(plan: Plan, dtype: torch.dtype | None = None) -> Built:
-    """The model of a plan without its weights; dtype: of its parameters, if not the recipe's."""
-    return build(plan.source, dtype or plan.dtype, trust_remote_code=plan.recipe.trust_remote_code)
+def build_for(plan: Plan, dtype: torch.dtype | None = None, source: ModelSource | None = None) -> Built:
+    """The model of a plan without its weights; dtype and source: if not the recipe's and the plan's."""
+    return build(source or plan.source, dtype or plan.dtype, trust_remote_code=plan.recipe.trust_remote_code)
+
+
+def tensors_by_parameter(
+    model: Any, source: ModelSource, stored: dict[str, list[str]], dtype: torch.dtype
+) -> Callable[[Iterable[str]], dict[str, Tensor]]:
+    """A function from names of parameters to their tensors, out of a checkpoint that may name or split them otherwise.
+
+    stored: parameter name -> its tensors in the checkpoint.
+    """
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        sources = {name: stored[name] for name in names}
+        tensors = source.load({t for found in sources.values() for t in found}, dtype=dtype)
+        shapes = {name: tuple(model.get_parameter(name).shape) for name in sources}
+        return {
+            name: tensors[found[0]]
+            if tuple(tensors[found[0]].shape) == shapes[name]
+            else fuse(model, name, {tensor: tensors[tensor] for tensor in found})
+            for name, found in sources.items()
+        }
+
+    return read
 
 
 class Job:
@@ -297,15 +319,7 @@ class Job:
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters by their names in the model."""
-        sources = {name: self.stored[name] for name in names}
-        tensors = self.source.load({t for found in sources.values() for t in found}, dtype=self.plan.dtype)
-        shapes = {name: tuple(self.model.get_parameter(name).shape) for name in sources}
-        return {
-            name: tensors[found[0]]
-            if tuple(tensors[found[0]].shape) == shapes[name]
-            else fuse(self.model, name, {tensor: tensors[tensor] for tensor in found})
-            for name, found in sources.items()
-        }
+        return tensors_by_parameter(self.model, self.source, self.stored, self.plan.dtype)(names)
 
     def _check_against_plan(self) -> None:
         """The plan saw names and shapes; the modules must agree, or something would be skipped."""

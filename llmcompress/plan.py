@@ -193,6 +193,23 @@ def make_plan(recipe: Recipe, source: ModelSource, steps: list[Step] | None = No
     return replace(plan, predicted=predict(plan))
 
 
+def dense_plan(recipe: Recipe, source: ModelSource) -> Plan:
+    """A plan that leaves every tensor as it is, for stages without methods to build on."""
+    check_length(recipe, source)
+    device_of(recipe)
+    blocks, count = find_block_path(source)
+    dtype = getattr(torch, recipe.dtype)
+    transposed = source.config.get("model_type") in CONV1D_MODELS
+    linears = [
+        PlannedLinear(name, block_index(name, blocks), shape, (), (), None, size, size)
+        for name, shape in block_linears(source, blocks, transposed).items()
+        for size in [shape[0] * shape[1] * dtype.itemsize]
+    ]
+    before = sum(prod(info.shape) for info in source.tensors.values()) * dtype.itemsize
+    unknown = Cost(0, 0, 0, 0, 0.0)
+    return Plan(recipe, source, [], "dense", blocks, count, transposed, linears, {}, [], before, unknown)
+
+
 def method_steps(recipe: Recipe) -> list[Step]:
     """The steps of a recipe that has no others."""
     steps = [step for step in recipe.parsed_steps() if isinstance(step, Step)]

@@ -8,11 +8,11 @@
         group_size: 64
     output: {format: pack-quantized}
 
-A step names a `method` for single weights or a `structure` whose units go. Its other options, but for `targets`, are
-the fields of that method's or structure's own record (`llmcompress list methods`, `list structures`).
+A step names a `method` for single weights, a `structure` whose units go, or how to `train`. Its other options, but for
+`targets`, are the fields of that record (`llmcompress list methods`, `list structures`, `list trainings`).
 
-Consecutive method steps are one stage, in which every block is loaded once; a structure step is a stage of its own,
-whose result is the model that the next stage starts from.
+Consecutive method steps are one stage, in which every block is loaded once; any other step is a stage of its own, whose
+result is the model that the next stage starts from.
 """
 
 import difflib
@@ -32,6 +32,7 @@ from llmcompress.formats import FORMATS
 from llmcompress.methods import METHODS, Method
 from llmcompress.options import Options, parse_bytes
 from llmcompress.structure import STRUCTURES, Structure
+from llmcompress.training import TRAININGS, Train
 
 
 class Output(Options):
@@ -83,6 +84,18 @@ class StructureStep:
     where: str  # path in the recipe, for messages
 
 
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """Learning, with the whole model."""
+
+    options: Train
+    name: str  # its key in TRAININGS
+    where: str  # path in the recipe, for messages
+
+
+AnyStep = Step | StructureStep | TrainStep
+
+
 class Recipe(Options):
     """The whole recipe, as plain values; `parsed_steps` are its steps as records."""
 
@@ -104,21 +117,19 @@ class Recipe(Options):
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
-    def parsed_steps(self) -> list[Step | StructureStep]:
+    def parsed_steps(self) -> list[AnyStep]:
         """Every step with its options checked. Raises RecipeError with the path of the first bad key."""
         return [parse_step(step, f"steps[{i}]") for i, step in enumerate(self.steps)]
 
     def stages(self) -> list["Stage"]:
-        """The recipe as a chain, each link of one structure step or of method steps alone.
+        """The recipe as a chain, each link of method steps alone or of one step of another kind.
 
         All but the last give a dense model; only the last is published. A recipe of method steps is one stage.
         """
-        runs: list[list[Step] | list[StructureStep]] = []
+        runs: list[list[AnyStep]] = []
         for step in self.parsed_steps():
-            if isinstance(step, StructureStep):
-                runs.append([step])
-            elif runs and isinstance(runs[-1][0], Step):
-                runs[-1] = [*(s for s in runs[-1] if isinstance(s, Step)), step]
+            if runs and isinstance(step, Step) and isinstance(runs[-1][0], Step):
+                runs[-1].append(step)
             else:
                 runs.append([step])
         stages, first = [], 0
@@ -140,7 +151,7 @@ class Stage:
     """Steps that are carried out in one go, as a recipe of their own."""
 
     recipe: Recipe
-    steps: list[Step] | list[StructureStep]
+    steps: list[AnyStep]  # one, or method steps
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -171,11 +182,18 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def parse_step(values: dict[str, Any], where: str) -> Step | StructureStep:
+def parse_step(values: dict[str, Any], where: str) -> AnyStep:
     """One step from its plain values."""
     options = dict(values)
+    kinds = [kind for kind in ("method", "structure", "train") if kind in options]
+    if len(kinds) > 1:
+        raise RecipeError(f"{where}: has both `{kinds[0]}` and `{kinds[1]}`; make two steps of it")
     if "structure" in options:
-        return parse_structure(options, where)
+        found, name = known_kind(options, "structure", STRUCTURES, where)
+        return StructureStep(found.parse(options, where), name, where)
+    if "train" in options:
+        found, name = known_kind(options, "train", TRAININGS, where)
+        return TrainStep(found.parse(options, where), name, where)
     name = options.pop("method", None)
     if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name), METHODS, n=1)
@@ -190,16 +208,14 @@ def parse_step(values: dict[str, Any], where: str) -> Step | StructureStep:
     return Step(METHODS[name].parse(options, where), name, where, tuple(targets))
 
 
-def parse_structure(options: dict[str, Any], where: str) -> StructureStep:
-    """One structure step from its plain values, which are taken apart."""
-    name = options.pop("structure")
-    if not isinstance(name, str) or name not in STRUCTURES:
-        close = difflib.get_close_matches(str(name), STRUCTURES, n=1)
+def known_kind(options: dict[str, Any], kind: str, table: dict[str, Any], where: str) -> tuple[Any, str]:
+    """The record in `table` that options[kind] names, and the name, which is taken out of the options."""
+    name = options.pop(kind)
+    if not isinstance(name, str) or name not in table:
+        close = difflib.get_close_matches(str(name), table, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"{where}.structure: unknown structure {name!r}{hint} (known: {', '.join(STRUCTURES)})")
-    if "method" in options:
-        raise RecipeError(f"{where}: has both `structure` and `method`; make two steps of it")
-    return StructureStep(STRUCTURES[name].parse(options, where), name, where)
+        raise RecipeError(f"{where}.{kind}: unknown {kind} {name!r}{hint} (known: {', '.join(table)})")
+    return table[name], name
 
 
 def override(values: dict[str, Any], key: str, value: Any) -> None:

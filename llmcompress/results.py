@@ -66,6 +66,7 @@ class Story:
     predicted: Cost  # of all of them
     last: str  # name of the last one
     earlier: list[dict[str, Any]]  # records of the others
+    training: list[dict[str, Any]]  # loss curves of all that trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
             "parts": parts(origin, plan, layers),
         },
         "stages": stages_of(outcome, output),
+        "training": outcome.story.training,
         "sparsity": sparsity(origin, plan, layers),
         "layers": layers,
         "kept": [{"name": name, "reason": reason} for name, reason in plan.kept.items()],
@@ -221,7 +223,7 @@ def stage_record(
     plan: Plan, checkpoint: Checkpoint, name: str, proof: dict[str, Any], peak: int, scores: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What is kept of a stage that is not the last."""
-    records = checkpoint.records()
+    records, curve = checkpoint.records(), read_json(checkpoint.state / "curve.json")
     return {
         "name": name,
         "parameters": stored_parameters(result_of(plan)),
@@ -230,6 +232,7 @@ def stage_record(
         "peak_host_bytes": max([peak, *(record["peak_bytes"] for record in records)]),
         "proof": proof,
         "perplexity": scores,
+        "training": [curve] if curve else [],
         "notes": [*plan.notes, *(note for record in records for note in record["notes"])],
     }
 

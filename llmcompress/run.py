@@ -47,6 +47,8 @@ from llmcompress.source import ModelSource, open_folder, open_source
 from llmcompress.stages import Link, check_stages, combined, plan_stages
 from llmcompress.structure_job import DepthJob, WidthJob
 from llmcompress.structure_plan import StructurePlan
+from llmcompress.training_job import TrainJob
+from llmcompress.training_plan import TrainPlan
 
 
 def run(
@@ -71,6 +73,7 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     with clock.stage("calibrate"):
         progress.stage("calibrating", 1)
         data, tokenizer = load_data(recipe, source, needed=any(plan.needs_data for plan in plans))
+        check_training_data(plans, tokenizer)
         if evaluate and recipe.evaluate:
             check_suite(recipe, source)
     built = built or build_for(replace(plans[0], source=source))
@@ -87,7 +90,8 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
         if checkpoint.finished():
             results = read_json(checkpoint.partial / "results.json")
         else:
-            story = Story(combined([plan.predicted for plan in plans]), links[-1].name, earlier)
+            curves = [curve for record in earlier for curve in record["training"]]
+            story = Story(combined([plan.predicted for plan in plans]), links[-1].name, earlier, curves)
             results = make_folder(job, checkpoint, clock, story, evaluate=evaluate)
         checkpoint.complete(overwrite=overwrite)
     shutil.rmtree(stages_folder(output), ignore_errors=True)
@@ -97,9 +101,11 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
 
 def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None) -> Job:
     """The job that carries out a plan, whose source is local by now."""
-    kind = Job
+    kind: type[Job] = Job
     if isinstance(plan, StructurePlan):
         kind = WidthJob if plan.group else DepthJob
+    elif isinstance(plan, TrainPlan):
+        kind = TrainJob
     return kind(plan, plan.source.fetch(), shared, output, built)
 
 
@@ -140,6 +146,8 @@ def make_folder(job: Job, checkpoint: Checkpoint, clock: Clock, story: Story, *,
     """Everything in DIR.partial: compressed, proved, scored and described. Returns the contents of results.json."""
     plan, origin = job.plan, job.shared.origin
     proof, peak = finish_tensors(job, checkpoint, clock)
+    if curve := read_json(checkpoint.state / "curve.json"):
+        story.training.append(curve)
     peak_device = torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0
     with clock.stage("evaluate"):
         scores = job.scores(checkpoint.partial) if evaluate and origin.recipe.evaluate else None
@@ -216,6 +224,13 @@ def check_suite(recipe: Recipe, source: ModelSource) -> None:
     assert recipe.evaluate is not None
     assert source.folder is not None
     check_data(load_suite(recipe.evaluate.suite), source.folder, trust_remote_code=recipe.trust_remote_code)
+
+
+def check_training_data(plans: list[Plan], tokenizer: Any) -> None:
+    """Text of its own that a later stage learns from must be at hand before the first stage."""
+    for plan in plans:
+        if isinstance(plan, TrainPlan) and plan.step.options.data:
+            load_calibration(plan.step.options.data, tokenizer)
 
 
 def load_data(recipe: Recipe, source: ModelSource, *, needed: bool) -> tuple[Data, Any]:

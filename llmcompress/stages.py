@@ -11,9 +11,10 @@ from llmcompress.cost import Cost
 from llmcompress.errors import PlanError
 from llmcompress.plan import Plan, check_machine, make_plan
 from llmcompress.proof import proof_blocks
-from llmcompress.recipe import Recipe, Stage, StructureStep
+from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
 from llmcompress.source import ModelSource
 from llmcompress.structure_plan import StructurePlan, plan_structure
+from llmcompress.training_plan import plan_training
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,9 @@ class Link:
         step = self.stage.steps[0]
         if isinstance(step, StructureStep):
             return plan_structure(self.stage.recipe, source, step, self.keep)
-        return make_plan(self.stage.recipe, source, [s for s in self.stage.steps if not isinstance(s, StructureStep)])
+        if isinstance(step, TrainStep):
+            return plan_training(self.stage.recipe, source, step)
+        return make_plan(self.stage.recipe, source, [s for s in self.stage.steps if isinstance(s, Step)])
 
     @property
     def name(self) -> str:

@@ -15,16 +15,7 @@ from llmcompress.arch import find_couplings, match_names
 from llmcompress.building import build
 from llmcompress.cost import HEADER, LIBRARIES, Cost, gradient_bytes, hidden_bytes, samples_and_length, speed
 from llmcompress.errors import PlanError
-from llmcompress.plan import (
-    CONV1D_MODELS,
-    Plan,
-    PlannedLinear,
-    block_index,
-    block_linears,
-    check_length,
-    device_of,
-    find_block_path,
-)
+from llmcompress.plan import Plan, PlannedLinear, block_index, block_linears, dense_plan
 from llmcompress.recipe import Recipe, StructureStep
 from llmcompress.source import ModelSource
 from llmcompress.structure import Depth, Structure, Width
@@ -67,16 +58,7 @@ def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, kee
             f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
             "dense ones; remove it, or quantize in a later step"
         )
-    check_length(recipe, source)
-    blocks, count = find_block_path(source)
-    item = {"bfloat16": 2, "float16": 2, "float32": 4}[recipe.dtype]
-    dense = Plan(
-        recipe, source, [], "dense", blocks, count,
-        transposed=source.config.get("model_type") in CONV1D_MODELS, linears=[], kept={}, notes=[],
-        before_bytes=sum(prod(info.shape) for info in source.tensors.values()) * item,
-        predicted=Cost(0, 0, 0, 0, 0.0),
-    )  # fmt: skip
-    device_of(recipe)
+    dense = dense_plan(recipe, source)
     removal = plan_depth(dense, step, keep) if isinstance(step.options, Depth) else plan_width(dense, step, keep)
     return replace(removal, predicted=predict(removal))
 

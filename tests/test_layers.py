@@ -21,11 +21,11 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "grid mask budget stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats runtime",
     "source gguf_source hub_source text calibrate arch building fused stream checkpoint gradients",
-    "structure",
+    "structure training",
     "recipe",
-    "plan assignment structure_plan stages cost proof suite perplexity offline_tasks tasks evaluate inspection report "
-    "hub",
-    "compress survey results job structure_job run export tables",
+    "plan assignment structure_plan training_plan stages cost proof suite perplexity offline_tasks tasks evaluate "
+    "inspection report hub",
+    "compress survey results job structure_job training_job run export tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -14,7 +14,16 @@ a function of the head layout, so what is found on the tiny model holds for the 
 from llmcompress.arch.couplings import Channels, HeadRows, find_couplings
 from llmcompress.arch.discovery import Architecture, discover, ignored_linears, match_names, skeleton
 from llmcompress.arch.links import Heads, Link, row_factors, scale_consumers, scale_producer
-from llmcompress.arch.modules import Linear, Module, find_blocks, first, is_transposed, quiet_transformers, rows_of
+from llmcompress.arch.modules import (
+    Linear,
+    Module,
+    block_linears,
+    find_blocks,
+    first,
+    is_transposed,
+    quiet_transformers,
+    rows_of,
+)
 
 __all__ = [
     "Architecture",
@@ -24,6 +33,7 @@ __all__ = [
     "Linear",
     "Link",
     "Module",
+    "block_linears",
     "discover",
     "find_blocks",
     "find_couplings",

@@ -1,0 +1,168 @@
+"""The training loop: plain, through accelerate, and exact to the bit when a killed run continues.
+
+Each optimizer step takes `batch` windows of a fixed order, so what a step sees depends on its number alone. Every
+`checkpoint_every` steps the trained tensors and both moments of Adam are written as safetensors, then a record of how
+far that is; a run that continues reads them and goes on. Pruned weights stay zero: their gradients are cleared before
+the norm is taken, and they are set to zero again after the step, since Adam's moments would move them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.checkpoint import read_tensors, write_tensors
+from llmcompress.errors import CalibrationError
+from llmcompress.files import read_json, write_json
+from llmcompress.training.step import Train
+
+FLOOR = 0.1  # of the learning rate, at the end of the cosine
+BETAS = (0.9, 0.95)
+
+Loss = Callable[[Any, Tensor], Tensor]  # (model, rows of the windows [n] int64) -> loss, with its graph
+Tell = Callable[[int, str], None]
+
+
+@dataclass(slots=True)
+class Curve:
+    """The loss of every step, and how fast they went."""
+
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is learned."""
+
+    windows: int  # how many there are
+    length: int  # tokens of each
+    loss: Loss
+    masks: Mapping[str, Tensor]  # parameter name -> bool, False where the weight must stay zero
+
+
+def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Curve:
+    """Train the parameters of `model` that require gradients, in place.
+
+    state: folder for what a killed run continues from.  tell: called with the steps done, and what to show.
+    Raises CalibrationError if the loss is no number, or a batch cannot be shared by the processes.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no")  # once per process, where two steps may differ: see below
+    rounded = options.precision == "bfloat16"
+    share = options.batch // accelerator.num_processes
+    if share * accelerator.num_processes != options.batch or share % options.micro_batch:
+        raise CalibrationError(
+            f"batch: {options.batch} windows cannot be shared by {accelerator.num_processes} processes in passes of "
+            f"{options.micro_batch}; set `batch` to a multiple of {accelerator.num_processes * options.micro_batch}"
+        )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameter_groups(trained, options), lr=options.learning_rate, betas=BETAS)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    curve = load_state(state, trained, optimizer)
+    model.train()
+    for step in range(len(curve.losses), options.steps):
+        start = time.monotonic()
+        torch.manual_seed(options.seed * 1_000_003 + step)  # of a model's own dropout, if it has any
+        rows = batch_rows(task.windows, options, step)
+        mine = rows[accelerator.process_index * share :][:share]
+        total = torch.zeros((), device=accelerator.device)
+        for part in mine.split(options.micro_batch):
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=rounded):
+                value = task.loss(wrapped, part) * (len(part) / share)
+            accelerator.backward(value)
+            total += value.detach()
+        mean = float(accelerator.reduce(total, "mean"))
+        if not math.isfinite(mean):
+            raise CalibrationError(f"step {step}: the loss is {mean}; lower `learning_rate`, or look at the data")
+        masked(trained, task.masks, gradients=True)
+        accelerator.clip_grad_norm_(trained.values(), options.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, options)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        masked(trained, task.masks, gradients=False)
+        curve.losses.append(mean)
+        curve.tokens += len(rows) * task.length
+        curve.seconds += time.monotonic() - start
+        tell(step + 1, f"loss {mean:.3f}, {curve.tokens / curve.seconds:.0f} tokens/s")
+        if accelerator.is_main_process and (step + 1) % options.checkpoint_every == 0:
+            save_state(state, trained, optimizer, curve)
+    model.eval()
+    return curve
+
+
+def parameter_groups(trained: Mapping[str, Tensor], options: Train) -> list[dict[str, Any]]:
+    """Matrices with weight decay, everything else without."""
+    matrices = [p for p in trained.values() if p.ndim > 1]
+    others = [p for p in trained.values() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def rate(step: int, options: Train) -> float:
+    """Learning rate of a step (from 0): linear warm-up, then a cosine down to FLOOR of it."""
+    if step < options.warmup:
+        return options.learning_rate * (step + 1) / (options.warmup + 1)
+    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    return options.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def batch_rows(windows: int, options: Train, step: int) -> Tensor:
+    """Windows of a step, [batch] int64: those of shuffled passes over all windows, one pass after another."""
+    rows = []
+    for place in range(step * options.batch, (step + 1) * options.batch):
+        passed, at = divmod(place, windows)
+        rows.append(int(order(windows, options.seed, passed)[at]))
+    return torch.tensor(rows)
+
+
+def order(windows: int, seed: int, passed: int) -> Tensor:
+    """A permutation of the windows, another one for each pass."""
+    return torch.randperm(windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + passed))
+
+
+@torch.no_grad()
+def masked(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, gradients: bool) -> None:
+    """Clear masked weights, or their gradients."""
+    for name, mask in masks.items():
+        target = trained[name].grad if gradients else trained[name]
+        if target is not None:
+            target.mul_(mask)
+
+
+def save_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any, curve: Curve) -> None:
+    """Everything that a run continues from; the record comes last and names its file."""
+    done = len(curve.losses)
+    tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
+    for name, parameter in trained.items():
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+    write_tensors(folder / f"train-{done:06d}.safetensors", tensors)
+    record = {"file": f"train-{done:06d}.safetensors", "losses": curve.losses}
+    write_json(folder / "train.json", record | {"tokens": curve.tokens, "seconds": curve.seconds})
+    for old in folder.glob("train-*.safetensors"):
+        if old.name != record["file"]:
+            old.unlink()
+
+
+@torch.no_grad()
+def load_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any) -> Curve:
+    """Continue from what `save_state` wrote, if it has written anything."""
+    record = read_json(folder / "train.json")
+    if not record:
+        return Curve()
+    tensors = read_tensors(folder / record["file"])
+    for name, parameter in trained.items():
+        parameter.copy_(tensors[f"weight.{name}"])
+        optimizer.state[parameter] = {
+            key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device)
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+    return Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))

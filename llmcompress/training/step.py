@@ -1,0 +1,68 @@
+"""Options of a train step: how a smaller model learns to be like the dense one again.
+
+- train: recover
+  loss: distillation           # or cross_entropy, or weights such as {distillation: 1, hidden: 0.1}
+  steps: 200
+  batch: 4                     # windows of `calibration.length` tokens per optimizer step
+  parameters: all              # or lora
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from llmcompress.calibrate import CalibrationOptions
+from llmcompress.options import Options
+
+LOSSES = ("cross_entropy", "distillation", "hidden")
+
+
+class Train(Options):
+    """What all train steps have: data, length, optimizer."""
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    batch: int = Field(4, ge=1, description="windows per optimizer step, over all processes")
+    micro_batch: int = Field(1, ge=1, description="windows per forward pass of a process")
+    data: CalibrationOptions | None = Field(None, description="text to learn from; left out: that of `calibration`")
+    learning_rate: float = Field(1e-4, gt=0, description="at the end of the warm-up")
+    warmup: int = Field(10, ge=0, description="steps in which the rate rises; then it falls as a cosine to a tenth")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW, on matrices")
+    clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of products; weights are in float32")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks on the way back, to save memory")
+    checkpoint_every: int = Field(50, ge=1, description="steps between states from which a killed run continues")
+    seed: int = Field(0, ge=0, description="of the order of the windows")
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class Recover(Train):
+    """Options of `train: recover`."""
+
+    loss: dict[str, float] = Field(
+        {"distillation": 1.0}, description="cross_entropy, distillation, hidden; or a mapping to weights"
+    )
+    temperature: float = Field(1.0, gt=0, description="distillation: softens both models' predictions")
+    top_k: int = Field(64, ge=1, description="distillation: tokens kept of each of the dense model's predictions")
+    parameters: Literal["all", "lora"] = Field("all", description="what is trained")
+    rank: int = Field(8, ge=1, description="lora: of the update of each linear")
+    alpha: int = Field(16, ge=1, description="lora: its scale is alpha / rank")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss(cls, value: Any) -> Any:
+        weights = {value: 1.0} if isinstance(value, str) else value
+        if not isinstance(weights, dict) or not weights or any(name not in LOSSES for name in weights):
+            raise ValueError(f"expected one of {', '.join(LOSSES)}, or a mapping of some of these to weights")
+        if any(isinstance(w, bool) or not isinstance(w, int | float) or w <= 0 for w in weights.values()):
+            raise ValueError("weights of losses must be numbers above 0")
+        return {name: float(weight) for name, weight in weights.items()}
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the dense model's predictions or hidden states are needed."""
+        return "distillation" in self.loss or "hidden" in self.loss

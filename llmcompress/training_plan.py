@@ -1,0 +1,110 @@
+"""The plan of a train step: what it needs, and what it costs."""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+
+from llmcompress.cost import HEADER, LIBRARIES, Cost, speed
+from llmcompress.errors import PlanError
+from llmcompress.plan import Plan, dense_plan, is_expert
+from llmcompress.recipe import Recipe, TrainStep
+from llmcompress.source import ModelSource
+from llmcompress.training import Recover
+
+LORA_SHARE = 0.05  # of the parameters, about: what their gradients and moments are kept of
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan(Plan):
+    """A train step that fits a model."""
+
+    step: TrainStep
+
+    @property
+    def needs_data(self) -> bool:
+        """There is no learning without text."""
+        return True
+
+
+def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> TrainPlan:
+    """Fit a train step to a model. Raises PlanError with the first thing that does not fit and what would."""
+    options = step.options
+    if recipe.calibration is None:
+        raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block")
+    if recipe.output.format not in ("auto", "dense"):
+        raise PlanError(
+            f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
+            "dense ones; remove it, or quantize in a later step"
+        )
+    if any(is_expert(name) for name in source.tensors):
+        raise PlanError(f"{source.name}: a mixture of experts cannot be trained yet; leave {step.where} out")
+    if isinstance(options, Recover) and options.parameters == "lora" and source.pruned:
+        raise PlanError(
+            f"{step.where}: merging LoRA would fill the zeros of {len(source.pruned)} pruned linears; set "
+            "`parameters: all`, which keeps them"
+        )
+    dense = dense_plan(recipe, source)
+    values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__}
+    plan = TrainPlan(**values, step=step)
+    return replace(plan, predicted=predict(plan), notes=[describe(plan)])
+
+
+def describe(plan: TrainPlan) -> str:
+    """The step in a line."""
+    options = plan.step.options
+    tokens = options.steps * options.batch * length_of(plan)
+    what = ""
+    if isinstance(options, Recover):
+        losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in options.loss.items())
+        what = f" of {'all parameters' if options.parameters == 'all' else 'LoRA'} by {losses}"
+    return f"{plan.step.name}: {options.steps} steps{what}, {tokens:,} tokens"
+
+
+def length_of(plan: TrainPlan) -> int:
+    """Tokens of a training window."""
+    source = plan.step.options.data or plan.recipe.calibration
+    assert source is not None
+    return source.length
+
+
+def predict(plan: TrainPlan) -> Cost:
+    """What the step will take: the whole model in float32, what of it is trained three times more, one pass."""
+    options, length = plan.step.options, length_of(plan)
+    parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
+    lora = isinstance(options, Recover) and options.parameters == "lora"
+    trained = parameters * LORA_SHARE if lora else parameters
+    first = [linear.shape for linear in plan.linears if linear.block == 0]
+    vocabulary = int(plan.source.config.get("vocab_size", 0))
+    inside = 2 if options.precision == "bfloat16" else 4
+    kept = (1 if options.gradient_checkpointing else plan.count) * 2.5 * sum(sum(shape) for shape in first)
+    window = options.micro_batch * length * (kept * inside + 4 * 4 * vocabulary)
+    memory = LIBRARIES + 4 * parameters + 3 * 4 * trained + window
+    output = parameters * plan.dtype.itemsize + HEADER * len(plan.source.tensors)
+    operations = 2.0 * parameters * options.steps * options.batch * length
+    passes = 4.0 if options.gradient_checkpointing else 3.0
+    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
+    seconds = 20.0 + 2.0 * passes * operations / speed(dtype, plan.device)
+    disk = output + 3 * 4 * trained
+    if isinstance(options, Recover) and options.has_teacher:
+        windows = min(options.steps * options.batch, windows_of(plan))
+        seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan.dtype, plan.device)
+        width = int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))
+        disk += (
+            windows * length * (8 * options.top_k + (plan.dtype.itemsize * width if "hidden" in options.loss else 0))
+        )
+    return Cost(
+        peak_host_bytes=int(memory),
+        peak_device_bytes=0 if plan.device.type == "cpu" else int(memory) - LIBRARIES,
+        disk_bytes=int(disk),
+        output_bytes=output,
+        seconds=seconds,
+    )
+
+
+def windows_of(plan: TrainPlan) -> int:
+    """Windows of text that are read."""
+    source = plan.step.options.data or plan.recipe.calibration
+    assert source is not None
+    return source.samples

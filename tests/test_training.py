@@ -1,0 +1,198 @@
+"""Losses against their definitions; runs that learn, keep masks, and continue after a kill with the same bytes."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import digests, proof_inside, recipe, reloaded, run_die_at, tensors, values, write_text
+
+from llmcompress.checkpoint import partial_folder
+from llmcompress.errors import CalibrationError, PlanError, RecipeError
+from llmcompress.recipe import parse_step
+from llmcompress.run import run
+from llmcompress.training import Recover
+from llmcompress.training.loop import batch_rows, masked, rate
+from llmcompress.training.losses import Taught, cross_entropy, distillation, hidden_error, keep_largest
+
+RECOVER = {"train": "recover", "steps": 6, "batch": 2, "learning_rate": 1e-3, "warmup": 2, "checkpoint_every": 2}
+NARROW = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.5, "of": "group", "compensate": "none"}
+
+
+def random_logits(seed: int, vocabulary: int = 40) -> torch.Tensor:
+    return 3 * torch.randn(2, 5, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_over_all_tokens_is_the_divergence(temperature):
+    p, q = random_logits(0), random_logits(1)
+    found = distillation(q, Taught(*keep_largest(p, 40, temperature), None), temperature)
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (p, q))
+    expected = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # others have probability 1e-6 instead of 0
+
+
+@settings(max_examples=30)
+@given(k=st.integers(1, 39), seed=st.integers(0, 99))
+def test_distillation_of_few_tokens_is_a_divergence_below_the_full_one(k, seed):
+    p, q = random_logits(seed), random_logits(seed + 1000)
+    few, full = (float(distillation(q, Taught(*keep_largest(p, n, 1.0), None), 1.0)) for n in (k, 40))
+    assert -1e-5 <= few <= full + 1e-3
+    assert float(distillation(p, Taught(*keep_largest(p, k, 1.0), None), 1.0)) == pytest.approx(0, abs=1e-4)
+
+
+def test_cross_entropy_and_hidden_error():
+    logits, tokens = random_logits(0), torch.arange(10).reshape(2, 5)
+    expected = -sum(logits[i, j].log_softmax(-1)[tokens[i, j + 1]] for i in range(2) for j in range(4)) / 8
+    torch.testing.assert_close(cross_entropy(logits, tokens), expected)
+    wanted = torch.full((1, 2, 3), 2.0)
+    taught = Taught(torch.zeros(0), torch.zeros(0), wanted)
+    assert float(hidden_error(wanted, taught)) == 0
+    assert float(hidden_error(wanted + 1, taught)) == pytest.approx(0.25)
+
+
+@settings(max_examples=30)
+@given(windows=st.integers(1, 12), batch=st.integers(1, 5), seed=st.integers(0, 9))
+def test_every_pass_sees_every_window_once(windows, batch, seed):
+    options = Recover(batch=batch, seed=seed)
+    seen = torch.cat([batch_rows(windows, options, step) for step in range(2 * windows)])
+    for passed in seen[: len(seen) // windows * windows].split(windows):
+        assert sorted(passed.tolist()) == list(range(windows))
+    assert torch.equal(batch_rows(windows, options, 3), batch_rows(windows, options, 3))
+
+
+def test_the_rate_rises_and_falls():
+    options = Recover(steps=100, warmup=10, learning_rate=1.0)
+    rates = [rate(step, options) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.1 <= rates[-1] < 0.11
+
+
+def test_masks_clear_gradients_and_weights():
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    mask = {"w": torch.tensor([[True, False], [False, True]])}
+    for gradients in (True, False):
+        masked({"w": weight}, mask, gradients=gradients)
+    assert weight.grad.tolist() == weight.tolist() == [[1, 0], [0, 1]]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture
+def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Folder and results of a run of some steps, proved in this process."""
+
+    def go(kind: str, *steps: dict[str, Any], **more: Any) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path / "-".join(["out", *(str(len(list(tmp_path.iterdir()))))])
+        with proof_inside(monkeypatch):
+            return folder, run(recipe(tiny_folders(kind), text, *steps, **more), folder)
+
+    return go
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "phi3", "gpt2", "opt"])
+def test_a_narrower_model_comes_closer_to_the_dense_one(kind, run_here):
+    steps = RECOVER | {"steps": 12, "batch": 4, "precision": "float32"}
+    folder, results = run_here(kind, NARROW, steps)
+    losses = results["training"][0]["losses"]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert results["proof"]["passed"]
+    assert [stage["name"] for stage in results["stages"]] == ["before", "mlp_channel", "recover"]
+    assert reloaded(folder).config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "cross_entropy"},
+        {"loss": {"distillation": 1, "hidden": 0.5}, "temperature": 2.0, "top_k": 8},
+        {"parameters": "lora", "rank": 4},
+        {"gradient_checkpointing": True, "micro_batch": 2},
+    ],
+    ids=["cross_entropy", "mixed", "lora", "checkpointing"],
+)
+def test_losses_and_ways_to_train(options, run_here):
+    steps = RECOVER | {"steps": 12, "batch": 4, "precision": "float32", "learning_rate": 3e-3} | options
+    _, results = run_here("llama", NARROW, steps)
+    losses = results["training"][0]["losses"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_gradient_checkpointing_and_micro_batches_change_nothing(run_here):
+    steps = RECOVER | {"precision": "float32"}
+    plain = run_here("llama", steps)[1]["training"][0]["losses"]
+    other = run_here("llama", steps | {"gradient_checkpointing": True, "micro_batch": 2})[1]["training"][0]["losses"]
+    assert other == pytest.approx(plain, rel=1e-4)
+
+
+def test_pruned_weights_stay_zero_while_others_learn(run_here):
+    prune = {"method": "magnitude", "pattern": "2:4"}
+    before, _ = run_here("llama", prune, output={"format": "dense"})
+    after, results = run_here("llama", prune, RECOVER)
+    old, new = tensors(before), tensors(after)
+    pruned = [name for name in old if "_proj" in name]
+    assert pruned
+    for name in pruned:
+        assert torch.equal(old[name] == 0, new[name] == 0), name
+        assert not torch.equal(old[name], new[name])
+    assert math.isfinite(results["training"][0]["losses"][-1])
+
+
+def test_a_killed_training_continues_with_the_same_bytes(tiny_folders, text, tmp_path):
+    wanted = values(tiny_folders("llama"), text, NARROW, RECOVER)
+    moments = [
+        {"folder": str(tmp_path / name), "side": side, "file": file}
+        for name, side, file in [
+            ("a", "after", "train.json"),
+            ("b", "before", "trained.safetensors"),
+            ("c", "after", "block-00000.json"),
+        ]
+    ]
+    run_die_at(moments, tmp_path / "whole", wanted)
+    for moment in moments:
+        folder = Path(moment["folder"])
+        assert partial_folder(folder).exists() or (folder.parent / (folder.name + ".stages")).exists()
+        with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+            run(recipe(tiny_folders("llama"), text, NARROW, RECOVER), folder)
+        assert digests(folder) == digests(tmp_path / "whole")
+        assert not (folder.parent / (folder.name + ".stages")).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "recovr"}, "did you mean 'recover'"),
+        ({"loss": "kl"}, "expected one of cross_entropy, distillation, hidden"),
+        ({"loss": {"distillation": 0}}, "above 0"),
+        ({"batch": 3, "micro_batch": 2}, "no multiple"),
+        ({"steps": 0}, "greater than or equal to 1"),
+        ({"parameters": "some"}, "lora"),
+        ({"stepz": 5}, "did you mean 'steps'"),
+    ],
+)
+def test_a_bad_train_step_is_one_message(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_step(RECOVER | changes, "steps[0]")
+
+
+def test_training_needs_data_and_lora_would_fill_zeros(run_here):
+    with pytest.raises(PlanError, match="needs `calibration` data"):
+        run_here("llama", RECOVER, calibration=None)
+    with pytest.raises(PlanError, match="would fill the zeros"):
+        run_here("llama", {"method": "magnitude", "pattern": "2:4"}, RECOVER | {"parameters": "lora"})
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run_here):
+    with pytest.raises(CalibrationError, match="lower `learning_rate`"):
+        run_here("llama", RECOVER | {"learning_rate": 1e30, "clip": 1e30, "loss": "cross_entropy", "warmup": 0})

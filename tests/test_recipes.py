@@ -48,7 +48,7 @@ def test_recipe_can_be_planned(name):
     for step in plan.steps:
         if isinstance(step.method, IntMethod):
             assert f"w{step.method.bits}a16" in name
-            assert step.method.prunes or name.endswith(step.name)
+            assert step.method.prunes or len(plans) > 1 or name.endswith(step.name)
         if step.method.prunes and step.method.prunes.kind == "n:m":
             assert str(step.method.prunes).replace(":", "to") in name
 

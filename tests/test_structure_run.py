@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from tiny_runs import proof_inside, recipe, reloaded, write_text
+from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
 
-from llmcompress.run import run
+from llmcompress.errors import PlanError
+from llmcompress.run import run, stages_folder
 
 CHANNELS = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group"}
 BLOCKS = {"structure": "block", "score": "block_influence", "ratio": 0.5, "of": "decoder"}
@@ -28,7 +29,8 @@ def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.
 
     def go(kind: str, *steps: dict[str, Any], **more: Any) -> tuple[Path, dict[str, Any]]:
         with proof_inside(monkeypatch):
-            return tmp_path / "out", run(recipe(tiny_folders(kind), text, *steps, **more), tmp_path / "out")
+            folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+            return folder, run(recipe(tiny_folders(kind), text, *steps, **more), folder)
 
     return go
 
@@ -41,6 +43,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_narrower_models_of_every_architecture_are_proved(kind, run_here):
     folder, results = run_here(kind, CHANNELS)
     assert results["proof"]["passed"]
+    assert "compressed by\nllmcompress with mlp_channel, stored as dense" in (folder / "README.md").read_text()
     before = ARCHITECTURES[kind].get("intermediate_size", ARCHITECTURES[kind].get("ffn_dim", 384))
     keys, config = ("intermediate_size", "ffn_dim", "n_inner"), config_of(folder)
     assert next(config[key] for key in keys if config.get(key)) == before * 3 // 4
@@ -65,3 +68,57 @@ def test_fewer_blocks_generate_with_a_cache(kind, run_here):
     tokens = torch.tensor([[3, 4, 5, 6]])
     cached = model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=True)
     assert torch.equal(cached, model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+def test_stages_are_shown_and_their_folders_go(run_here):
+    """Narrower in two rounds, then quantized: sizes fall, the card and the page say so, and only the result is left."""
+    rounds = CHANNELS | {"ratio": 0.5, "rounds": 2, "multiple": 32}
+    folder, results = run_here("llama", rounds, {"method": "rtn", "group_size": 32})
+    stages = results["stages"]
+    assert [stage["name"] for stage in stages] == ["before", "mlp_channel", "mlp_channel", "rtn"]
+    assert [stage["bytes"] for stage in stages] == sorted((stage["bytes"] for stage in stages), reverse=True)
+    assert stages[1]["parameters"] > stages[2]["parameters"] == stages[3]["parameters"]
+    assert config_of(folder)["intermediate_size"] == 96
+    assert "| mlp_channel |" in (folder / "README.md").read_text()
+    assert "Stage by stage" in (folder / "report.html").read_text()
+    assert not stages_folder(folder).exists()
+    assert results["size"]["before_bytes"] > results["size"]["after_bytes"]
+
+
+def test_compensation_lowers_the_error_of_the_layer(run_here, tiny_folders):
+    plain = run_here("llama", CHANNELS | {"ratio": 0.5, "compensate": "none"})[0]
+    better = run_here("llama", CHANNELS | {"ratio": 0.5})[0]
+    dense = tensors(Path(tiny_folders("llama")))
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert tensors(plain)[name].shape == tensors(better)[name].shape != dense[name].shape
+    assert not torch.equal(tensors(plain)[name], tensors(better)[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "message"),
+    [
+        ("llama", CHANNELS | {"structure": "kv_group", "ratio": 0.2}, "shares of the group that exist: 0.5 .keeps 1."),
+        (
+            "gpt2",
+            CHANNELS | {"structure": "kv_group", "ratio": 0.5},
+            "heads cannot be removed; use mlp_channel or block",
+        ),
+        ("opt", CHANNELS | {"structure": "query_head"}, "has no query_head: its attention heads do not share"),
+        ("llama", BLOCKS | {"ratio": 0.1}, "rounds to none"),
+        ("llama", BLOCKS | {"protect_first": 1, "protect_last": 1}, "leave none of the 2 blocks"),
+        ("llama", CHANNELS | {"ratio": None, "parameters": 10**9, "of": "model"}, "is small enough"),
+        ("llama", CHANNELS | {"multiple": 512}, "512 is more than the 160 units"),
+        ("llama", BLOCKS | {"rounds": 3}, "3 rounds, but only 1 of 2 units go"),
+    ],
+)
+def test_what_cannot_be_removed_is_a_plan_error(kind, step, message, run_here, tmp_path):
+    with pytest.raises(PlanError, match=message):
+        run_here(kind, step)
+    assert not list(tmp_path.iterdir())
+
+
+def test_structure_leaves_dense_weights(run_here):
+    with pytest.raises(PlanError, match="remove it, or quantize in a later step"):
+        run_here("llama", CHANNELS, output={"format": "pack-quantized"})
+    with pytest.raises(PlanError, match="needs `calibration` data"):
+        run_here("llama", CHANNELS, calibration=None)

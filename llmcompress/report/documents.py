@@ -13,8 +13,8 @@ from markupsafe import Markup
 from llmcompress.errors import FormatError
 from llmcompress.files import write_text
 from llmcompress.report.figures import fenced, markdown, one_line, plus_minus, printable, show
-from llmcompress.report.plots import bars, dots, error_plots
-from llmcompress.report.rows import comparison, kept_by_reason, predictions, schemes
+from llmcompress.report.plots import bars, dots, error_plots, loss_curves
+from llmcompress.report.rows import comparison, kept_by_reason, predictions, what_was_done
 
 SCHEMA = 1
 
@@ -66,7 +66,7 @@ def front_matter(results: dict[str, Any]) -> Markup:
     base = results["base_model"]
     data: dict[str, Any] = {}
     if base["hub_id"]:
-        data |= {"base_model": one_line(base["hub_id"]), "base_model_relation": "quantized"}
+        data |= {"base_model": one_line(base["hub_id"]), "base_model_relation": relation(results)}
     if base["license"]:
         name = one_line(base["license"])
         # The Hub refuses a card whose license is none of its identifiers, unless it is "other" with a name.
@@ -96,6 +96,12 @@ def hub_datasets(calibration: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def relation(results: dict[str, Any]) -> str:
+    """What the model is to its base, in the Hub's terms: smaller dense ones count as fine-tuned."""
+    changed = any("structure" in step or "train" in step for step in results["recipe"]["steps"])
+    return "finetune" if changed and results["format"] == "dense" else "quantized"
+
+
 def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
     """What both templates show: results.json itself and the rows and words made from it."""
     loads = {engine["engine"].lower() for engine in results["engines"] if engine["loads"]}
@@ -106,7 +112,7 @@ def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
         "recipe": recipe,
         "rows": comparison(results),
         "predictions": predictions(results),
-        "schemes": schemes(results["layers"]),
+        "schemes": what_was_done(results),
         "kept": kept_by_reason(results["kept"]),
         "loads": loads,
         "python_name": Markup(json.dumps(where)),
@@ -127,6 +133,7 @@ def report_page(results: dict[str, Any], recipe: str) -> str:
     parts = [(part["part"], "bytes", part["before_bytes"], part["after_bytes"]) for part in results["size"]["parts"]]
     plots = {
         "errors": error_plots(results["layers"]),
+        "curves": loss_curves(results.get("training") or []),
         "parts": bars([part for part in parts if part[2] or part[3]], shared=True),
         "tasks": dots(scores["tasks"], "percent"),
         "perplexity": dots(scores["perplexity"], "fixed"),

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from llmcompress.report.figures import UNKNOWN, show, spread
 
+POINTS = 60  # of a loss curve
 ERRORS = {  # keys of a layer: title, what is divided by what
     "error": ("Relative output error by block", "‖(W − Ŵ)x‖ / ‖Wx‖ on the calibration data"),
     "weight_error": ("Relative weight error by block", "‖W − Ŵ‖ / ‖W‖, for methods that saw no data"),
@@ -148,7 +149,36 @@ def error_lines(layers: list[dict[str, Any]], key: str) -> dict[str, Any]:
         (show(block, "count"), [Markup(", ").join(cells.get(label, [UNKNOWN])) for label in series])
         for block, cells in table.items()
     ]
-    return {"x_ticks": x_ticks, "y_ticks": y.labels(), "series": series, "rows": rows}
+    return {"x_label": "block", "x_ticks": x_ticks, "y_ticks": y.labels(), "series": series, "rows": rows}
+
+
+def loss_curves(trainings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The loss of every train step over its optimizer steps, at most POINTS of them."""
+    plots = []
+    for training in trainings:
+        losses = training["losses"]
+        y, x = Axis.around([0.0, *losses], log=False), Axis(1, max(2, len(losses)))
+        every = -(-len(losses) // POINTS)
+        points = [
+            {"x": x.at(step), "y": y.at(loss), "text": f"step {step}: {show(loss, 'significant')}"}
+            for step, loss in enumerate(losses, 1)
+            if step % every == 0 or step in (1, len(losses))
+        ]
+        ticks = sorted({1, *(round(len(losses) * share) for share in (0.25, 0.5, 0.75, 1))} - {0})
+        words = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in training["loss"].items())
+        first, last = (show(losses[i], "fixed") for i in (0, -1))
+        plots.append(
+            {
+                "title": f"Loss of training ({training['name']})",
+                "formula": f"{words.replace('_', ' ')}: {first} in the first step, {last} in the last",
+                "x_label": "step",
+                "x_ticks": [{"at": x.at(step), "text": str(step)} for step in ticks],
+                "y_ticks": y.labels(),
+                "series": {"loss": points},
+                "rows": [],
+            }
+        )
+    return plots
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

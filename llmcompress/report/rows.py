@@ -121,6 +121,14 @@ def schemes(layers: list[dict[str, Any]]) -> str:
     return " and ".join(dict.fromkeys(map(words, layers)))
 
 
+def what_was_done(results: dict[str, Any]) -> str:
+    """All stages in words, the last with its details."""
+    stages = [one_line(stage["name"]) for stage in results.get("stages") or []][1:-1]
+    steps = [step.get("structure") or step.get("train") for step in results["recipe"]["steps"]]
+    last = schemes(results["layers"]) or one_line(str(steps[-1] or ""))
+    return ", then ".join([*stages, last] if last else stages)
+
+
 def kept_by_reason(kept: list[dict[str, str]]) -> dict[str, str]:
     """reason -> the names of the linears left alone for it."""
     reasons = dict.fromkeys(item["reason"] for item in kept)

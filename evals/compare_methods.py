@@ -24,6 +24,9 @@ from typing import Any
 from provenance import in_words, provenance
 
 INT4 = {"bits": 4, "group_size": 64}
+NARROW = {"structure": "mlp_channel", "ratio": 0.2, "multiple": 128}  # 1536 -> 1024 channels
+SHALLOW = {"structure": "block", "ratio": 0.1, "of": "decoder"}  # 30 -> 27 blocks
+SEEDS = (0, 1, 2)
 SCORES = ("random", "magnitude", "wanda", "ria", "snip", "taylor", "sparsegpt")
 ROWS: dict[str, tuple[list[dict[str, Any]], str]] = (
     {f"{name}-2to4": ([{"method": name, "pattern": "2:4"}], "sparse24") for name in SCORES}
@@ -45,12 +48,30 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str]] = (
         f"{name}-int4-asymmetric": ([{"method": name, **INT4, "symmetric": False}], "pack-quantized")
         for name in ("rtn", "hqq", "awq", "gptq")
     }
+    | {
+        f"width-{name}{suffix}": ([NARROW | {"score": name, "compensate": how}], "dense")
+        for name in ("taylor", "fluctuation", "activation", "wanda", "magnitude", "geometric_median")
+        for suffix, how in (("", "none"), ("-least-squares", "least_squares"))
+    }
+    | {
+        f"width-random-{seed}": (
+            [NARROW | {"score": {"method": "random", "seed": seed}, "compensate": "none"}],
+            "dense",
+        )
+        for seed in SEEDS
+    }
+    | {f"depth-{name}": ([SHALLOW | {"score": name}], "dense") for name in ("greedy", "block_influence")}
 )
 ORDERS = [  # from the best to the worst
     ["sparsegpt-2to4", "wanda-2to4", "magnitude-2to4", "random-2to4"],
     ["sparsegpt-row50", "wanda-row50", "magnitude-row50", "random-row50"],
     ["joint-2to4-int4", "wanda-then-rtn"],
     ["gptq-int4", "awq-int4", "rtn-int4"],
+    ["width-taylor", "width-random"],  # random: the mean of its seeds
+    ["width-fluctuation", "width-random"],
+    ["width-taylor-least-squares", "width-taylor"],
+    ["width-fluctuation-least-squares", "width-fluctuation"],
+    ["depth-greedy", "depth-block_influence", "depth-random"],
 ]
 
 
@@ -65,7 +86,7 @@ def main() -> int:
         print(f"| {' | '.join([name, *cells(row)])} |", flush=True)
         if args.json:
             args.json.write_text(json.dumps(found, indent=1) + "\n")
-    wrong = list(disorder({name: row["perplexity"] for name, row in found["rows"].items()}))
+    wrong = disorder(with_means({name: row["perplexity"] for name, row in found["rows"].items()}))
     print(*wrong, sep="\n")
     return int(bool(wrong))
 
@@ -88,7 +109,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['perplexity']:.2f}",
         "" if row["zeros"] is None else f"{row['zeros']:.1%}",
-        f"{row['bits']:.2f}",
+        "" if row["bits"] is None else f"{row['bits']:.2f}",
         f"{row['bytes'] / 2**20:.1f} MiB",
         f"{row['seconds']:.0f} s",
         f"{row['peak_bytes'] / 2**20:.0f} MiB",
@@ -115,7 +136,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "perplexity": scores["perplexity"][0]["compressed"]["value"],
         "zeros": (results["sparsity"] or {}).get("of_decoder_linears"),
-        "bits": 8 * sum(row["after_bytes"] for row in layers) / weights,
+        "bits": 8 * sum(row["after_bytes"] for row in layers) / weights if layers and "method" in steps[0] else None,
         "bytes": measured["output_bytes"],
         "seconds": measured["seconds"],
         "peak_bytes": measured["peak_host_bytes"],
@@ -131,6 +152,16 @@ def command(*words: str) -> dict[str, Any]:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def with_means(perplexity: dict[str, float]) -> dict[str, float]:
+    """Also the mean over seeds, for rows that have them all."""
+    found = dict(perplexity)
+    for kind in ("width-random", "depth-random"):
+        seeds = [perplexity[f"{kind}-{seed}"] for seed in SEEDS if f"{kind}-{seed}" in perplexity]
+        if len(seeds) == len(SEEDS):
+            found[kind] = sum(seeds) / len(seeds)
+    return found
 
 
 def disorder(perplexity: dict[str, float]) -> list[str]:

@@ -100,7 +100,10 @@ def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.
     return go
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text", "phi3", "gpt2", "opt"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "gemma3_text", "opt")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "gpt2", *SLOW])
 def test_a_narrower_model_comes_closer_to_the_dense_one(kind, run_here):
     steps = RECOVER | {"steps": 12, "batch": 4, "precision": "float32"}
     folder, results = run_here(kind, NARROW, steps)
@@ -153,11 +156,7 @@ def test_a_killed_training_continues_with_the_same_bytes(tiny_folders, text, tmp
     wanted = values(tiny_folders("llama"), text, NARROW, RECOVER)
     moments = [
         {"folder": str(tmp_path / name), "side": side, "file": file}
-        for name, side, file in [
-            ("a", "after", "train.json"),
-            ("b", "before", "trained.safetensors"),
-            ("c", "after", "block-00000.json"),
-        ]
+        for name, side, file in [("a", "after", "train.json"), ("b", "before", "trained.safetensors")]
     ]
     run_die_at(moments, tmp_path / "whole", wanted)
     for moment in moments:

@@ -54,10 +54,8 @@ ROWS: dict[str, tuple[list[dict[str, Any]], str]] = (
         for suffix, how in (("", "none"), ("-least-squares", "least_squares"))
     }
     | {
-        f"width-random-{seed}": (
-            [NARROW | {"score": {"method": "random", "seed": seed}, "compensate": "none"}],
-            "dense",
-        )
+        f"{kind}-random-{seed}": ([options | {"score": {"method": "random", "seed": seed}}], "dense")
+        for kind, options in (("width", NARROW | {"compensate": "none"}), ("depth", SHALLOW))
         for seed in SEEDS
     }
     | {f"depth-{name}": ([SHALLOW | {"score": name}], "dense") for name in ("greedy", "block_influence")}

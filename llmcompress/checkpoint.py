@@ -74,18 +74,23 @@ class Checkpoint:
             stranger = found is None and any(path.name != STATE for path in self.partial.iterdir())
             if stranger and not (self.partial / MANIFEST).is_file():
                 raise ResumeError(f"{self.partial}: was not made by llmcompress and is in the way; move it")
-            if (self._finished_blocks() or (self.partial / MANIFEST).is_file()) and not overwrite:
+            if (self._progress() or (self.partial / MANIFEST).is_file()) and not overwrite:
                 raise ResumeError(
                     f"{self.partial}: holds an unfinished run of another model, data, recipe or version (fingerprint "
                     f"{str(found)[:12]}, this run is {self.fingerprint[:12]}); "
                     "give --overwrite to start anew, or another --output"
                 )
-            shutil.rmtree(self.partial)  # another run, but one that had not finished a single block
+            shutil.rmtree(self.partial)  # another run, but one that had not got anywhere
         self.state.mkdir(parents=True)
         self._take_lock()
         self.details = dict(details or {})
         write_json(self.state / "run.json", {"fingerprint": self.fingerprint, "details": self.details})
         return 0
+
+    def _progress(self) -> bool:
+        """Whether anything took time: finished blocks, a survey, scores, lessons, a state of training."""
+        found = {path.name for path in self.state.iterdir()} if self.state.is_dir() else set()
+        return any(name != "run.json" and not name.startswith(".") for name in found)
 
     def close(self) -> None:
         """Let other processes work in the folder; the system does so too when this one ends."""
@@ -175,6 +180,11 @@ class Checkpoint:
 def partial_folder(folder: Path) -> Path:
     """Where a run works until it is complete."""
     return folder.with_name(folder.name + ".partial")
+
+
+def stages_folder(folder: Path) -> Path:
+    """Where the results of all stages but the last are kept until that one is done."""
+    return folder.with_name(folder.name + ".stages")
 
 
 @contextmanager

@@ -186,6 +186,7 @@ class Listing(StrEnum):
     methods = "methods"
     structures = "structures"
     scores = "scores"
+    trainings = "trainings"
     formats = "formats"
     recipes = "recipes"
     suites = "suites"

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmcompress import cost
 from llmcompress.arch import ignored_linears, match_names
 from llmcompress.building import Built, build
+from llmcompress.calibrate import Calibration
 from llmcompress.checkpoint import (
     Checkpoint,
     read_tensors,
@@ -70,6 +71,18 @@ class Data:
 
     tokens: Tensor
     record: dict[str, Any] | None  # None: random tokens, which only prove the result
+
+
+def data_from(found: Calibration) -> Data:
+    """Tokens of calibration or training, and what is said of them in results.json."""
+    record = {
+        "sources": found.sources,
+        "samples": len(found.tokens),
+        "length": found.tokens.shape[1],
+        "tokens": found.tokens.numel(),
+        "sha256": found.sha256,
+    }
+    return Data(found.tokens, record)
 
 
 @dataclass(frozen=True, slots=True)

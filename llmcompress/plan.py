@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llmcompress.assignment import assign, earlier_patterns, kind_after, methods_by_linear, needs_data
-from llmcompress.checkpoint import partial_folder
+from llmcompress.checkpoint import partial_folder, stages_folder
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, OWN, Format
@@ -81,6 +81,18 @@ class Plan:
     def needs_data(self) -> bool:
         """Whether anything is gathered from calibration data."""
         return any(needs_data(step.method) for step in self.steps)
+
+    @property
+    def advice(self) -> str:
+        """How to need less memory."""
+        return "use fewer calibration samples or shorter ones"
+
+    @property
+    def result(self) -> ModelSource:
+        """The model that the plan leaves, as far as it is known: shapes, and what is pruned; nothing is packed yet."""
+        masks = {x.name: kind_after(x.methods, x.earlier) for x in self.linears if x.methods}
+        pruned = {name: (str(kind.pattern), kind.sparsity) for name, kind in masks.items() if kind.pattern}
+        return replace(self.source, pruned=self.source.pruned | pruned)
 
     @property
     def survey(self) -> list[str]:
@@ -156,7 +168,8 @@ def make_plan(recipe: Recipe, source: ModelSource, steps: list[Step] | None = No
             f"steps: method {needing[0]!r} needs `calibration` data; add that block, or use a data-free method"
         )
     device_of(recipe)
-    check_length(recipe, source)
+    if recipe.calibration:
+        check_length(recipe.calibration.length, source)
     blocks, count = find_block_path(source)
     transposed = source.config.get("model_type") in CONV1D_MODELS
     names = block_linears(source, blocks, transposed)
@@ -195,7 +208,13 @@ def make_plan(recipe: Recipe, source: ModelSource, steps: list[Step] | None = No
 
 def dense_plan(recipe: Recipe, source: ModelSource) -> Plan:
     """A plan that leaves every tensor as it is, for stages without methods to build on."""
-    check_length(recipe, source)
+    if source.needs_remote_code:
+        raise PlanError(
+            f"{source.name}: its config.json asks for Python code from the repository (auto_map); only method steps "
+            "take such a model"
+        )
+    if recipe.calibration:
+        check_length(recipe.calibration.length, source)
     device_of(recipe)
     blocks, count = find_block_path(source)
     dtype = getattr(torch, recipe.dtype)
@@ -205,6 +224,7 @@ def dense_plan(recipe: Recipe, source: ModelSource) -> Plan:
         for name, shape in block_linears(source, blocks, transposed).items()
         for size in [shape[0] * shape[1] * dtype.itemsize]
     ]
+    check_keep(recipe.keep, [*source.tensors, *(name.removesuffix(".weight") for name in source.tensors)], source)
     before = sum(prod(info.shape) for info in source.tensors.values()) * dtype.itemsize
     unknown = Cost(0, 0, 0, 0, 0.0)
     return Plan(recipe, source, [], "dense", blocks, count, transposed, linears, {}, [], before, unknown)
@@ -218,13 +238,12 @@ def method_steps(recipe: Recipe) -> list[Step]:
     return steps
 
 
-def check_length(recipe: Recipe, source: ModelSource) -> None:
+def check_length(length: int, source: ModelSource, where: str = "calibration") -> None:
     """Samples must not be longer than the positions that the model knows."""
     limit = source.config.get("max_position_embeddings", source.config.get("n_positions"))
-    if recipe.calibration and isinstance(limit, int) and recipe.calibration.length > limit:
+    if isinstance(limit, int) and length > limit:
         raise PlanError(
-            f"calibration.length: {recipe.calibration.length} tokens, but {source.name} knows {limit} positions; "
-            f"use at most {limit}"
+            f"{where}.length: {length} tokens, but {source.name} knows {limit} positions; use at most {limit}"
         )
 
 
@@ -329,13 +348,16 @@ def kept_linears(
         if len(info.shape) >= 2 and module not in assigned and name.endswith(".weight"):
             inside = "not a linear" if name.startswith(blocks + ".") else "outside the decoder blocks"
             kept[module] = "keep" if matches(module, recipe.keep) else inside
-    for pattern in recipe.keep:
-        known = [*assigned, *kept, "lm_head"]
-        if not any(matches(name, [pattern]) for name in known) and not any(
-            matches(n, [pattern]) for n in source.tensors
-        ):
-            raise PlanError(f"keep: {pattern!r} matches nothing in {source.name}")
+    check_keep(recipe.keep, [*assigned, *kept, *source.tensors], source)
     return kept
+
+
+def check_keep(keep: list[str], names: Iterable[str], source: ModelSource) -> None:
+    """A glob that matches nothing is a typing error; `lm_head` is there even where it is tied and not stored."""
+    names = [*names, "lm_head"]
+    for pattern in keep:
+        if not any(matches(name, [pattern]) for name in names):
+            raise PlanError(f"keep: {pattern!r} matches nothing in {source.name}")
 
 
 def notes(
@@ -386,17 +408,28 @@ def device_of(recipe: Recipe) -> torch.device:
 
 def check_machine(plan: Plan, output: Path) -> None:
     """Memory and disk, before a weight is read. Raises PlanError with both numbers."""
+    check_memory(plan)
+    check_disk(plan.predicted, output)
+
+
+def check_memory(plan: Plan) -> None:
+    """The recipe's bound on memory."""
     cost, limit = plan.predicted, plan.recipe.max_memory
     if limit is not None and cost.peak_host_bytes > limit:
         raise PlanError(
             f"max_memory: the run would need about {gib(cost.peak_host_bytes)}, {gib(limit)} are allowed; "
-            "use fewer calibration samples or shorter ones, or raise max_memory"
+            f"{plan.advice}, or raise max_memory"
         )
+
+
+def check_disk(cost: Cost, output: Path) -> None:
+    """Room for a run into this folder, what it has written already included."""
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     if not place.is_dir():
         raise PlanError(f"{output}: cannot be made, {place} is a file; give another --output")
     free = shutil.disk_usage(place).free
-    written = sum(path.stat().st_size for path in partial_folder(output).rglob("*") if path.is_file())
+    folders = (partial_folder(output), stages_folder(output))
+    written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
     if cost.disk_bytes > free + written:  # a run that continues has written some of it already
         raise PlanError(
             f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free + written)} are free; "

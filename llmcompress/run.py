@@ -4,12 +4,14 @@
            -> proof of loading -> scores -> card and report -> final name -> Hub
 
 Until the last rename everything lives in DIR.partial; a killed run continues from its last finished block. A recipe of
-several stages keeps the result of each in DIR.stages, proved and scored like the last, until the last has its name.
+several stages keeps the result of each in DIR.stages, proved like the last and scored on the
+suite's texts, until the last has its name.
 """
 
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,15 @@ from llmcompress.arch import quiet_transformers
 from llmcompress.building import Built, stock_errors
 from llmcompress.calibrate import load_calibration
 from llmcompress.checkpoint import (
+    STATE,
     Checkpoint,
     full_disk_explained,
     partial_folder,
+    stages_folder,
 )
 from llmcompress.errors import PlanError, PublishError, ResumeError
 from llmcompress.files import MANIFEST, read_json, write_json
-from llmcompress.job import Data, Job, Shared, build_for
+from llmcompress.job import Data, Job, Shared, build_for, data_from
 from llmcompress.plan import Plan
 from llmcompress.progress import Progress, Silent
 from llmcompress.proof import prove
@@ -94,7 +98,8 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
             story = Story(combined([plan.predicted for plan in plans]), links[-1].name, earlier, curves)
             results = make_folder(job, checkpoint, clock, story, evaluate=evaluate)
         checkpoint.complete(overwrite=overwrite)
-    shutil.rmtree(stages_folder(output), ignore_errors=True)
+    if len(links) > 1:
+        remove_stages(output)
     publish(recipe, output, progress)
     return results
 
@@ -106,7 +111,8 @@ def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None
         kind = WidthJob if plan.group else DepthJob
     elif isinstance(plan, TrainPlan):
         kind = TrainJob
-    return kind(plan, plan.source.fetch(), shared, output, built)
+    source = plan.source.fetch()
+    return kind(replace(plan, source=source), source, shared, output, built)
 
 
 def run_stage(
@@ -114,16 +120,23 @@ def run_stage(
 ) -> dict[str, Any]:
     """Carry out a stage that is not the last; its record. Nothing is done again for a folder that has its name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    job = job_for(plan, shared, folder)
-    if read_json(folder / MANIFEST).get("fingerprint") == job.fingerprint():
-        return dict(read_json(folder / MANIFEST)["stage"])
+    job, found = job_for(plan, shared, folder), read_json(folder / MANIFEST)
+    if found.get("fingerprint") == job.fingerprint():
+        return dict(found["stage"])
+    if folder.exists() and not overwrite:
+        raise ResumeError(
+            f"{folder}: holds this stage of another model, data, recipe or version; give --overwrite to do it anew, or "
+            "another --output"
+        )
     with closing(job.open(overwrite=overwrite)) as checkpoint:
         if not checkpoint.finished():
+            start = time.monotonic()
             proof, peak = finish_tensors(job, checkpoint, clock)
+            seconds = time.monotonic() - start
             suite = shared.origin.recipe.evaluate
             with clock.stage("evaluate"):
                 scores = job.text_scores(checkpoint.partial) if evaluate and suite else []
-            record = stage_record(plan, checkpoint, name, proof, peak, scores)
+            record = stage_record(plan, checkpoint, name, proof, peak, scores) | {"seconds": seconds}
             layers = [row for block in checkpoint.records() for row in block["layers"]]
             written = {"fingerprint": checkpoint.fingerprint, "stage": record, "layers": layers}
             write_json(checkpoint.partial / MANIFEST, written)
@@ -173,7 +186,10 @@ def full_device_explained() -> Iterator[None]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """The final name must be free, or with `overwrite` hold a folder that a run has made."""
+    """The final name must be free, or with `overwrite` hold a folder that a run has made; so must DIR.stages."""
+    for folder in stages_folder(output).iterdir() if stages_folder(output).is_dir() else ():
+        if not is_stage(folder):
+            raise ResumeError(f"{folder}: was not made by llmcompress and is in the way; move it")
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
@@ -185,9 +201,18 @@ def check_output(output: Path, overwrite: bool) -> None:
         )
 
 
-def stages_folder(output: Path) -> Path:
-    """Where the results of all stages but the last are kept until that one is done."""
-    return output.with_name(output.name + ".stages")
+def remove_stages(output: Path) -> None:
+    """Remove the results of the stages of a run that is done; what it did not make stays."""
+    for folder in stages_folder(output).iterdir() if stages_folder(output).is_dir() else ():
+        if is_stage(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not empty, or not there
+        stages_folder(output).rmdir()
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether a folder below DIR.stages was made by a run."""
+    return (folder / MANIFEST).is_file() or (folder / STATE / "run.json").is_file()
 
 
 def prepare(
@@ -247,15 +272,7 @@ def load_data(recipe: Recipe, source: ModelSource, *, needed: bool) -> tuple[Dat
         shape = (cost.PROOF_SAMPLES, cost.PROOF_LENGTH)
         known = min(len(tokenizer), int(source.config.get("vocab_size", len(tokenizer))))
         return Data(torch.randint(known, shape, generator=random), None), tokenizer
-    found = load_calibration(options, tokenizer)
-    record = {
-        "sources": found.sources,
-        "samples": len(found.tokens),
-        "length": found.tokens.shape[1],
-        "tokens": found.tokens.numel(),
-        "sha256": found.sha256,
-    }
-    return Data(found.tokens, record), tokenizer
+    return data_from(load_calibration(options, tokenizer)), tokenizer
 
 
 def publish(recipe: Recipe, folder: Path, progress: Progress) -> None:

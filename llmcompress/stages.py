@@ -9,11 +9,13 @@ from typing import Any
 
 from llmcompress.cost import Cost
 from llmcompress.errors import PlanError
-from llmcompress.plan import Plan, check_machine, make_plan
+from llmcompress.methods import IntMethod
+from llmcompress.plan import Plan, check_disk, check_memory, make_plan
 from llmcompress.proof import proof_blocks
 from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
 from llmcompress.source import ModelSource
-from llmcompress.structure_plan import StructurePlan, plan_structure
+from llmcompress.structure_plan import plan_structure
+from llmcompress.training import Recover
 from llmcompress.training_plan import plan_training
 
 
@@ -42,12 +44,37 @@ class Link:
 def plan_stages(recipe: Recipe, source: ModelSource) -> list[tuple[Link, Plan]]:
     """Every stage of a recipe with its plan. Raises PlanError with the first thing that does not fit."""
     planned: list[tuple[Link, Plan]] = []
+    check_order(recipe)
     for stage in recipe.stages():
         for link in rounds(stage, source):
             plan = link.plan(source)
+            if planned:  # what it starts from is there already
+                cost = plan.predicted
+                plan = replace(plan, predicted=replace(cost, disk_bytes=cost.disk_bytes - source.fetch_bytes))
             planned.append((link, plan))
-            source = plan.result if isinstance(plan, StructurePlan) else source
+            source = plan.result
     return planned
+
+
+def check_order(recipe: Recipe) -> None:
+    """Structure before masks, integers last, and a teacher that differs from what it teaches."""
+    pruned, quantized = None, None
+    for place, step in enumerate(recipe.parsed_steps()):
+        where = f"{step.where} ({step.name})"
+        if isinstance(step, Step):
+            pruned = where if step.method.prunes else pruned
+            quantized = where if isinstance(step.method, IntMethod) else quantized
+            continue
+        if quantized:
+            raise PlanError(f"{where}: would give other values to what {quantized} has quantized; quantize last")
+        if isinstance(step, StructureStep) and pruned:
+            raise PlanError(f"{where}: would break the pattern that {pruned} has pruned; put structure steps first")
+        taught = isinstance(step, TrainStep) and isinstance(step.options, Recover) and step.options.has_teacher
+        if taught and place == 0:
+            raise PlanError(
+                f"{where}: the model that the run begins with is the teacher, so there is nothing to learn from it "
+                "yet; put it after a step that changes the model, or set `loss: cross_entropy`"
+            )
 
 
 def rounds(stage: Stage, source: ModelSource) -> list[Link]:
@@ -66,8 +93,9 @@ def rounds(stage: Stage, source: ModelSource) -> list[Link]:
 
 def check_stages(plans: list[Plan], output: Path) -> None:
     """Memory and disk for all stages, before a weight is read. Raises PlanError with both numbers."""
-    check_machine(replace(plans[0], predicted=combined([plan.predicted for plan in plans])), output)
+    check_disk(combined([plan.predicted for plan in plans]), output)
     for plan in plans:
+        check_memory(plan)
         proof_blocks(plan)
 
 

@@ -8,6 +8,7 @@ The stream computes with the masked blocks, which have the old shapes; the folde
 loading is also the proof that cutting changed nothing.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from math import prod
@@ -20,6 +21,7 @@ from llmcompress import cost
 from llmcompress.arch import is_transposed
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
 from llmcompress.compress import BlockResult, weight_of
+from llmcompress.errors import CalibrationError
 from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
 from llmcompress.job import Job
@@ -34,7 +36,7 @@ from llmcompress.structure.reshape import shallower
 from llmcompress.structure.scores import Dropped, Seen
 from llmcompress.structure.selection import check_scores, keep_highest
 from llmcompress.structure_plan import StructurePlan, unprotected
-from llmcompress.weight import relative_error
+from llmcompress.weight import quadratic, relative_error
 
 
 class WidthJob(Job):
@@ -97,8 +99,8 @@ class WidthJob(Job):
         error = self._compensate(block, group.columns[stays].flatten()) if len(removed) else None
         mask_units(block.module, group, removed)
         kept = kept_positions(group, removed, shapes)
-        for name, value in block.module.named_parameters():
-            left = cut(name, value.data, kept)
+        for name in dict.fromkeys(member.parameter for member in group.members):
+            left = cut(name, block.module.get_parameter(name).data, kept)
             result.tensors[self.stored[f"{block.name}.{name}"][0]] = left.to(self.plan.dtype).contiguous()
         for name in dict.fromkeys((*group.rows, group.consumer)):
             result.layers.append(self._row(block, name, shapes, kept, error if name == group.consumer else None))
@@ -119,8 +121,10 @@ class WidthJob(Job):
             oriented(block, name).copy_(changed)
         else:
             changed[:, columns] = weight[:, columns]
-            moments = collect(block, {(name,): InputMoments})[name]
-            linear.bias.data.add_(mean_bias(weight, moments.mean, columns).to(linear.bias.dtype))
+            mean = collect(block, {(name,): InputMoments})[name].mean
+            linear.bias.data.add_(mean_bias(weight, mean, columns).to(linear.bias.dtype))
+            left = quadratic(changed - weight, gram - torch.outer(mean, mean)).clamp(min=0)
+            return float((left / quadratic(weight, gram)).sqrt())
         return relative_error(weight, changed, gram)
 
     def _row(
@@ -203,6 +207,11 @@ class DepthJob(Job):
                 unprotected(self.plan, self.plan.step),
                 lambda done, total: self.progress.advance(done * steps // total),
             )
+            if not all(math.isfinite(score) for score in found.scores.values()):
+                raise CalibrationError(
+                    f"{self.plan.step.where}: a block's score is NaN or infinite; the model overflows "
+                    f"{self.plan.recipe.dtype} on the calibration data, or its weights are damaged"
+                )
             write_json(path, {"blocks": found.blocks, "scores": {str(b): s for b, s in found.scores.items()}})
         kept = read_json(path)
         return Dropped(kept["blocks"], {int(block): score for block, score in kept["scores"].items()})

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from llmcompress.arch import find_couplings, match_names
+from llmcompress.arch import Architecture, find_couplings, match_names
 from llmcompress.building import build
 from llmcompress.cost import HEADER, LIBRARIES, Cost, gradient_bytes, hidden_bytes, samples_and_length, speed
 from llmcompress.errors import PlanError
 from llmcompress.plan import Plan, PlannedLinear, block_index, block_linears, dense_plan
-from llmcompress.recipe import Recipe, StructureStep
+from llmcompress.recipe import Recipe, StructureStep, matches
 from llmcompress.source import ModelSource
 from llmcompress.structure import Depth, Structure, Width
 from llmcompress.structure.groups import Group, find_groups, kept_positions
@@ -38,12 +38,17 @@ class StructurePlan(Plan):
     group: Group | None  # what becomes narrower; None where whole blocks go
     widths: dict[int, int]  # units that each block keeps; empty where whole blocks go
     drop: int  # how many blocks go
-    result: ModelSource  # the smaller model as far as it is known: with `drop`, as if the last blocks went
+    smaller: ModelSource  # as far as it is known: with `drop`, as if the last blocks went
 
     @property
     def needs_data(self) -> bool:
         """Whether anything is gathered from calibration data."""
         return needs_data(self.step.options)
+
+    @property
+    def result(self) -> ModelSource:
+        """The smaller model."""
+        return self.smaller
 
 
 def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, keep: int | None = None) -> StructurePlan:
@@ -57,6 +62,11 @@ def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, kee
         raise PlanError(
             f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
             "dense ones; remove it, or quantize in a later step"
+        )
+    if source.pruned:
+        raise PlanError(
+            f"{source.name}: {len(source.pruned)} of its linears were pruned, and {step.where} ({step.name}) would "
+            "break their pattern; structure steps come first"
         )
     dense = dense_plan(recipe, source)
     removal = plan_depth(dense, step, keep) if isinstance(step.options, Depth) else plan_width(dense, step, keep)
@@ -80,6 +90,13 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
     if step.name not in groups:
         raise PlanError(f"{source.name}: {type(model).__name__} has no {step.name}: {NO_GROUP[step.name]}")
     group = groups[step.name]
+    check_kept(dense, architecture, group, step)
+    has_bias = getattr(block.get_submodule(group.consumer), "bias", None) is not None
+    if options.compensate == "mean" and not has_bias:
+        raise PlanError(
+            f"{step.where}.compensate: mean is a bias, and {group.consumer} of {type(model).__name__} has none; use "
+            "least_squares"
+        )
     shapes = {name: tuple(value.shape) for name, value in block.named_parameters()}
     per_unit = group.parameters_per_unit(shapes)
     width = keep
@@ -96,7 +113,7 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
             path = f"{architecture.block(index)}.{name}"
             parameters[path] = resized(parameters[path], dim, len(positions))
     config = narrower(source.config, model, step.name, width)
-    build_smaller(config, parameters, source.name)
+    build_smaller(config, parameters, source.name, heads=step.name != "mlp_channel")
     tensors = {}
     for name, found in stored.items():
         info = source.tensors[found[0]]
@@ -111,10 +128,22 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
     )
 
 
+def check_kept(dense: Plan, architecture: Architecture, group: Group, step: StructureStep) -> None:
+    """What is kept on purpose cannot become narrower."""
+    for index in range(dense.count):
+        for linear in (*group.rows, group.consumer):
+            name = f"{architecture.block(index)}.{linear}"
+            if matches(name, dense.recipe.keep):
+                raise PlanError(
+                    f"keep: {name} is kept, and {step.where} ({step.name}) would make it narrower, as it does in every "
+                    "block; remove it from `keep`"
+                )
+
+
 def plan_depth(dense: Plan, step: StructureStep, keep: int | None) -> StructurePlan:
     """Some unprotected blocks go."""
     options, source = step.options, dense.source
-    model, _ = build(source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)
+    model, architecture = build(source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)
     per_block = sum(prod(info.shape) for info in dense.tensors_of(0))
     free = unprotected(dense, step)
     if keep is None:
@@ -126,6 +155,9 @@ def plan_depth(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
             f"{step.where}: {drop} blocks would go, and {len(free)} are not protected; at least one of these must stay"
         )
     config = shallower(source.config, model, list(range(dense.count - drop)))
+    gone = tuple(f"{architecture.block(index)}." for index in range(dense.count - drop, dense.count))
+    left = {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith(gone)}
+    build_smaller(config, left, source.name, heads=False)
     tensors = {name: info for name, info in source.tensors.items() if not dropped(name, dense, drop)}
     note = f"block: {dense.count} -> {dense.count - drop} removes " + shares(
         dense, drop * per_block, per_block * dense.count
@@ -193,7 +225,12 @@ def extended(
     """The dense plan with what the step does."""
     changes = {"notes": [note], "linears": list(planned_linears(dense, result))}
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__} | changes
-    return StructurePlan(**values, step=step, group=group, widths=dict(widths), drop=drop, result=result)
+    return StructurePlan(**values, step=step, group=group, widths=dict(widths), drop=drop, smaller=result)
+
+
+def width_of(plan: Plan) -> int:
+    """Of the hidden states."""
+    return int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))
 
 
 def planned_linears(dense: Plan, result: ModelSource) -> Iterator[PlannedLinear]:
@@ -221,6 +258,10 @@ def predict(plan: StructurePlan) -> Cost:
     seconds = 12.0 + 2 * 1.6 * operations / speed(plan.dtype, plan.device)
     solving, gradients, disk = 0, 0, 0
     options = plan.step.options
+    if isinstance(options, Depth):
+        copies, walks = options.score.effort(plan.count, plan.drop, samples)
+        gradients = 2 * block + int(copies * length * width_of(plan) * item) + inside
+        seconds = 12.0 + 1.6 * 2.0 * walks * length * sum(prod(s) for s in shapes) / speed(plan.dtype, plan.device)
     if isinstance(options, Width):
         if options.compensate == "least_squares":
             solving = 4 * widest**2 * 2 + 8 * 4 * widest**2  # the Gram matrix; what is solved is in float64

@@ -16,6 +16,8 @@ from llmcompress.recipe import recipe_paths
 from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
 from llmcompress.structure.scores import BLOCK_SCORES, UNIT_SCORES
 from llmcompress.suite import suite_paths
+from llmcompress.training import TRAININGS
+from llmcompress.training_plan import TrainPlan
 
 
 def plan_tables(plan: Plan) -> Iterator[Table]:
@@ -28,7 +30,8 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
         )
         if linear.after_bytes < linear.before_bytes and not what:
             what = "becomes smaller" if linear.after_bytes else "goes with its block"
-        row = kinds.setdefault((kind, linear.shape, what or "left alone"), [0, 0, 0])
+        untouched = "is trained" if isinstance(plan, TrainPlan) else "left alone"
+        row = kinds.setdefault((kind, linear.shape, what or untouched), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
     table = make_table(
@@ -136,6 +139,11 @@ def listing(what: str) -> list[dict[str, Any]]:
         return [
             {"name": name, "description": STRUCTURE_WORDS[name], "options": options_of(structure)}
             for name, structure in STRUCTURES.items()
+        ]
+    if what == "trainings":
+        return [
+            {"name": name, "description": first_line(training), "options": options_of(training)}
+            for name, training in TRAININGS.items()
         ]
     if what == "scores":
         tables: dict[str, Any] = {"units": UNIT_SCORES, "blocks": BLOCK_SCORES}

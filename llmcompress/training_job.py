@@ -4,9 +4,11 @@ The model is in memory as a whole, in float32; the dense model that teaches it g
 block. Weights that are zero because a step has pruned them stay zero.
 """
 
+import hashlib
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,15 +16,18 @@ from torch import Tensor, nn
 
 from llmcompress import cost
 from llmcompress.arch import first, match_names
+from llmcompress.calibrate import load_calibration, tokens_sha256
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
 from llmcompress.compress import ZEROS
+from llmcompress.errors import PlanError
 from llmcompress.files import write_json
-from llmcompress.job import Job, build_for, tensors_by_parameter
+from llmcompress.job import Data, Job, build_for, data_from, tensors_by_parameter
 from llmcompress.proof import digest
+from llmcompress.recipe import matches
 from llmcompress.results import peak_bytes
 from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
-from llmcompress.training.loop import Curve, Task, train
+from llmcompress.training.loop import Task, train
 from llmcompress.training.losses import cross_entropy, distillation, hidden_error
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
@@ -50,38 +55,55 @@ class TrainJob(Job):
 
     def _as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the checkpoint, those that are parameters as they were learned."""
-        parameter = {found[0]: name for name, found in self.stored.items()}
+        parameter = self._parameters_stored
         names = list(names)
         learned = {name: self.learned[parameter[name]] for name in names if name in parameter}
         return learned | super()._as_stored([name for name in names if name not in parameter])
+
+    @cached_property
+    def _parameters_stored(self) -> dict[str, str]:
+        """Tensor of the checkpoint -> parameter; a tied head that is stored once more is the table it is tied to."""
+        first_name = {id(p): name for name, p in reversed(list(self.model.named_parameters()))}
+        found = {tensors[0]: name for name, tensors in self.stored.items()}
+        for alias, p in self.model.named_parameters(remove_duplicate=False):
+            if alias in self.source.tensors:
+                found.setdefault(alias, first_name[id(p)])
+        return found
 
     def _learn(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """All parameters after training, in the dtype of the result."""
         options = self.plan.step.options
         assert isinstance(options, Recover)
-        windows = self._windows()
+        windows = self.text.tokens
+        model, _ = build_for(self.plan, torch.float32)
+        load_all(model, self.source, self.stored)
+        masks = self._masks(model)
         lessons = Lessons(options, checkpoint.state / "lessons")
         if options.has_teacher:
             self.progress.stage("asking the dense model", len(windows))
             lessons.write(self._teacher(), windows, lambda done, total: self.progress.advance(done))
-        model, _ = build_for(self.plan, torch.float32)
-        load_all(model, self.source, self.stored)
-        masks = self._masks(model)
-        student = prepared(model, options)
+        student = prepared(model, options, self.plan.recipe.keep)
         self.progress.stage(f"training: {self.plan.step.name}", options.steps)
-        task = Task(len(windows), windows.shape[1], RecoverLoss(options, windows, lessons), masks)
+        on_cpu = self.plan.device.type == "cpu"
+        task = Task(len(windows), windows.shape[1], RecoverLoss(options, windows, lessons), masks, on_cpu)
         curve = train(student, options, task, checkpoint.state, self.progress.advance)
-        write_json(checkpoint.state / "curve.json", curve_record(self.plan.step.name, options, curve))
+        record: dict[str, Any] = {"name": self.plan.step.name, "loss": options.loss, "losses": curve.losses}
+        record |= {"tokens": curve.tokens, "seconds": curve.seconds, "data": self.text.record}
+        write_json(checkpoint.state / "curve.json", record)
         if options.parameters == "lora":
             model = student.merge_and_unload()
         return {name: p.detach().to(self.plan.dtype).cpu() for name, p in model.named_parameters()}
 
-    def _windows(self) -> Tensor:
-        """What is learned from, [n, length] int64."""
-        from llmcompress.calibrate import load_calibration
+    def fingerprint(self) -> str:
+        """Also of the text that is learned from, and of the teacher."""
+        parts = [super().fingerprint(), tokens_sha256(self.text.tokens), self.shared.origin.source.fingerprint]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
+    @cached_property
+    def text(self) -> Data:
+        """What is learned from, and where it is from."""
         own = self.plan.step.options.data
-        return self.data.tokens if own is None else load_calibration(own, self.shared.tokenizer).tokens
+        return self.data if own is None else data_from(load_calibration(own, self.shared.tokenizer))
 
     def _teacher(self) -> StreamedModel:
         """A stream of the model that the run began with."""
@@ -94,13 +116,23 @@ class TrainJob(Job):
 
     def _masks(self, model: Any) -> dict[str, Tensor]:
         """Where pruned weights are zero: in what an earlier step has pruned, and in what comes with many zeros."""
+        options = self.plan.step.options
+        assert isinstance(options, Recover)
         masks = {}
         for name, p in model.named_parameters():
             module = self.stored[name][0].removesuffix(".weight")
             zeros = p.numel() - int(p.count_nonzero())
             if p.ndim == 2 and zeros and (module in self.source.pruned or zeros >= ZEROS * p.numel()):
                 masks[name] = p != 0
-        return masks
+        if options.parameters == "lora":
+            inside = [name for name in masks if name.startswith(self.architecture.blocks + ".")]
+            if inside:
+                raise PlanError(
+                    f"{inside[0]}: holds many zeros, which LoRA would fill when it is merged; set `parameters: all`, "
+                    "which keeps them"
+                )
+            return {}
+        return {name: mask for name, mask in masks.items() if not kept(name, self.plan.recipe.keep)}
 
     def _write_blocks(self, checkpoint: Checkpoint, numbers: list[int]) -> None:
         """Shards of all blocks as they were learned, and what the proof needs."""
@@ -118,8 +150,28 @@ class TrainJob(Job):
             checkpoint.write_shard(index, self._as_stored([info.name for info in self.plan.tensors_of(index)]))
             if index == self.proof_blocks - 1:
                 write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden.clone()})
-            record = {"layers": [], "notes": [], "digests": digests, "seconds": time.monotonic() - start}
+            pruned = list(self._pruned_rows(index))
+            record = {"layers": pruned, "notes": [], "digests": digests, "seconds": time.monotonic() - start}
             checkpoint.finish_block(index, hidden, record | {"peak_bytes": peak_bytes()})
+
+    def _pruned_rows(self, index: int) -> Iterator[dict[str, Any]]:
+        """Rows of results.json for the linears of a block that an earlier step has pruned."""
+        for linear in self.plan.linears:
+            if linear.block == index and linear.name in self.source.pruned:
+                weight = self._as_stored([f"{linear.name}.weight"])[f"{linear.name}.weight"]
+                zeros = weight.numel() - int(weight.count_nonzero())
+                yield {
+                    "name": linear.name,
+                    "block": index,
+                    "method": self.plan.step.name,
+                    "pattern": self.source.pruned[linear.name][0],
+                    "zeros": zeros,
+                    "sparsity": zeros / weight.numel(),
+                    "before_bytes": linear.before_bytes,
+                    "after_bytes": linear.after_bytes,
+                    "error": None,
+                    "weight_error": None,
+                }
 
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         return self._dense_config(self.source.config)
@@ -147,7 +199,7 @@ class RecoverLoss:
         if "cross_entropy" in weights:
             total = total + weights["cross_entropy"] * cross_entropy(logits, tokens)
         if self.options.has_teacher:
-            taught = self.lessons.read(rows)
+            taught = self.lessons.read(rows, logits.device)
             if "distillation" in weights:
                 total = total + weights["distillation"] * distillation(logits, taught, self.options.temperature)
             if "hidden" in weights:
@@ -165,12 +217,17 @@ def last_block(model: Any) -> nn.Module:
     return blocks[-1]
 
 
-def prepared(model: Any, options: Recover) -> Any:
-    """The model with what is to be trained requiring gradients."""
+def kept(parameter: str, keep: list[str]) -> bool:
+    """Whether a parameter is left alone on purpose."""
+    return matches(parameter.rpartition(".")[0], keep)
+
+
+def prepared(model: Any, options: Recover, keep: list[str]) -> Any:
+    """The model with what is to be trained requiring gradients; keep: globs on modules that stay as they are."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for parameter in model.parameters():
-        parameter.requires_grad_(options.parameters == "all")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(options.parameters == "all" and not kept(name, keep))
     if options.parameters == "all":
         return model
     from peft import LoraConfig, get_peft_model
@@ -179,6 +236,7 @@ def prepared(model: Any, options: Recover) -> Any:
 
     path, blocks = find_blocks(model)
     names = [f"{path}.{i}.{name}" for i in range(len(blocks)) for name in block_linears(blocks[i])]
+    names = [name for name in names if not matches(name, keep)]
     config = LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, target_modules=names)
     torch.manual_seed(options.seed)
     return get_peft_model(model, config)
@@ -191,14 +249,3 @@ def load_all(model: Any, source: Any, stored: dict[str, list[str]]) -> None:
     for name in names:
         assign(model, name, read([name])[name])
     model.tie_weights()
-
-
-def curve_record(name: str, options: Recover, curve: Curve) -> dict[str, Any]:
-    """The loss curve for results.json."""
-    return {
-        "name": name,
-        "loss": options.loss,
-        "losses": curve.losses,
-        "tokens": curve.tokens,
-        "seconds": curve.seconds,
-    }

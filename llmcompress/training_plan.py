@@ -8,7 +8,7 @@ import torch
 
 from llmcompress.cost import HEADER, LIBRARIES, Cost, speed
 from llmcompress.errors import PlanError
-from llmcompress.plan import Plan, dense_plan, is_expert
+from llmcompress.plan import Plan, check_length, dense_plan, is_expert
 from llmcompress.recipe import Recipe, TrainStep
 from llmcompress.source import ModelSource
 from llmcompress.training import Recover
@@ -24,15 +24,22 @@ class TrainPlan(Plan):
 
     @property
     def needs_data(self) -> bool:
-        """There is no learning without text."""
-        return True
+        """Whether it learns from the recipe's calibration text; without, that text still proves the result."""
+        return self.recipe.calibration is not None
+
+    @property
+    def advice(self) -> str:
+        """How to need less memory."""
+        return "set `gradient_checkpointing: true`, a smaller micro_batch, or `parameters: lora`"
 
 
 def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> TrainPlan:
     """Fit a train step to a model. Raises PlanError with the first thing that does not fit and what would."""
     options = step.options
-    if recipe.calibration is None:
-        raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block")
+    if recipe.calibration is None and options.data is None:
+        raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block, or `data` to the step")
+    if options.data:
+        check_length(options.data.length, source, f"{step.where}.data")
     if recipe.output.format not in ("auto", "dense"):
         raise PlanError(
             f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
@@ -86,7 +93,7 @@ def predict(plan: TrainPlan) -> Cost:
     passes = 4.0 if options.gradient_checkpointing else 3.0
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     seconds = 20.0 + 2.0 * passes * operations / speed(dtype, plan.device)
-    disk = output + 3 * 4 * trained
+    disk = output + 2 * 3 * 4 * trained + parameters * plan.dtype.itemsize  # two states for a moment; what was learned
     if isinstance(options, Recover) and options.has_teacher:
         windows = min(options.steps * options.batch, windows_of(plan))
         seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan.dtype, plan.device)

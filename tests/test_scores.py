@@ -120,14 +120,13 @@ def test_the_highest_stay_in_order(units, kept, tied, seed):
 def test_a_width_is_the_nearest_multiple_or_an_error(units, share, multiple):
     """All multiples are compared, that of keeping everything too; it is the error."""
     wanted = units - units * share
-    distance = {width: abs(width - wanted) for width in range(multiple, units + 1, multiple)}
+    distance = {width: abs(width - wanted) for width in [units, *range(multiple, units, multiple)]}
     nearest = {width for width in distance if distance[width] == min(distance.values())}
-    if not distance or nearest == {units}:
+    if units in nearest or multiple >= units:
         with pytest.raises(PlanError, match=r"steps\[0\]"):
             uniform_width(units, units * share, multiple, "steps[0]")
     else:
-        found = uniform_width(units, units * share, multiple, "steps[0]") if units not in nearest else None
-        assert found is None or (found in nearest and found < units)
+        assert uniform_width(units, units * share, multiple, "steps[0]") in nearest
 
 
 def test_three_groups_cannot_lose_a_fifth():
@@ -190,7 +189,7 @@ def test_a_structure_step_is_read():
         ({"multiple": 0}, "greater than or equal to 1"),
         ({"compensate": "yes"}, "least_squares"),
         ({"rounds": 0}, "greater than or equal to 1"),
-        ({"method": "rtn"}, "both `structure` and `method`"),
+        ({"method": "rtn"}, "both `method` and `structure`"),
         ({"targets": ["*"]}, "targets: unknown option"),
     ],
 )

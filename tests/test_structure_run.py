@@ -11,6 +11,7 @@ from conftest import ARCHITECTURES
 from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
 
 from llmcompress.errors import PlanError
+from llmcompress.export import export
 from llmcompress.run import run, stages_folder
 
 CHANNELS = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group"}
@@ -105,9 +106,10 @@ def test_compensation_lowers_the_error_of_the_layer(run_here, tiny_folders):
         ),
         ("opt", CHANNELS | {"structure": "query_head"}, "has no query_head: its attention heads do not share"),
         ("llama", BLOCKS | {"ratio": 0.1}, "rounds to none"),
+        ("llama", CHANNELS | {"compensate": "mean"}, "mean is a bias, and mlp.down_proj of LlamaForCausalLM has none"),
         ("llama", BLOCKS | {"protect_first": 1, "protect_last": 1}, "leave none of the 2 blocks"),
         ("llama", CHANNELS | {"ratio": None, "parameters": 10**9, "of": "model"}, "is small enough"),
-        ("llama", CHANNELS | {"multiple": 512}, "512 is more than the 160 units"),
+        ("llama", CHANNELS | {"multiple": 512}, "512 leaves no smaller width of the 160 units"),
         ("llama", BLOCKS | {"rounds": 3}, "3 rounds, but only 1 of 2 units go"),
     ],
 )
@@ -115,6 +117,24 @@ def test_what_cannot_be_removed_is_a_plan_error(kind, step, message, run_here, t
     with pytest.raises(PlanError, match=message):
         run_here(kind, step)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_is_not_made_smaller(run_here):
+    with pytest.raises(PlanError, match=r"is kept, and .* would make it narrower"):
+        run_here("llama", CHANNELS, keep=["model.layers.0.mlp.*"])
+    with pytest.raises(PlanError, match="'nonsense' matches nothing"):
+        run_here("llama", CHANNELS, keep=["nonsense"])
+
+
+def test_a_mean_bias_and_an_export_of_a_smaller_model(run_here, tmp_path):
+    folder, results = run_here("gpt2", CHANNELS | {"compensate": "mean", "score": "fluctuation"})
+    errors = [row["error"] for row in results["layers"] if row["name"].endswith("mlp.c_proj")]
+    assert len(errors) == 2
+    assert all(0 < error < 1 for error in errors)
+    export(folder, "dense", tmp_path / "again")
+    assert {name: t.shape for name, t in tensors(folder).items()} == {
+        name: t.shape for name, t in tensors(tmp_path / "again").items()
+    }
 
 
 def test_structure_leaves_dense_weights(run_here):

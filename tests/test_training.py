@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_runs import digests, proof_inside, recipe, reloaded, run_die_at, tensors, values, write_text
 
 from llmcompress.checkpoint import partial_folder
-from llmcompress.errors import CalibrationError, PlanError, RecipeError
+from llmcompress.errors import CalibrationError, PlanError, RecipeError, ResumeError
 from llmcompress.recipe import parse_step
 from llmcompress.run import run
 from llmcompress.training import Recover
@@ -133,7 +133,7 @@ def test_losses_and_ways_to_train(options, run_here):
 
 
 def test_gradient_checkpointing_and_micro_batches_change_nothing(run_here):
-    steps = RECOVER | {"precision": "float32"}
+    steps = RECOVER | {"precision": "float32", "loss": "cross_entropy"}
     plain = run_here("llama", steps)[1]["training"][0]["losses"]
     other = run_here("llama", steps | {"gradient_checkpointing": True, "micro_batch": 2})[1]["training"][0]["losses"]
     assert other == pytest.approx(plain, rel=1e-4)
@@ -150,6 +150,8 @@ def test_pruned_weights_stay_zero_while_others_learn(run_here):
         assert torch.equal(old[name] == 0, new[name] == 0), name
         assert not torch.equal(old[name], new[name])
     assert math.isfinite(results["training"][0]["losses"][-1])
+    assert results["sparsity"]["of_decoder_linears"] == 0.5
+    assert {row["pattern"] for row in results["layers"]} == {"2:4"}
 
 
 def test_a_killed_training_continues_with_the_same_bytes(tiny_folders, text, tmp_path):
@@ -187,11 +189,68 @@ def test_a_bad_train_step_is_one_message(changes, message):
 
 def test_training_needs_data_and_lora_would_fill_zeros(run_here):
     with pytest.raises(PlanError, match="needs `calibration` data"):
-        run_here("llama", RECOVER, calibration=None)
+        run_here("llama", RECOVER | {"loss": "cross_entropy"}, calibration=None)
     with pytest.raises(PlanError, match="would fill the zeros"):
         run_here("llama", {"method": "magnitude", "pattern": "2:4"}, RECOVER | {"parameters": "lora"})
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([RECOVER], "the model that the run begins with is the teacher"),
+        ([{"method": "rtn", "group_size": 32}, RECOVER], "quantize last"),
+        ([{"method": "magnitude", "pattern": "2:4"}, NARROW], "put structure steps first"),
+        ([RECOVER | {"loss": "cross_entropy", "data": {"data": "x.txt", "samples": 1, "length": 4096}}], "knows 128"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_a_plan_error(steps, message, run_here, tmp_path):
+    with pytest.raises(PlanError, match=message):
+        run_here("llama", *steps)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_no_number_ends_the_run(run_here):
     with pytest.raises(CalibrationError, match="lower `learning_rate`"):
         run_here("llama", RECOVER | {"learning_rate": 1e30, "clip": 1e30, "loss": "cross_entropy", "warmup": 0})
+
+
+def test_a_mask_survives_training_into_a_packed_format(run_here):
+    """Prune, recover, round: the format for both takes what is left, as the pattern is known to the end."""
+    prune, bits = {"method": "magnitude", "pattern": "2:4"}, {"method": "rtn", "group_size": 32}
+    _, results = run_here("llama", prune, RECOVER, bits, output={"format": "sparse24-int4"})
+    assert results["format"] == "sparse24-int4"
+    assert results["sparsity"]["of_decoder_linears"] >= 0.5
+    assert [stage["name"] for stage in results["stages"]] == ["before", "magnitude", "recover", "rtn"]
+
+
+def test_what_is_kept_does_not_learn(run_here, tiny_folders):
+    keep = ["model.layers.0.self_attn.q_proj"]
+    folder, _ = run_here("llama", RECOVER | {"loss": "cross_entropy"}, keep=keep)
+    old, new = tensors(Path(tiny_folders("llama"))), tensors(folder)
+    same = {name for name in old if torch.equal(old[name].to(new[name].dtype), new[name])}
+    assert "model.layers.0.self_attn.q_proj.weight" in same
+    assert "model.layers.1.self_attn.q_proj.weight" not in same
+
+
+def test_a_stage_of_another_recipe_is_not_replaced(run_here, tiny_folders, text, tmp_path, monkeypatch):
+    """Killed after its first stage; another recipe on the same folder must ask for --overwrite."""
+    folder = tmp_path / "out"
+    wanted = values(tiny_folders("llama"), text, NARROW, RECOVER)
+    run_die_at([{"folder": str(folder), "side": "after", "file": "train.json"}], tmp_path / "whole", wanted)
+    other = recipe(tiny_folders("llama"), text, NARROW | {"ratio": 0.25}, RECOVER)
+    with proof_inside(monkeypatch), pytest.raises(ResumeError, match="give --overwrite"):
+        run(other, folder)
+    more_steps = recipe(tiny_folders("llama"), text, NARROW, RECOVER | {"steps": 7})
+    with proof_inside(monkeypatch), pytest.raises(ResumeError, match="give --overwrite"):
+        run(more_steps, folder)
+    with proof_inside(monkeypatch):
+        run(other, folder, overwrite=True)
+    assert not (tmp_path / "out.stages").exists()
+
+
+def test_folders_of_somebody_else_stay(run_here, tmp_path, monkeypatch, tiny_folders, text):
+    mine = tmp_path / "out.stages" / "mine"
+    mine.mkdir(parents=True)
+    with proof_inside(monkeypatch), pytest.raises(ResumeError, match="was not made by llmcompress"):
+        run(recipe(tiny_folders("llama"), text, NARROW), tmp_path / "out")
+    assert mine.exists()

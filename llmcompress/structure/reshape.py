@@ -13,8 +13,10 @@ from llmcompress.errors import PlanError
 from llmcompress.structure.groups import KV, MLP, QUERY
 
 MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner")
+REFUSED = "does not take its sizes from config.json alone"
 DERIVED_HEADS = (
-    "computes the size of a head from the width of the model, so that heads cannot be removed; use mlp_channel or block"
+    "probably computes the size of a head from the width of the model, so that heads cannot be removed; use "
+    "mlp_channel or block"
 )
 
 
@@ -22,7 +24,12 @@ def narrower(config: Mapping[str, Any], model: Module, kind: str, kept: int) -> 
     """config.json after all but `kept` units of a kind are gone from every block; model: the one that it describes."""
     heads = Heads.of(model.config)
     if kind == MLP:
-        key = next(key for key in MLP_KEYS if hasattr(model.config, key))
+        key = next((key for key in MLP_KEYS if hasattr(model.config, key)), None)
+        if key is None:
+            raise PlanError(
+                f"{type(model).__name__}: its config has none of {', '.join(MLP_KEYS)}, so its MLPs have one "
+                "width; use block"
+            )
         return edited(config, model, {key: kept})
     sizes = {"head_dim": heads.size}
     if kind == KV:
@@ -48,21 +55,24 @@ def edited(config: Mapping[str, Any], model: Module, changes: Mapping[str, Any])
     return {**config, **{names.get(key, key): value for key, value in changes.items()}}
 
 
-def build_smaller(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str) -> Module:
+def build_smaller(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], name: str, *, heads: bool = True
+) -> Module:
     """The skeleton of the smaller model. Raises PlanError if stock code gives its parameters other shapes.
 
-    shapes: of every parameter, by name, as cut.  name: of the model, for messages.
+    shapes: of every parameter, by name, as cut.  name: of the model, for messages.  heads: whether heads went.
     """
     from transformers import AutoConfig
 
+    why = DERIVED_HEADS if heads else REFUSED
     try:
         model = skeleton(AutoConfig.for_model(**config))
     except Exception as exc:  # configs are validated in many ways: the cause is shown
-        raise PlanError(f"{name}: its stock code {DERIVED_HEADS} ({' '.join(str(exc).split())[:200]})") from None
+        raise PlanError(f"{name}: its stock code {why} ({' '.join(str(exc).split())[:200]})") from None
     for parameter, tensor in model.named_parameters():
         if tuple(tensor.shape) != shapes.get(parameter):
             raise PlanError(
                 f"{name}: {type(model).__name__} cannot have this shape: it wants {list(tensor.shape)} for "
-                f"{parameter}, where {list(shapes.get(parameter, ()))} are left; it probably {DERIVED_HEADS}"
+                f"{parameter}, where {list(shapes.get(parameter, ()))} are left; it {why}"
             )
     return model

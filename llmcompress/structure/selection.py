@@ -15,15 +15,14 @@ from llmcompress.errors import PlanError
 def uniform_width(units: int, remove: float, multiple: int, where: str) -> int:
     """Units that stay of `units`, when `remove` of them (not rounded) should go; a multiple of `multiple`.
 
-    The nearest multiple, the larger of two equally near. Raises PlanError if that is all of them, or none.
+    The nearest multiple, the larger of two equally near. Raises PlanError if keeping all of them is nearer, or none.
     """
     wanted = units - remove
-    steps = [width for width in range(multiple, units + 1, multiple) if width <= units]
-    if not steps:
-        raise PlanError(f"{where}.multiple: {multiple} is more than the {units} units there are")
-    best = min(reversed(steps), key=lambda width: abs(width - wanted))
+    possible = list(range(multiple, units, multiple))
+    if not possible:
+        raise PlanError(f"{where}.multiple: {multiple} leaves no smaller width of the {units} units there are")
+    best = min([units, *reversed(possible)], key=lambda width: abs(width - wanted))
     if best == units or wanted <= 0:
-        possible = [width for width in steps if width < units]
         shares = ", ".join(f"{1 - width / units:.3g} (keeps {width})" for width in possible[-4:][::-1])
         raise PlanError(
             f"{where}: removing {remove:.3g} of {units} units rounds to {'none' if best == units else 'all'}; "

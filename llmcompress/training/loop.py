@@ -45,6 +45,7 @@ class Task:
     length: int  # tokens of each
     loss: Loss
     masks: Mapping[str, Tensor]  # parameter name -> bool, False where the weight must stay zero
+    cpu: bool  # stay there, whatever the machine has
 
 
 def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Curve:
@@ -55,7 +56,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="no")  # once per process, where two steps may differ: see below
+    accelerator = Accelerator(cpu=task.cpu, mixed_precision="no")  # one per process; steps may differ in precision
     rounded = options.precision == "bfloat16"
     share = options.batch // accelerator.num_processes
     if share * accelerator.num_processes != options.batch or share % options.micro_batch:
@@ -135,7 +136,7 @@ def masked(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, gradie
     for name, mask in masks.items():
         target = trained[name].grad if gradients else trained[name]
         if target is not None:
-            target.mul_(mask)
+            target.mul_(mask.to(target.device))
 
 
 def save_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any, curve: Curve) -> None:

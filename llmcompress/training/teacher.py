@@ -34,10 +34,10 @@ class Lessons:
                 self._write_part(teacher, start, part)
             tell(min(start + CHUNK, len(windows)), len(windows))
 
-    def read(self, rows: Tensor) -> Taught:
+    def read(self, rows: Tensor, device: torch.device) -> Taught:
         """Of some windows [n] int64."""
         found = [read_tensors(self._file(int(row))) for row in rows]
-        parts = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+        parts = {name: torch.stack([one[name] for one in found]).to(device) for name in found[0]}
         return Taught(parts["tokens"].long(), parts["log_probs"], parts.get("hidden"))
 
     def _write_part(self, teacher: StreamedModel, start: int, windows: Tensor) -> None:

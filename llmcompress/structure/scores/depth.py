@@ -25,6 +25,10 @@ class BlockScore(Options):
 
     looks_at_data: ClassVar[bool] = True
 
+    def effort(self, count: int, drop: int, samples: int) -> tuple[float, float]:
+        """Windows whose hidden states are held at once, and walks of a window through all blocks: for predictions."""
+        return float(samples), float(samples)
+
     def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
         """The `count` blocks of `allowed` that matter least to the model; tokens: [samples, length] int64."""
         raise NotImplementedError(f"{type(self).__name__}.choose")

@@ -22,6 +22,11 @@ class Greedy(BlockScore):
 
     samples: int = Field(8, ge=1, description="calibration windows that candidates are judged on")
 
+    def effort(self, count: int, drop: int, samples: int) -> tuple[float, float]:
+        """Every candidate's hidden states at once; on average each goes through half of the blocks, round by round."""
+        windows = float(min(self.samples, samples))
+        return (count + 1) * windows, drop * (1 + count / 2) * windows
+
     def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
         """One block after another, each with the least mean next-token loss (nats) of the model without it."""
         tokens, gone, scores = tokens[: self.samples], list[int](), dict[int, float]()

@@ -54,10 +54,14 @@ def run_command(
     from llmcompress.progress import reporter
     from llmcompress.recipe import default_output
     from llmcompress.report import summary_table
-    from llmcompress.run import run
+    from llmcompress.run import join, run
+    from llmcompress.training.processes import is_first
 
     loaded, path = read_recipe(recipe, model, set_)
     folder = output or default_output(loaded, path)
+    if not is_first():  # of the processes of an `accelerate launch`
+        join(loaded)
+        return
     with reporter() as progress:
         results = run(loaded, folder, overwrite=overwrite, evaluate=not no_eval, progress=progress)
     if as_json:

@@ -51,6 +51,7 @@ from llmcompress.source import ModelSource, open_folder, open_source
 from llmcompress.stages import Link, check_stages, combined, plan_stages
 from llmcompress.structure_job import DepthJob, WidthJob
 from llmcompress.structure_plan import StructurePlan
+from llmcompress.training.processes import leading, tasks
 from llmcompress.training_job import TrainJob
 from llmcompress.training_plan import TrainPlan
 
@@ -63,8 +64,8 @@ def run(
     Continues a killed run of the same recipe. evaluate=False skips the recipe's scores.
     Raises a subclass of LLMCompressError for everything the user can mend; then nothing has the name `output`.
     """
-    check_output(output, overwrite)
-    with full_disk_explained(partial_folder(output)), full_device_explained():
+    with leading(), full_disk_explained(partial_folder(output)), full_device_explained():
+        check_output(output, overwrite)
         return run_stages(recipe, output, overwrite=overwrite, evaluate=evaluate, progress=progress or Silent())
 
 
@@ -102,6 +103,19 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
         remove_stages(output)
     publish(recipe, output, progress)
     return results
+
+
+def join(recipe: Recipe) -> None:
+    """For every process of an `accelerate launch` but the first: take part when that one trains, until it ends."""
+    for task in tasks():
+        first = open_source(recipe.model, revision=recipe.revision).fetch()
+        origin = Origin(recipe, first, parameters=0, fetched_bytes=0)
+        data, tokenizer = load_data(recipe, first, needed=recipe.calibration is not None)
+        link = next(link for link, _ in plan_stages(recipe, first) if link.stage.steps[0].where == task["where"])
+        plan = link.plan(origin.named(open_folder(task["source"], Path(task["source"]))))
+        job = job_for(plan, Shared(origin, data, tokenizer, Silent()), Path(task["state"]))
+        assert isinstance(job, TrainJob)
+        job.join(Path(task["state"]))
 
 
 def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None) -> Job:

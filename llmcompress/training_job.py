@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
 from llmcompress.training.loop import Task, train
 from llmcompress.training.losses import cross_entropy, distillation, hidden_error
+from llmcompress.training.processes import tell_others
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
 
@@ -72,27 +74,44 @@ class TrainJob(Job):
 
     def _learn(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """All parameters after training, in the dtype of the result."""
-        options = self.plan.step.options
-        assert isinstance(options, Recover)
-        windows = self.text.tokens
-        model, _ = build_for(self.plan, torch.float32)
-        load_all(model, self.source, self.stored)
-        masks = self._masks(model)
-        lessons = Lessons(options, checkpoint.state / "lessons")
+        options, state = self._options, checkpoint.state
+        model, student, task = self._prepare(state)
         if options.has_teacher:
+            windows = self.text.tokens
             self.progress.stage("asking the dense model", len(windows))
+            lessons = Lessons(options, state / "lessons")
             lessons.write(self._teacher(), windows, lambda done, total: self.progress.advance(done))
-        student = prepared(model, options, self.plan.recipe.keep)
+        tell_others({"where": self.plan.step.where, "source": str(self.source.folder), "state": str(state)})
         self.progress.stage(f"training: {self.plan.step.name}", options.steps)
-        on_cpu = self.plan.device.type == "cpu"
-        task = Task(len(windows), windows.shape[1], RecoverLoss(options, windows, lessons), masks, on_cpu)
-        curve = train(student, options, task, checkpoint.state, self.progress.advance)
+        curve = train(student, options, task, state, self.progress.advance)
         record: dict[str, Any] = {"name": self.plan.step.name, "loss": options.loss, "losses": curve.losses}
         record |= {"tokens": curve.tokens, "seconds": curve.seconds, "data": self.text.record}
-        write_json(checkpoint.state / "curve.json", record)
+        write_json(state / "curve.json", record)
         if options.parameters == "lora":
             model = student.merge_and_unload()
         return {name: p.detach().to(self.plan.dtype).cpu() for name, p in model.named_parameters()}
+
+    def join(self, state: Path) -> None:
+        """Take part in the training of another process, which writes everything; state: its folder."""
+        _, student, task = self._prepare(state)
+        train(student, self._options, task, state, lambda done, shown: None)
+
+    def _prepare(self, state: Path) -> tuple[Any, Any, Task]:
+        """The model, the same with what is trained requiring gradients, and what it learns."""
+        options = self._options
+        model, _ = build_for(self.plan, torch.float32)
+        load_all(model, self.source, self.stored)
+        masks = self._masks(model)
+        loss = RecoverLoss(options, self.text.tokens, Lessons(options, state / "lessons"))
+        windows, length = self.text.tokens.shape
+        task = Task(windows, length, loss, masks, cpu=self.plan.device.type == "cpu")
+        return model, prepared(model, options, self.plan.recipe.keep), task
+
+    @property
+    def _options(self) -> Recover:
+        options = self.plan.step.options
+        assert isinstance(options, Recover)
+        return options
 
     def fingerprint(self) -> str:
         """Also of the text that is learned from, and of the teacher."""
@@ -116,15 +135,13 @@ class TrainJob(Job):
 
     def _masks(self, model: Any) -> dict[str, Tensor]:
         """Where pruned weights are zero: in what an earlier step has pruned, and in what comes with many zeros."""
-        options = self.plan.step.options
-        assert isinstance(options, Recover)
         masks = {}
         for name, p in model.named_parameters():
             module = self.stored[name][0].removesuffix(".weight")
             zeros = p.numel() - int(p.count_nonzero())
             if p.ndim == 2 and zeros and (module in self.source.pruned or zeros >= ZEROS * p.numel()):
                 masks[name] = p != 0
-        if options.parameters == "lora":
+        if self._options.parameters == "lora":
             inside = [name for name in masks if name.startswith(self.architecture.blocks + ".")]
             if inside:
                 raise PlanError(

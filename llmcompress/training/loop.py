@@ -23,6 +23,7 @@ from llmcompress.training.step import Train
 
 FLOOR = 0.1  # of the learning rate, at the end of the cosine
 BETAS = (0.9, 0.95)
+PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's kinds of launches in which every process holds the model
 
 Loss = Callable[[Any, Tensor], Tensor]  # (model, rows of the windows [n] int64) -> loss, with its graph
 Tell = Callable[[int, str], None]
@@ -57,6 +58,11 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=task.cpu, mixed_precision="no")  # one per process; steps may differ in precision
+    if accelerator.distributed_type not in PLAIN:
+        raise CalibrationError(
+            f"accelerate was set up for {accelerator.distributed_type.value}, which shards weights; only processes "
+            "that each hold the model are supported: launch without it"
+        )
     rounded = options.precision == "bfloat16"
     share = options.batch // accelerator.num_processes
     if share * accelerator.num_processes != options.batch or share % options.micro_batch:

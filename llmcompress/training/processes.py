@@ -1,0 +1,65 @@
+"""Several processes of one `accelerate launch`: the first does the run, the others join when it trains.
+
+    accelerate launch --num_processes 2 -m llmcompress run RECIPE
+
+The first process tells the others what to join and when to end; until then they wait. All of them must see the same
+files. Where nothing was launched, nothing here does anything.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+PATIENCE = timedelta(days=7)  # other processes wait while the first one compresses
+
+
+def launched() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that does the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """For the first process: the others end when this is left, whatever happened."""
+    if launched() > 1:
+        connect()
+    try:
+        yield
+    finally:
+        tell_others(None)
+
+
+def tell_others(task: dict[str, Any] | None) -> None:
+    """Let the other processes join `task`, or end."""
+    if launched() > 1:
+        exchange(task)
+
+
+def tasks() -> Iterator[dict[str, Any]]:
+    """For every other process: what the first one asks for, one after another, until it ends."""
+    connect()
+    while (task := exchange(None)) is not None:
+        yield task
+
+
+def connect() -> None:
+    """Join the group of processes."""
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+def exchange(task: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the first process hands out."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[dict[str, Any] | None] = [task]
+    return broadcast_object_list(found, from_process=0)[0]

@@ -22,8 +22,8 @@ from llmcompress.errors import FormatError, PlanError
 from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.formats import FORMATS, Format
 from llmcompress.inspection import read_object, weight_files
+from llmcompress.layout import CONV1D_MODELS
 from llmcompress.mask import Pattern
-from llmcompress.plan import CONV1D_MODELS
 from llmcompress.report import write_report
 from llmcompress.runtime import headers
 from llmcompress.weight import CompressedWeight, Kind

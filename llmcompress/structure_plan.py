@@ -15,7 +15,8 @@ from llmcompress.arch import Architecture, find_couplings, match_names
 from llmcompress.building import build
 from llmcompress.cost import HEADER, LIBRARIES, Cost, gradient_bytes, hidden_bytes, samples_and_length, speed
 from llmcompress.errors import PlanError
-from llmcompress.plan import Plan, PlannedLinear, block_index, block_linears, dense_plan
+from llmcompress.layout import block_index, block_linears
+from llmcompress.plan import Plan, PlannedLinear, dense_plan
 from llmcompress.recipe import Recipe, StructureStep, matches
 from llmcompress.source import ModelSource
 from llmcompress.structure import Depth, Structure, Width

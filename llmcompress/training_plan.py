@@ -8,7 +8,8 @@ import torch
 
 from llmcompress.cost import HEADER, LIBRARIES, Cost, speed
 from llmcompress.errors import PlanError
-from llmcompress.plan import Plan, check_length, dense_plan, is_expert
+from llmcompress.layout import is_expert
+from llmcompress.plan import Plan, check_length, dense_plan
 from llmcompress.recipe import Recipe, TrainStep
 from llmcompress.source import ModelSource
 from llmcompress.training import Recover

@@ -23,8 +23,8 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "source gguf_source hub_source text calibrate arch building fused stream checkpoint gradients",
     "structure training",
     "recipe",
-    "plan assignment structure_plan training_plan stages cost proof suite perplexity offline_tasks tasks evaluate "
-    "inspection report hub",
+    "layout plan assignment structure_plan training_plan stages cost proof suite perplexity offline_tasks tasks "
+    "evaluate inspection report hub",
     "compress survey results job structure_job training_job run export tables",
     "cli __main__",
 ]

@@ -20,7 +20,8 @@ from rich.console import Console
 from tiny_runs import proof_inside, recipe, tensors, write_text
 
 from llmcompress.errors import PlanError
-from llmcompress.plan import Plan, check_machine, find_block_path, is_expert, make_plan
+from llmcompress.layout import find_block_path, is_expert
+from llmcompress.plan import Plan, check_machine, make_plan
 from llmcompress.recipe import Recipe
 from llmcompress.run import run
 from llmcompress.source import open_source

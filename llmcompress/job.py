@@ -30,7 +30,7 @@ from llmcompress.files import read_json, write_json, write_text
 from llmcompress.fused import fuse
 from llmcompress.plan import Plan, device_of
 from llmcompress.progress import Progress, staged
-from llmcompress.proof import positions, proof_blocks, write_expected
+from llmcompress.proof import digest, positions, proof_blocks, write_expected
 from llmcompress.results import PACKAGES, Origin, peak_bytes, version
 from llmcompress.source import ModelSource
 from llmcompress.stream import Block, StreamedModel, stream_blocks
@@ -236,6 +236,37 @@ class Job:
                 done.add(sources[0])
         rest = [info.name for info in self.plan.tensors_of(index) if info.name not in done]
         checkpoint.write_shard(index, tensors | self._as_stored(rest))
+
+    def _carry_over(self, checkpoint: Checkpoint, numbers: list[int]) -> None:
+        """Put these blocks into the folder, one after another, with the tensors that `_as_stored` gives for them.
+
+        Only the samples of the proof go through them. Continues after the blocks that are there already.
+        """
+        self.progress.stage("writing the blocks", len(numbers))
+        done = len(checkpoint.records())
+        hidden = self.stream.embed(self.data.tokens[: cost.PROOF_SAMPLES])  # also learns what blocks are called with
+        hidden = checkpoint.hidden(done) if done else hidden
+        for new, old in list(enumerate(numbers))[done:]:
+            start, block = time.monotonic(), self.stream.load_block(old, hidden)
+            for rows in block.batches():
+                hidden[rows] = block.forward(rows).to(hidden.device)
+            name = self.architecture.block(new)
+            linears = {linear: block.module.get_submodule(linear) for linear in self.architecture.linears}
+            digests = {f"{name}.{linear}": digest(module.weight) for linear, module in linears.items()}
+            self.stream.free_block(old)
+            before, after = (f"{self.plan.blocks}.{number}." for number in (old, new))
+            tensors = self._as_stored([info.name for info in self.plan.tensors_of(old)])
+            checkpoint.write_shard(new, {after + key.removeprefix(before): value for key, value in tensors.items()})
+            if new == self.proof_blocks - 1:
+                write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden.clone()})
+            record = {"layers": list(self._rows(old)), "notes": [], "digests": digests}
+            seconds = time.monotonic() - start
+            checkpoint.finish_block(new, hidden, record | {"seconds": seconds, "peak_bytes": peak_bytes()})
+            self.progress.advance(new + 1)
+
+    def _rows(self, index: int) -> Iterable[dict[str, Any]]:
+        """Rows of results.json for a block that is carried over."""
+        return []
 
     def _write_outside(self, checkpoint: Checkpoint) -> None:
         """Shards of the tensors outside the blocks, one at a time."""

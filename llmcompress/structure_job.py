@@ -9,7 +9,6 @@ loading is also the proof that cutting changed nothing.
 """
 
 import math
-import time
 from collections.abc import Iterator
 from math import prod
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress import cost
 from llmcompress.arch import is_transposed
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
 from llmcompress.compress import BlockResult, weight_of
@@ -26,14 +24,13 @@ from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
 from llmcompress.job import Job
 from llmcompress.proof import digest
-from llmcompress.results import peak_bytes
 from llmcompress.stats import GradientMoments, InputGram, InputMoments
 from llmcompress.stream import Block, collect, oriented, stream_blocks
 from llmcompress.structure import Depth, Width
 from llmcompress.structure.compensation import least_squares, mean_bias
 from llmcompress.structure.groups import Group, cut, kept_positions, mask_units
 from llmcompress.structure.reshape import shallower
-from llmcompress.structure.scores import Dropped, Seen
+from llmcompress.structure.scores import Seen
 from llmcompress.structure.selection import check_scores, keep_highest
 from llmcompress.structure_plan import StructurePlan, unprotected
 from llmcompress.weight import quadratic, relative_error
@@ -182,18 +179,12 @@ class DepthJob(Job):
     def compress(self, checkpoint: Checkpoint) -> None:
         """Choose blocks, then copy the tensors of the others, then all else."""
         dropped = self._choose(checkpoint)
-        self.numbers = [i for i in range(self.plan.count) if i not in dropped.blocks]
+        self.numbers = [i for i in range(self.plan.count) if i not in dropped]
         self.proof_blocks = min(self.proof_blocks, len(self.numbers))
-        self.progress.stage("writing the blocks that stay", len(self.numbers))
-        done = len(checkpoint.records())
-        hidden = self.stream.embed(self.data.tokens[: cost.PROOF_SAMPLES])
-        hidden = checkpoint.hidden(done) if done else hidden
-        for new, old in list(enumerate(self.numbers))[done:]:
-            self._copy(checkpoint, new, old, hidden)
-            self.progress.advance(new + 1)
+        self._carry_over(checkpoint, self.numbers)
         self._write_rest(checkpoint)
 
-    def _choose(self, checkpoint: Checkpoint) -> Dropped:
+    def _choose(self, checkpoint: Checkpoint) -> list[int]:
         """Which blocks go; kept for a run that continues."""
         path = checkpoint.state / "blocks.json"
         if not path.exists():
@@ -213,28 +204,8 @@ class DepthJob(Job):
                     f"{self.plan.recipe.dtype} on the calibration data, or its weights are damaged"
                 )
             write_json(path, {"blocks": found.blocks, "scores": {str(b): s for b, s in found.scores.items()}})
-        kept = read_json(path)
-        return Dropped(kept["blocks"], {int(block): score for block, score in kept["scores"].items()})
-
-    def _copy(self, checkpoint: Checkpoint, new: int, old: int, hidden: Tensor) -> None:
-        """Block `old` becomes block `new`; hidden: its inputs for the proof, replaced by its outputs."""
-        start = time.monotonic()
-        block = self.stream.load_block(old, hidden)
-        for rows in block.batches():
-            hidden[rows] = block.forward(rows).to(hidden.device)
-        name = self.architecture.block(new)
-        digests = {
-            f"{name}.{linear}": digest(block.module.get_submodule(linear).weight)
-            for linear in self.architecture.linears
-        }
-        self.stream.free_block(old)
-        before, after = (f"{self.plan.blocks}.{number}." for number in (old, new))
-        tensors = self._as_stored([info.name for info in self.plan.tensors_of(old)])
-        checkpoint.write_shard(new, {after + key.removeprefix(before): value for key, value in tensors.items()})
-        record = {"layers": [], "notes": [], "digests": digests, "seconds": time.monotonic() - start}
-        if new == self.proof_blocks - 1:
-            write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden.clone()})
-        checkpoint.finish_block(new, hidden, record | {"peak_bytes": peak_bytes()})
+        blocks: list[int] = read_json(path)["blocks"]
+        return blocks
 
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         return self._dense_config(shallower(self.source.config, self.model, self.numbers))

@@ -82,7 +82,7 @@ def needs_data(options: Structure) -> bool:
 
 
 def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructurePlan:
-    """Every unprotected block becomes narrower."""
+    """Every block becomes narrower."""
     options, source = step.options, dense.source
     assert isinstance(options, Width)
     model, architecture = build(source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)

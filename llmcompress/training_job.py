@@ -6,7 +6,6 @@ block. Weights that are zero because a step has pruned them stay zero.
 
 import hashlib
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress import cost
 from llmcompress.arch import first, match_names
 from llmcompress.calibrate import load_calibration, tokens_sha256
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
@@ -23,9 +21,7 @@ from llmcompress.compress import ZEROS
 from llmcompress.errors import PlanError
 from llmcompress.files import write_json
 from llmcompress.job import Data, Job, build_for, data_from, tensors_by_parameter
-from llmcompress.proof import digest
 from llmcompress.recipe import matches
-from llmcompress.results import peak_bytes
 from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
 from llmcompress.training.loop import Task, train
@@ -48,7 +44,7 @@ class TrainJob(Job):
             write_tensors(path, learned)
             shutil.rmtree(checkpoint.state / "lessons", ignore_errors=True)
         self.learned = read_tensors(path)
-        self._write_blocks(checkpoint, list(range(self.plan.count)))
+        self._carry_over(checkpoint, list(range(self.plan.count)))
         self._write_rest(checkpoint)
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -151,27 +147,7 @@ class TrainJob(Job):
             return {}
         return {name: mask for name, mask in masks.items() if not kept(name, self.plan.recipe.keep)}
 
-    def _write_blocks(self, checkpoint: Checkpoint, numbers: list[int]) -> None:
-        """Shards of all blocks as they were learned, and what the proof needs."""
-        hidden = self.stream.embed(self.data.tokens[: cost.PROOF_SAMPLES])
-        for index in numbers:
-            start = time.monotonic()
-            block = self.stream.load_block(index, hidden)
-            for rows in block.batches():
-                hidden[rows] = block.forward(rows).to(hidden.device)
-            digests = {
-                f"{block.name}.{linear}": digest(block.module.get_submodule(linear).weight)
-                for linear in self.architecture.linears
-            }
-            self.stream.free_block(index)
-            checkpoint.write_shard(index, self._as_stored([info.name for info in self.plan.tensors_of(index)]))
-            if index == self.proof_blocks - 1:
-                write_tensors(checkpoint.state / "proof.safetensors", {"hidden": hidden.clone()})
-            pruned = list(self._pruned_rows(index))
-            record = {"layers": pruned, "notes": [], "digests": digests, "seconds": time.monotonic() - start}
-            checkpoint.finish_block(index, hidden, record | {"peak_bytes": peak_bytes()})
-
-    def _pruned_rows(self, index: int) -> Iterator[dict[str, Any]]:
+    def _rows(self, index: int) -> Iterator[dict[str, Any]]:
         """Rows of results.json for the linears of a block that an earlier step has pruned."""
         for linear in self.plan.linears:
             if linear.block == index and linear.name in self.source.pruned:

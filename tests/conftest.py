@@ -1,5 +1,6 @@
 """Tiny random models of many architectures, and a tiny tokenizer; everything offline."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,26 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text for the tiny tokenizer."""
+    from tiny_runs import write_text
+
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture
+def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Folder and results of a run of some steps on a tiny model, proved in this process."""
+    from tiny_runs import proof_inside, recipe
+
+    from llmcompress.run import run
+
+    def go(kind: str, *steps: dict[str, Any], **more: Any) -> tuple[Path, dict[str, Any]]:
+        folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        with proof_inside(monkeypatch):
+            return folder, run(recipe(tiny_folders(kind), text, *steps, **more), folder)
+
+    return go

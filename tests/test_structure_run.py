@@ -1,39 +1,21 @@
 """Whole runs with structure steps: the folder loads in stock transformers and computes what was masked."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
-from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
+from tiny_runs import reloaded, tensors
 
 from llmcompress.errors import PlanError
 from llmcompress.export import export
-from llmcompress.run import run, stages_folder
+from llmcompress.run import stages_folder
 
 CHANNELS = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group"}
 BLOCKS = {"structure": "block", "score": "block_influence", "ratio": 0.5, "of": "decoder"}
 GROUPED = [kind for kind in ARCHITECTURES if kind not in ("gpt2", "gpt_neox", "opt")]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture
-def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Folder and results of a run of some steps, proved in this process."""
-
-    def go(kind: str, *steps: dict[str, Any], **more: Any) -> tuple[Path, dict[str, Any]]:
-        with proof_inside(monkeypatch):
-            folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-            return folder, run(recipe(tiny_folders(kind), text, *steps, **more), folder)
-
-    return go
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -5,15 +5,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import digests, proof_inside, recipe, reloaded, run_die_at, tensors, values, write_text
+from tiny_runs import digests, proof_inside, recipe, reloaded, run_die_at, tensors, values
 
 from llmcompress.checkpoint import partial_folder
 from llmcompress.errors import CalibrationError, PlanError, RecipeError, ResumeError
@@ -85,23 +83,6 @@ def test_masks_clear_gradients_and_weights():
     for gradients in (True, False):
         masked({"w": weight}, mask, gradients=gradients)
     assert weight.grad.tolist() == weight.tolist() == [[1, 0], [0, 1]]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture
-def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Folder and results of a run of some steps, proved in this process."""
-
-    def go(kind: str, *steps: dict[str, Any], **more: Any) -> tuple[Path, dict[str, Any]]:
-        folder = tmp_path / "-".join(["out", *(str(len(list(tmp_path.iterdir()))))])
-        with proof_inside(monkeypatch):
-            return folder, run(recipe(tiny_folders(kind), text, *steps, **more), folder)
-
-    return go
 
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "gemma3_text", "opt")]

@@ -10,8 +10,7 @@ global   the highest scores of all matrices together stay
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+from llmcompress.lazy import Tensor, torch
 
 BINS = 1 << 15  # of a float32 >= 0, its exponent and the first 7 bits of its mantissa
 

@@ -24,10 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llmcompress.errors import ResumeError
 from llmcompress.files import MANIFEST, read_json, replacing, write_json
+from llmcompress.lazy import Tensor
 
 STATE = ".state"
 NO_SPACE = "os error 28"  # how the safetensors library spells ENOSPC

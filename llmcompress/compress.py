@@ -220,7 +220,7 @@ class BlockCompressor:
                 "method": " + ".join(self.plan.steps[i].name for i in methods),
                 **grid,
                 **pruning,
-                "before_bytes": weight.numel() * self.plan.dtype.itemsize,
+                "before_bytes": weight.numel() * self.plan.itemsize,
                 "after_bytes": sum(tensor.nbytes for tensor in packed.values()),
                 "error": None if inputs is None else relative_error(weight, compressed.values, inputs.gram),
                 "weight_error": relative_error(weight, compressed.values),

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from llmcompress.lazy import Tensor
 
 Module = Any  # an nn.Module; what attributes a model has, no type checker can know
 

@@ -19,8 +19,7 @@ bits, rounded in groups of 64, has perplexity 39.4 with it, 43.5 with squares an
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from llmcompress.lazy import Tensor, torch
 
 SHRINK = tuple(1.0 - 0.05 * i for i in range(1, 12))  # 0.95 .. 0.45 of the range that clips nothing
 FINER = 0.025  # then this much to either side of the best of these
@@ -64,7 +63,7 @@ def fit_range(
     bits: int,
     group: int,
     symmetric: bool,
-    dtype: torch.dtype,
+    dtype: "torch.dtype",
     search: bool = True,
     importance: Tensor | None = None,
 ) -> IntGrid:
@@ -84,7 +83,7 @@ def fit_range(
 
 
 def _fit_chunk(
-    x: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, search: bool, importance: Tensor | None
+    x: Tensor, bits: int, symmetric: bool, dtype: "torch.dtype", search: bool, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`fit_range` for some rows, x [rows, groups, group]; scale and zero [rows, groups] float32."""
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
@@ -112,7 +111,7 @@ def better(first: Judged, second: Judged) -> Judged:
     return error, scale, zero, shrink
 
 
-def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def affine(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: "torch.dtype") -> tuple[Tensor, Tensor]:
     """Scale, already rounded to `dtype`, and integer zero of a grid from `low` <= 0 to `high` >= 0 (float32 both).
 
     Symmetric grids span -2^(b-1) .. 2^(b-1)-1 steps; the scale lets the positive end reach max(|low|, high).

@@ -28,7 +28,7 @@ from llmcompress.compress import BlockCompressor, BlockResult
 from llmcompress.errors import PlanError
 from llmcompress.files import read_json, write_json, write_text
 from llmcompress.fused import fuse
-from llmcompress.plan import Plan, device_of
+from llmcompress.plan import Plan
 from llmcompress.progress import Progress, staged
 from llmcompress.proof import digest, positions, proof_blocks, write_expected
 from llmcompress.results import PACKAGES, Origin, peak_bytes, version
@@ -133,7 +133,7 @@ class Job:
         self.model, self.architecture = built or build_for(plan)
         self.stored = match_names(self.model, source.tensors)
         self._check_against_plan()
-        device = device_of(plan.recipe)
+        device = plan.device
         self.stream = StreamedModel(self.model, self.architecture, self._read, dtype=plan.dtype, device=device)
         self.outside = self._outside_shards()
         self.proof_blocks = proof_blocks(plan)

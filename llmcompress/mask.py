@@ -14,10 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from llmcompress.errors import NumericalError
+from llmcompress.lazy import Tensor, torch
 
 Kind = Literal["row", "layer", "n:m", "block"]
 

@@ -6,13 +6,12 @@ predicts output size, peak memory, disk and time. The run reports what it measur
 """
 
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmcompress.assignment import assign, earlier_patterns, kind_after, methods_by_linear, needs_data
 from llmcompress.checkpoint import partial_folder, stages_folder
@@ -20,12 +19,15 @@ from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, OWN, Format
 from llmcompress.layout import CONV1D_MODELS, block_index, block_linears, find_block_path, is_expert, refuse_experts
+from llmcompress.lazy import torch
 from llmcompress.methods import Budgeted, Method
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
 from llmcompress.source import ModelSource
 from llmcompress.weight import Kind
 
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a number in each dtype of a recipe
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD, and Windows below Linux
 DENSE_EXPERTS = "stock transformers takes the experts of a packed checkpoint for packed, and these are kept dense"
 
 
@@ -66,15 +68,25 @@ class Plan:
         return FORMATS[self.format_name]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         """Of everything that is not packed."""
         dtype: torch.dtype = getattr(torch, self.recipe.dtype)
         return dtype
 
     @property
-    def device(self) -> torch.device:
+    def itemsize(self) -> int:
+        """Bytes of a number in that dtype."""
+        return ITEMSIZE[self.recipe.dtype]
+
+    @property
+    def device(self) -> "torch.device":
         """Where blocks are computed."""
-        return device_of(self.recipe)
+        return torch.device(device_of(self.recipe))
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether that is the CPU."""
+        return device_of(self.recipe) == "cpu"
 
     @property
     def needs_data(self) -> bool:
@@ -179,12 +191,12 @@ def make_plan(recipe: Recipe, source: ModelSource, steps: list[Step] | None = No
     earlier = earlier_patterns(source.pruned, steps, assigned)
     kinds = {name: kind_after(mine, earlier.get(name)) for name, mine in methods.items()}
     format_name = choose_format(recipe, kinds, names, transposed, experts)
-    dtype = getattr(torch, recipe.dtype)
+    itemsize = ITEMSIZE[recipe.dtype]
     linears = []
     for name, shape in names.items():
-        after = dense = shape[0] * shape[1] * dtype.itemsize
+        after = dense = shape[0] * shape[1] * itemsize
         if name in kinds:
-            after = FORMATS[format_name].stored_bytes(kinds[name], shape, dtype)
+            after = FORMATS[format_name].stored_bytes(kinds[name], shape, itemsize)
         block = block_index(name, blocks)
         mine = (assigned[name], methods.get(name, ()), earlier.get(name))
         linears.append(PlannedLinear(name, block, shape, *mine, dense, after))
@@ -199,7 +211,7 @@ def make_plan(recipe: Recipe, source: ModelSource, steps: list[Step] | None = No
         linears,
         kept=kept_linears(names, assigned, source, recipe, blocks),
         notes=notes(source, format_name, kinds, names, transposed, experts),
-        before_bytes=sum(prod(info.shape) for info in source.tensors.values()) * dtype.itemsize,
+        before_bytes=sum(prod(info.shape) for info in source.tensors.values()) * itemsize,
         predicted=Cost(0, 0, 0, 0, 0.0),
     )
     return replace(plan, predicted=predict(plan))
@@ -216,15 +228,15 @@ def dense_plan(recipe: Recipe, source: ModelSource) -> Plan:
         check_length(recipe.calibration.length, source)
     device_of(recipe)
     blocks, count = find_block_path(source)
-    dtype = getattr(torch, recipe.dtype)
+    itemsize = ITEMSIZE[recipe.dtype]
     transposed = source.config.get("model_type") in CONV1D_MODELS
     linears = [
         PlannedLinear(name, block_index(name, blocks), shape, (), (), None, size, size)
         for name, shape in block_linears(source, blocks, transposed).items()
-        for size in [shape[0] * shape[1] * dtype.itemsize]
+        for size in [shape[0] * shape[1] * itemsize]
     ]
     check_keep(recipe.keep, [*source.tensors, *(name.removesuffix(".weight") for name in source.tensors)], source)
-    before = sum(prod(info.shape) for info in source.tensors.values()) * dtype.itemsize
+    before = sum(prod(info.shape) for info in source.tensors.values()) * itemsize
     unknown = Cost(0, 0, 0, 0, 0.0)
     return Plan(recipe, source, [], "dense", blocks, count, transposed, linears, {}, [], before, unknown)
 
@@ -336,19 +348,26 @@ def notes(
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 
-def device_of(recipe: Recipe) -> torch.device:
-    """Where blocks are computed."""
+def device_of(recipe: Recipe) -> str:
+    """Where blocks are computed, as torch spells it."""
     if recipe.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return "cuda" if has_driver() and torch.cuda.is_available() else "cpu"
+    if recipe.device == "cpu":
+        return "cpu"
     try:
-        device = torch.device(recipe.device)
+        kind = torch.device(recipe.device).type
     except RuntimeError:
         raise PlanError(f"device: {recipe.device!r} is not a device; try auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
+    if kind not in ("cpu", "cuda"):
         raise PlanError(f"device: {recipe.device!r} is not supported; try auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and not torch.cuda.is_available():
         raise PlanError("device: cuda was asked for and torch finds no CUDA device; use `device: cpu`")
-    return device
+    return recipe.device
+
+
+def has_driver() -> bool:
+    """Whether there may be a GPU, known without loading torch: a Linux system has a file for each driver."""
+    return sys.platform != "linux" or any(Path(path).exists() for path in DRIVERS)
 
 
 def check_machine(plan: Plan, output: Path) -> None:

@@ -21,12 +21,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llmcompress.cost import LIBRARIES, PROOF_SAMPLES
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.formats import OWN
+from llmcompress.lazy import Tensor, torch
 from llmcompress.plan import Plan, gib
 
 POSITIONS = 64  # per sample, evenly spaced: logits of every position would be a gigabyte
@@ -36,7 +34,7 @@ def proof_blocks(plan: Plan) -> int:
     """How many blocks the reloaded model can have within the memory bound; all of them where they fit."""
     import psutil
 
-    item = plan.dtype.itemsize
+    item = plan.itemsize
     budget = int(0.8 * psutil.virtual_memory().available)
     if plan.recipe.max_memory is not None:
         budget = min(budget, plan.recipe.max_memory - LIBRARIES)  # the run's own process waits beside it

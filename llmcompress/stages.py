@@ -14,7 +14,6 @@ from llmcompress.plan import Plan, check_disk, check_memory, make_plan
 from llmcompress.proof import proof_blocks
 from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
 from llmcompress.source import ModelSource
-from llmcompress.structure_plan import plan_structure
 from llmcompress.training import Recover
 from llmcompress.training_plan import plan_training
 
@@ -30,6 +29,8 @@ class Link:
         """The plan for a model, which may be one that an earlier link is going to make."""
         step = self.stage.steps[0]
         if isinstance(step, StructureStep):
+            from llmcompress.structure_plan import plan_structure  # builds the model, so it needs torch
+
             return plan_structure(self.stage.recipe, source, step, self.keep)
         if isinstance(step, TrainStep):
             return plan_training(self.stage.recipe, source, step)
@@ -82,6 +83,8 @@ def rounds(stage: Stage, source: ModelSource) -> list[Link]:
     step = stage.steps[0]
     if not isinstance(step, StructureStep) or step.options.rounds == 1:
         return [Link(stage, None)]
+    from llmcompress.structure_plan import plan_structure  # as above
+
     whole = plan_structure(stage.recipe, source, step)
     units = whole.group.units if whole.group else whole.count
     gone = units - min(whole.widths.values()) if whole.group else whole.drop

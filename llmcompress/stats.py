@@ -5,10 +5,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
 from llmcompress.errors import CalibrationError
+from llmcompress.lazy import Tensor, torch
 
 NO_TOKENS = "no tokens reached this layer; give more calibration text, or list it in `keep`"
 SAMPLE = 8192  # tokens that relative errors are judged on where nothing needs more
@@ -37,7 +35,7 @@ class InputGram:
     all that GPTQ, AWQ's searches and relative errors need.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: "torch.device | str" = "cpu") -> None:
         self.total = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.tokens = 0
 
@@ -74,7 +72,7 @@ class InputSquares:
     It costs a fraction of `InputGram`, which is kept of the first SAMPLE tokens only, to judge errors by.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: "torch.device | str" = "cpu") -> None:
         self.total = torch.zeros(features, dtype=torch.float32, device=device)
         self.tokens = 0
         self.sample = InputGram(features, device)
@@ -104,7 +102,7 @@ class InputSquares:
 class InputMoments:
     """Mean and mean square of each of one linear's inputs, summed in float64: little is left of their difference."""
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: "torch.device | str" = "cpu") -> None:
         self.sums = torch.zeros(features, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.sums)
         self.tokens = 0
@@ -167,7 +165,7 @@ class Inputs:
 class GradientMean:
     """Mean over windows of text of dL/dW, the gradient of the next-token loss of the whole model; [out, in] float32."""
 
-    def __init__(self, shape: torch.Size, device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: "torch.Size", device: "torch.device | str" = "cpu") -> None:
         self.total = torch.zeros(shape, dtype=torch.float32, device=device)
         self.windows = 0
 
@@ -201,7 +199,7 @@ class GradientSquare(GradientMean):
 class GradientMoments(GradientMean):
     """Mean over windows of dL/dW and of its square; [out, in] float32 each."""
 
-    def __init__(self, shape: torch.Size, device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: "torch.Size", device: "torch.device | str" = "cpu") -> None:
         super().__init__(shape, device)
         self.squares = torch.zeros(shape, dtype=torch.float32, device=device)
 

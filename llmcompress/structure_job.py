@@ -135,7 +135,7 @@ class WidthJob(Job):
                 left[dim] = len(positions)
         if is_transposed(block.module.get_submodule(name)):
             shape, left = shape[::-1], left[::-1]
-        item = self.plan.dtype.itemsize
+        item = self.plan.itemsize
         return {
             "name": self.stored[f"{block.name}.{name}.weight"][0].removesuffix(".weight"),
             "block": block.index,

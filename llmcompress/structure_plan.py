@@ -189,7 +189,7 @@ def unprotected(dense: Plan, step: StructureStep) -> set[int]:
 def parameters_to_remove(dense: Plan, options: Structure, where: str, group: int) -> float:
     """How many parameters the budget takes away; group: those of all units in the model."""
     totals = denominators(dense, group)
-    total, item = totals[options.of], dense.dtype.itemsize
+    total, item = totals[options.of], dense.itemsize
     if options.ratio is not None:
         return options.ratio * total
     stays = options.parameters if options.parameters is not None else (options.bytes or 0) / item
@@ -238,13 +238,13 @@ def planned_linears(dense: Plan, result: ModelSource) -> Iterator[PlannedLinear]
     """Every linear with its bytes before and after."""
     for name, shape in block_linears(dense.source, dense.blocks, dense.transposed).items():
         left = result.tensors.get(f"{name}.weight")
-        sizes = (prod(s) * dense.dtype.itemsize for s in (shape, left.shape if left else (0,)))
+        sizes = (prod(s) * dense.itemsize for s in (shape, left.shape if left else (0,)))
         yield PlannedLinear(name, block_index(name, dense.blocks), shape, (), (), None, *sizes)
 
 
 def predict(plan: StructurePlan) -> Cost:
     """What the step will take: the largest of embedding, scoring, one block with its compensation, and proving."""
-    item = plan.dtype.itemsize
+    item = plan.itemsize
     output = sum(prod(info.shape) for info in plan.result.tensors.values()) * item + HEADER * len(plan.result.tensors)
     hidden = hidden_bytes(plan)
     samples, length = samples_and_length(plan)
@@ -256,28 +256,28 @@ def predict(plan: StructurePlan) -> Cost:
     widest = max(columns for _, columns in linears)
     inside = min(samples * length, max(4096, length)) * (4 * widest * 4 + sum(rows for rows, _ in linears) * item)
     operations = 2.0 * samples * length * sum(prod(s) for s in shapes)
-    seconds = 12.0 + 2 * 1.6 * operations / speed(plan.dtype, plan.device)
+    seconds = 12.0 + 2 * 1.6 * operations / speed(plan)
     solving, gradients, disk = 0, 0, 0
     options = plan.step.options
     if isinstance(options, Depth):
         copies, walks = options.score.effort(plan.count, plan.drop, samples)
         gradients = 2 * block + int(copies * length * width_of(plan) * item) + inside
-        seconds = 12.0 + 1.6 * 2.0 * walks * length * sum(prod(s) for s in shapes) / speed(plan.dtype, plan.device)
+        seconds = 12.0 + 1.6 * 2.0 * walks * length * sum(prod(s) for s in shapes) / speed(plan)
     if isinstance(options, Width):
         if options.compensate == "least_squares":
             solving = 4 * widest**2 * 2 + 8 * 4 * widest**2  # the Gram matrix; what is solved is in float64
         if options.score.walk == "gradients":
             gradients = gradient_bytes(plan, table, linears, 2 * sum(prod(s) for s in linears))
             disk = plan.count * hidden * 4 // item
-            seconds += 4 * operations / speed(torch.float32, plan.device)
+            seconds += 4 * operations / speed(plan, "float32")
         elif options.score.walk == "inputs":
-            seconds += 2 * 1.6 * operations / speed(plan.dtype, plan.device)
+            seconds += 2 * 1.6 * operations / speed(plan)
     compressing = 2 * block + hidden + max(inside, solving + 3 * 4 * max(prod(s) for s in linears))
     proving = 2 * table + 2 * min(length, 512) * vocabulary * item
     peak = LIBRARIES + max(2 * table + hidden, compressing, proving, gradients)
     return Cost(
         peak_host_bytes=peak,
-        peak_device_bytes=0 if plan.device.type == "cpu" else peak - LIBRARIES,
+        peak_device_bytes=0 if plan.on_cpu else peak - LIBRARIES,
         disk_bytes=output + 2 * hidden + disk + plan.source.fetch_bytes,
         output_bytes=output,
         seconds=seconds,

@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import torch
-
 from llmcompress.cost import HEADER, LIBRARIES, Cost, speed
 from llmcompress.errors import PlanError
 from llmcompress.layout import is_expert
@@ -89,22 +87,19 @@ def predict(plan: TrainPlan) -> Cost:
     kept = (1 if options.gradient_checkpointing else plan.count) * 2.5 * sum(sum(shape) for shape in first)
     window = options.micro_batch * length * (kept * inside + 4 * 4 * vocabulary)
     memory = LIBRARIES + 4 * parameters + 3 * 4 * trained + window
-    output = parameters * plan.dtype.itemsize + HEADER * len(plan.source.tensors)
+    output = parameters * plan.itemsize + HEADER * len(plan.source.tensors)
     operations = 2.0 * parameters * options.steps * options.batch * length
     passes = 4.0 if options.gradient_checkpointing else 3.0
-    dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
-    seconds = 20.0 + 2.0 * passes * operations / speed(dtype, plan.device)
-    disk = output + 2 * 3 * 4 * trained + parameters * plan.dtype.itemsize  # two states for a moment; what was learned
+    seconds = 20.0 + 2.0 * passes * operations / speed(plan, options.precision)
+    disk = output + 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
     if isinstance(options, Recover) and options.has_teacher:
         windows = min(options.steps * options.batch, windows_of(plan))
-        seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan.dtype, plan.device)
+        seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan)
         width = int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))
-        disk += (
-            windows * length * (8 * options.top_k + (plan.dtype.itemsize * width if "hidden" in options.loss else 0))
-        )
+        disk += windows * length * (8 * options.top_k + (plan.itemsize * width if "hidden" in options.loss else 0))
     return Cost(
         peak_host_bytes=int(memory),
-        peak_device_bytes=0 if plan.device.type == "cpu" else int(memory) - LIBRARIES,
+        peak_device_bytes=0 if plan.on_cpu else int(memory) - LIBRARIES,
         disk_bytes=int(disk),
         output_bytes=output,
         seconds=seconds,

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from llmcompress.grid import IntGrid
+from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import Pattern
 from llmcompress.stats import bfloat16_products
 

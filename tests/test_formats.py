@@ -60,7 +60,9 @@ def check_round_trip(fmt: str, method: IntMethod, shape: tuple[int, int], dtype:
         assert torch.equal(back, weight.values)
         assert FORMATS[fmt].suffix in tensors
         assert all(tensor.is_contiguous() for tensor in tensors.values())
-        assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[fmt].stored_bytes(method.kind, shape, dtype)
+        assert sum(tensor.nbytes for tensor in tensors.values()) == FORMATS[fmt].stored_bytes(
+            method.kind, shape, dtype.itemsize
+        )
 
 
 @kinds

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import subprocess
 import sys
 import time
@@ -12,12 +13,13 @@ from statistics import median
 import pytest
 
 import llmcompress
+from llmcompress.methods import METHODS, Pruner
 
 PACKAGE = Path(llmcompress.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = [  # a module imports from its own layer and from those above it in this list
-    "errors files options catalog engines progress quiet reload",
+    "errors files options catalog engines progress quiet reload lazy",
     "grid mask budget stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats runtime",
     "source gguf_source hub_source text calibrate arch building fused stream checkpoint gradients",
@@ -71,9 +73,9 @@ def reached(module: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def run_python(code: str) -> str:
+def run_python(code: str, *arguments: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     ).stderr
 
 
@@ -102,8 +104,8 @@ def test_plumbing_knows_no_method_or_format(module):
 
 
 def test_methods_and_formats_know_no_model_and_no_files():
-    assert reached("methods") == {"methods", "errors", "options", "grid", "mask", "stats", "weight"}
-    assert reached("formats") == {"formats", "errors", "grid", "mask", "stats", "weight"}
+    assert reached("methods") == {"methods", "errors", "options", "lazy", "grid", "mask", "stats", "weight"}
+    assert reached("formats") == {"formats", "errors", "lazy", "grid", "mask", "stats", "weight"}
 
 
 @pytest.mark.parametrize("module", ["reload"])
@@ -157,6 +159,29 @@ def test_help_is_quick():
 
     unavoidable = median(seconds("-c", "import typer, rich.console, pydantic, yaml") for _ in range(3))
     assert median(seconds("-m", "llmcompress", "--help") for _ in range(3)) < max(0.5, 2 * unavoidable)
+
+
+PLAN = """
+import runpy, sys
+sys.argv = ["llmcompress", "plan", sys.argv[1], "--set", f"model={sys.argv[2]}"]
+try:
+    runpy.run_module("llmcompress", run_name="__main__")
+except SystemExit as end:
+    print(end.code or 0, *sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_of_methods_needs_no_torch(method, tmp_path, tiny_folders):
+    """Whose import alone takes longer than a plan."""
+    step = {"method": method} | ({"sparsity": 0.5} if issubclass(METHODS[method], Pruner) else {"group_size": 32})
+    recipe = tmp_path / "recipe.yaml"
+    data = {"data": "t.txt", "length": 64}
+    recipe.write_text(json.dumps({"model": "x", "device": "cpu", "calibration": data, "steps": [step]}))
+    code, *modules = run_python(PLAN, str(recipe), str(tiny_folders("llama"))).split()
+    assert code == "0"
+    assert "llmcompress.plan" in modules
+    assert not {"torch", "transformers"} & set(modules)
 
 
 # nothing that runs code from a checkpoint

@@ -312,10 +312,10 @@ def processor_seconds(*command: str) -> float:
 
 
 @pytest.mark.slow
-def test_a_plan_takes_little_more_than_importing_torch():
-    """About 2 s on an idle machine, of which torch has two thirds; a ratio, as machines differ and are shared."""
+def test_a_plan_is_quicker_than_importing_torch():
+    """Which it does without; a ratio, as machines differ and are shared."""
     plan = processor_seconds("-m", "llmcompress", "plan", "smollm2-135m/w4a16-gptq")
-    assert plan < 1.8 * processor_seconds("-c", "import torch")
+    assert plan < 1.2 * processor_seconds("-c", "import torch")
 
 
 def test_the_table_shows_each_linear_as_it_will_be(tiny_folders, text):

@@ -53,7 +53,7 @@ def test_two_of_four_round_trip(rows, eights, pattern, dtype):
     fmt, weight, shape = FORMATS["sparse24"], pruned(rows, 8 * eights, pattern, dtype=dtype), (rows, 8 * eights)
     tensors = fmt.pack(weight, False)
     assert torch.equal(fmt.unpack(tensors, None, False), weight.values)
-    assert size(tensors) == fmt.stored_bytes(Kind(pattern=Pattern.parse(pattern)), shape, dtype)
+    assert size(tensors) == fmt.stored_bytes(Kind(pattern=Pattern.parse(pattern)), shape, dtype.itemsize)
     if dtype is BF16:
         assert 8 * size(tensors) == 9 * rows * 8 * eights
 
@@ -66,7 +66,7 @@ def test_two_of_four_codes_round_trip(group_size, dtype):
     assert fmt.refuses(kind, (7, 192), False) is None
     tensors = fmt.pack(weight, False)
     assert torch.equal(fmt.unpack(tensors, None, False), weight.values)
-    assert size(tensors) == fmt.stored_bytes(kind, (7, 192), dtype)
+    assert size(tensors) == fmt.stored_bytes(kind, (7, 192), dtype.itemsize)
 
 
 def test_bits_per_weight_at_group_128():
@@ -86,7 +86,7 @@ def test_bitmask_round_trip(rows, columns, sparsity, pattern):
     tensors = fmt.pack(weight, False)
     assert torch.equal(fmt.unpack(tensors, None, False), weight.values)
     assert size(tensors) == fmt.stored_bytes(
-        Kind(pattern=Pattern.parse(pattern), sparsity=sparsity), (rows, columns), BF16
+        Kind(pattern=Pattern.parse(pattern), sparsity=sparsity), (rows, columns), BF16.itemsize
     )
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
+from llmcompress.lazy import Tensor, torch
 from llmcompress.weight import CompressedWeight, Kind
 
 
@@ -22,8 +20,8 @@ class Format(Protocol):
         """
         ...
 
-    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that `pack` will take for a weight [out, in] of this kind, exactly."""
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], itemsize: int) -> int:
+        """Bytes that `pack` will take for a weight [out, in] of this kind, exactly; itemsize: of a dense number."""
         ...
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
@@ -49,7 +47,7 @@ class Format(Protocol):
 class OwnFormat(Format, Protocol):
     """A format of this project: `llmcompress.runtime` loads it, and stock engines do not."""
 
-    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def placeholders(self, shape: tuple[int, int], dtype: "torch.dtype") -> dict[str, Tensor]:
         """Tensors by the names that `pack` gives, on the meta device, for a loader to fill; sizes may be the file's."""
         ...
 

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llmcompress.errors import FormatError
-from llmcompress.formats.sparse24 import DTYPES, METHOD, VERSION, describe
+from llmcompress.formats.sparse24 import METHOD, VERSION, describe, is_real
+from llmcompress.lazy import Tensor, torch
 from llmcompress.weight import CompressedWeight, Kind
 
-BIT = torch.arange(8, dtype=torch.uint8)
+
+def bits(device: "torch.device") -> Tensor:
+    """0 .. 7, the places of a byte's bits."""
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 class Bitmask:
@@ -34,17 +35,17 @@ class Bitmask:
             return "Conv1D weights have no packed form"
         return None if kind.pattern else "no step prunes it, so that a mask would only add to its size"
 
-    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], itemsize: int) -> int:
         """A bit for every weight, those that stay, and the shape."""
         rows, columns = shape
         assert kind.pattern is not None
-        return kind.pattern.stay(rows, columns, kind.sparsity) * dtype.itemsize + rows * ceil(columns / 8) + 2 * 8
+        return kind.pattern.stay(rows, columns, kind.sparsity) * itemsize + rows * ceil(columns / 8) + 2 * 8
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
         """The weights that stay and their mask."""
         keep = weight.values != 0 if weight.mask is None else weight.mask
         padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, -keep.shape[1] % 8)).reshape(len(keep), -1, 8)
-        mask = (padded << BIT.to(keep.device)).sum(-1, dtype=torch.uint8)
+        mask = (padded << bits(keep.device)).sum(-1, dtype=torch.uint8)
         return {"weight": weight.values[keep], "weight_mask": mask, "weight_shape": torch.tensor(keep.shape)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any] | None, transposed: bool) -> Tensor:
@@ -64,7 +65,7 @@ class Bitmask:
         """The values and the mask."""
         return CompressedWeight(self.unpack(tensors, None, transposed), mask=self.mask(tensors))
 
-    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def placeholders(self, shape: tuple[int, int], dtype: "torch.dtype") -> dict[str, Tensor]:
         """Tensors of the right kind without content, for a loader to fill; how many stay is the file's."""
         rows, columns = shape
         return {
@@ -93,7 +94,7 @@ class Bitmask:
         keep = bits[:, :columns]
         if bool(bits[:, columns:].any()):
             raise FormatError("bitmask: bits after the last column must be zero; the file is damaged")
-        if stored is None or stored.dtype not in DTYPES or stored.ndim != 1 or len(stored) != int(keep.sum()):
+        if stored is None or not is_real(stored) or stored.ndim != 1 or len(stored) != int(keep.sum()):
             raise FormatError(f"bitmask: weight is {describe(stored)}, expected floats [{int(keep.sum())}]")
         return keep
 
@@ -104,4 +105,4 @@ class Bitmask:
 
 def bits_of(mask: Tensor) -> Tensor:
     """mask [out, bytes] uint8 -> its bits [out, 8 bytes] bool, the lowest of a byte first."""
-    return (mask[..., None] >> BIT.to(mask.device) & 1).bool().flatten(1)
+    return (mask[..., None] >> bits(mask.device) & 1).bool().flatten(1)

@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.weight import CompressedWeight, Kind
 
 
@@ -19,9 +17,9 @@ class Dense:
         """Never."""
         return None
 
-    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], itemsize: int) -> int:
         """One number per weight."""
-        return shape[0] * shape[1] * dtype.itemsize
+        return shape[0] * shape[1] * itemsize
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
         """The values, as they are."""

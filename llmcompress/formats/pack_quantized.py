@@ -14,10 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llmcompress.grid import IntGrid
+from llmcompress.lazy import Tensor, torch
 from llmcompress.weight import CompressedWeight, Kind
 
 
@@ -37,12 +35,12 @@ class PackQuantized:
             return f"{shape[0]} rows of zero points fit one word, which the compressed-tensors library cannot unpack"
         return None
 
-    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], itemsize: int) -> int:
         """Words, scales, packed zeros and the shape."""
         assert kind.bits is not None
         rows, columns = shape
         groups = columns // kind.group(columns)
-        total = rows * words(columns, kind.bits) * 4 + rows * groups * dtype.itemsize + 2 * 8
+        total = rows * words(columns, kind.bits) * 4 + rows * groups * itemsize + 2 * 8
         return total if kind.symmetric else total + words(rows, kind.bits) * groups * 4
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:

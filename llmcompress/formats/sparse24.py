@@ -18,16 +18,13 @@ loader which does not know the format stops at the shape instead of starting fro
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llmcompress.errors import FormatError
 from llmcompress.grid import IntGrid
+from llmcompress.lazy import Tensor, torch
 from llmcompress.weight import CompressedWeight, Kind
 
 VERSION = 1
 METHOD = "llmcompress"  # quant_method in config.json
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of stored values and scales
 
 
 class Sparse24:
@@ -45,9 +42,9 @@ class Sparse24:
             return f"it stores two of every four weights, and the steps for it have {found}; prune with pattern 2:4"
         return f"{shape[1]} input columns are no multiple of 8" if shape[1] % 8 else None
 
-    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], itemsize: int) -> int:
         """Half of the weights and 2 bits for each."""
-        return shape[0] * (shape[1] // 2 * dtype.itemsize + shape[1] // 8)
+        return shape[0] * (shape[1] // 2 * itemsize + shape[1] // 8)
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
         """The weights that are not zero, and their positions. Raises FormatError if it is not 2:4."""
@@ -68,7 +65,7 @@ class Sparse24:
         """The values."""
         return CompressedWeight(self.unpack(tensors, None, transposed))
 
-    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def placeholders(self, shape: tuple[int, int], dtype: "torch.dtype") -> dict[str, Tensor]:
         """Tensors of the right kind without content, for a loader to fill."""
         rows, columns = shape
         return {
@@ -86,7 +83,7 @@ class Sparse24:
     def shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
         """[out, in] by the stored weights. Raises FormatError."""
         stored = tensors.get("weight")
-        if stored is None or stored.dtype not in DTYPES or stored.ndim != 2:
+        if stored is None or not is_real(stored) or stored.ndim != 2:
             raise FormatError(f"sparse24: weight is {describe(stored)}, expected floats [out, in / 2]")
         return stored.shape[0], stored.shape[1] * 2
 
@@ -106,10 +103,10 @@ class Sparse24Int4(Sparse24):
             return "it stores symmetric 4-bit codes; quantize with bits: 4 and symmetric: true"
         return super().refuses(kind, shape, transposed)
 
-    def stored_bytes(self, kind: Kind, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    def stored_bytes(self, kind: Kind, shape: tuple[int, int], itemsize: int) -> int:
         """Half of the codes, 2 bits for each, and the scales."""
         rows, columns = shape
-        return rows * (columns // 4 + columns // 8 + columns // kind.group(columns) * dtype.itemsize)
+        return rows * (columns // 4 + columns // 8 + columns // kind.group(columns) * itemsize)
 
     def pack(self, weight: CompressedWeight, transposed: bool) -> dict[str, Tensor]:
         """The codes of the weights that are not zero, their positions, and the scales."""
@@ -146,7 +143,7 @@ class Sparse24Int4(Sparse24):
         zero = torch.full(scale.shape, 8, dtype=torch.int32, device=scale.device)
         return CompressedWeight.on_grid(codes, IntGrid(4, group, True, scale, zero))
 
-    def placeholders(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    def placeholders(self, shape: tuple[int, int], dtype: "torch.dtype") -> dict[str, Tensor]:
         """Tensors of the right kind without content, for a loader to fill; the groups are the file's."""
         rows, columns = shape
         return {
@@ -161,7 +158,7 @@ class Sparse24Int4(Sparse24):
         if stored is None or stored.dtype != torch.uint8 or stored.ndim != 2:
             raise FormatError(f"sparse24-int4: weight is {describe(stored)}, expected uint8 [out, in / 4]")
         rows, columns = stored.shape[0], stored.shape[1] * 4
-        if scale is None or scale.dtype not in DTYPES or scale.ndim != 2 or scale.shape[0] != rows:
+        if scale is None or not is_real(scale) or scale.ndim != 2 or scale.shape[0] != rows:
             raise FormatError(f"sparse24-int4: weight_scale is {describe(scale)}, expected floats [{rows}, in / group]")
         if scale.shape[1] == 0 or columns % scale.shape[1]:
             raise FormatError(f"sparse24-int4: {scale.shape[1]} groups do not divide {columns} input columns")
@@ -213,6 +210,11 @@ def check_positions(tensors: Mapping[str, Tensor], columns: int) -> None:
     position = positions_of(index)
     if not bool((position[..., 0] < position[..., 1]).all()):
         raise FormatError("sparse24: positions must rise within every four columns; some do not: the file is damaged")
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether it is in a dtype of values and scales."""
+    return tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 def describe(tensor: Tensor | None) -> str:

@@ -19,11 +19,10 @@ every group is searched by the same error with the group's own block of G (the p
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from llmcompress.grid import row_chunks, snap
+from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import IntMethod, required
 from llmcompress.stats import InputGram, Statistics
 from llmcompress.weight import CompressedWeight
@@ -48,7 +47,7 @@ class AWQ(IntMethod):
         return 2.0 * self.grid_points
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """Search the ranges of weight [out, in] float32, already scaled, as is gram [in, in]; then round."""
         gram = required(self, statistics)
@@ -56,7 +55,7 @@ class AWQ(IntMethod):
         grid = self.fit(weight, dtype, search=self.clip, importance=blocks)
         return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
 
-    def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: "torch.dtype") -> Tensor:
         """The scale with the least output error, one factor per producer row.
 
         weights: the consumers, [out, in] float32 each.  gram: [in, in] of their shared input.
@@ -93,7 +92,7 @@ class AWQ(IntMethod):
         if self.duo:
             yield (lambda i: normalized((x * size) ** (i / self.grid_points) / size)), self.grid_points - 1
 
-    def _error(self, w: Tensor, gram: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
+    def _error(self, w: Tensor, gram: Tensor, scale: Tensor, dtype: "torch.dtype") -> float:
         """tr(D G Dᵀ) for D = Q(w diag(scale)) diag(scale)⁻¹ - w and gram G [in, in] in bfloat16."""
         group, total = self.group(w.shape[1]), 0.0
         for rows in row_chunks(w):

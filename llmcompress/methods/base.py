@@ -2,11 +2,10 @@
 
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from llmcompress.grid import IntGrid, fit_range
+from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import Pattern, keep_best
 from llmcompress.options import Options
 from llmcompress.stats import GradientMean, Statistics
@@ -26,7 +25,7 @@ class Method(Options):
     rescales: ClassVar[bool] = False  # True: `link_scale` is asked before `compress`, for every link
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """The weight as a checkpoint of `dtype` holds it.
 
@@ -66,7 +65,7 @@ class Method(Options):
         """What must be gathered of the dense model before its first block is compressed."""
         return frozenset()
 
-    def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def link_scale(self, weights: list[Tensor], gram: Tensor, index: Tensor, dtype: "torch.dtype") -> Tensor:
         """Factors to move from consumers to their producer before `compress`; see `methods/awq.py`."""
         raise NotImplementedError(f"{type(self).__name__}.link_scale")
 
@@ -162,7 +161,7 @@ class ScoreMethod(Pruner):
     """A pruner that keeps the weights of the highest score and changes none of them."""
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """The weight with the lowest scores set to zero; what was masked before goes first."""
         score = self.score(weight, statistics)
@@ -199,7 +198,7 @@ class IntMethod(Method):
         return self.kind.group(columns)
 
     def fit(
-        self, weight: Tensor, dtype: torch.dtype, *, search: bool = True, importance: Tensor | None = None
+        self, weight: Tensor, dtype: "torch.dtype", *, search: bool = True, importance: Tensor | None = None
     ) -> IntGrid:
         """The grid of these options for weight [out, in]; see `grid.fit_range`."""
         return fit_range(

@@ -15,11 +15,10 @@ pruning and rounding are compensated together.
 
 from typing import ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from llmcompress.grid import IntGrid
+from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import Pattern
 from llmcompress.methods.base import Budgeted, IntMethod, required
 from llmcompress.methods.sparsegpt import MaskChoice, chunk_rows, column_order, saliency
@@ -54,7 +53,7 @@ class GPTQ(IntMethod, Budgeted):
         return saliency(weight, required(self, statistics), self.damp)
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32. Raises NumericalError if gram stays singular."""
         gram, pattern = required(self, statistics), self.prunes

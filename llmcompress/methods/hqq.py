@@ -14,11 +14,10 @@ rounds back to where it was; so here the scale moves as well (which also serves 
 with the least error, errors are measured in its steps, and the best iterate by the p-norm error is kept.
 """
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from llmcompress.grid import IntGrid, row_chunks
+from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import IntMethod
 from llmcompress.weight import CompressedWeight
 
@@ -31,7 +30,7 @@ class HQQ(IntMethod):
     beta: float = Field(10.0, gt=0)
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """Fit scale and zero to weight [out, in] float32; `statistics` are not used."""
         group = self.group(weight.shape[1])
@@ -47,7 +46,9 @@ class HQQ(IntMethod):
         grid = IntGrid(self.bits, group, self.symmetric, scale.to(dtype), zero.to(torch.int32))
         return CompressedWeight.on_grid(grid.encode(weight), grid, mask)
 
-    def _solve(self, w: Tensor, zero: Tensor, unit: Tensor, keep: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, w: Tensor, zero: Tensor, unit: Tensor, keep: Tensor, dtype: "torch.dtype"
+    ) -> tuple[Tensor, Tensor]:
         """Half-quadratic iterations on w [rows, groups, group], in units of `unit` [rows, groups]; scale and zero.
 
         keep: like w, 0 where a mask has made the weight zero, which it is at any scale and zero; so only the others

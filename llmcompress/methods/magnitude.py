@@ -1,7 +1,6 @@
 """Magnitude pruning: the smallest weights go. Han et al. 2015, arXiv:1506.02626. S_ij = |W_ij|"""
 
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.methods.base import ScoreMethod
 
 

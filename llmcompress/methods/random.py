@@ -2,10 +2,9 @@
 
 import zlib
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import ScoreMethod
 
 

@@ -8,10 +8,9 @@ equations 3 and 4. A weight counts by its share of its row and of its column, so
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import ScoreMethod, required
 from llmcompress.stats import InputSquares, Statistics
 

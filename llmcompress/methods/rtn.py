@@ -8,10 +8,9 @@ error (`range: search`). `range: auto` searches on symmetric grids only; asymmet
 
 from typing import Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import IntMethod
 from llmcompress.weight import CompressedWeight
 
@@ -22,7 +21,7 @@ class RTN(IntMethod):
     range: Literal["auto", "minmax", "search"] = Field("auto", description="auto: search on symmetric grids")
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """Round weight [out, in] float32; `statistics` are not used."""
         grid = self.fit(weight, dtype, search=self.searches)

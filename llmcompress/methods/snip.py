@@ -10,8 +10,7 @@ Gradients of opposite sign cancel over the calibration windows; `taylor` is the 
 
 from typing import ClassVar
 
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.methods.base import ScoreMethod, required
 from llmcompress.stats import GradientMean, Statistics
 

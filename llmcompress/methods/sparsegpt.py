@@ -12,10 +12,9 @@ n:m chooses among every m columns; unstructured patterns among BLOCK columns at 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import Pattern, first_of, kept
 from llmcompress.methods.base import Pruner, required
 from llmcompress.methods.sweep import SWEPT, Sweep, reversed_factor
@@ -39,7 +38,7 @@ class SparseGPT(Pruner):
         return 2.0
 
     def compress(
-        self, weight: Tensor, statistics: Tensor | None, dtype: torch.dtype, mask: Tensor | None = None
+        self, weight: Tensor, statistics: Tensor | None, dtype: "torch.dtype", mask: Tensor | None = None
     ) -> CompressedWeight:
         """weight [out, in] float32, gram [in, in] float32. Raises NumericalError if gram stays singular."""
         gram, pattern = required(self, statistics), self.prunes

@@ -13,10 +13,8 @@ have moved goes back to zero like a rounded one: its own error moves on to the c
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from llmcompress.errors import NumericalError
+from llmcompress.lazy import Tensor, torch
 
 DAMP_TRIES = 4  # each ten times the last
 SWEPT = 1 << 24  # weights swept together

@@ -8,8 +8,7 @@ calibration windows. L is the next-token loss of the dense model on one window:
 
 from typing import ClassVar
 
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.methods.base import ScoreMethod, required
 from llmcompress.stats import GradientSquare, Statistics
 

@@ -8,8 +8,7 @@ With ||x_j|| the norm of input j over the calibration tokens, here the root mean
 
 from typing import ClassVar
 
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.methods.base import ScoreMethod, required
 from llmcompress.stats import InputSquares, Statistics
 

@@ -6,12 +6,13 @@ section 2.2, with the L2 norm over tokens:
     score(u) = sqrt( sum over the unit's outputs j of E[x_j²] )
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from llmcompress.structure.groups import Group
+from llmcompress.lazy import Tensor
 from llmcompress.structure.scores.base import Seen, UnitScore, Walk, of_columns
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 
 class Activation(UnitScore):
@@ -19,6 +20,6 @@ class Activation(UnitScore):
 
     walk: ClassVar[Walk] = "inputs"
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """The norm for each unit, [units]."""
         return of_columns(group, seen.inputs[group.consumer].square).sqrt()

@@ -6,13 +6,14 @@ from what was gathered in a walk over the dense model. Those of depth judge whol
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.options import Options
 from llmcompress.stats import GradientMoments, InputMoments
-from llmcompress.structure.groups import Group
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 Walk = Literal["weights", "inputs", "gradients"]
 
@@ -32,12 +33,12 @@ class UnitScore(Options):
 
     walk: ClassVar[Walk] = "weights"  # what must be gathered first
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """How much each unit matters, [units] float32 >= 0; higher is better."""
         raise NotImplementedError(f"{type(self).__name__}.score")
 
 
-def summed(group: Group, values: Mapping[str, Tensor]) -> Tensor:
+def summed(group: "Group", values: Mapping[str, Tensor]) -> Tensor:
     """Sum over everything that goes with a unit; values: linear -> [out, in]. Returns [units]."""
     total = values[group.consumer].sum(0)[group.columns].sum(1)
     for name, table in group.rows.items():
@@ -45,6 +46,6 @@ def summed(group: Group, values: Mapping[str, Tensor]) -> Tensor:
     return total
 
 
-def of_columns(group: Group, values: Tensor) -> Tensor:
+def of_columns(group: "Group", values: Tensor) -> Tensor:
     """Sum over the consumer's input columns of a unit; values [in]. Returns [units]."""
     return values[group.columns].sum(1)

@@ -8,17 +8,19 @@ equation 1. With x a token's vector before the block and y after it, averaged ov
 All blocks are judged in one walk over the dense model.
 """
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from llmcompress.stream import StreamedModel
+from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.depth import BlockScore, Dropped, Told, lowest
+
+if TYPE_CHECKING:
+    from llmcompress.stream import StreamedModel
 
 
 class BlockInfluence(BlockScore):
     """Options of `score: block_influence`."""
 
-    def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
+    def choose(self, model: "StreamedModel", tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
         """The blocks of least influence."""
         hidden, scores = model.embed(tokens), {}
         for index in range(model.architecture.count):

@@ -1,15 +1,16 @@
 """Random: the baseline that a score must beat. Drawn anew for every block from a seed; also for whole blocks."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from llmcompress.stream import StreamedModel
-from llmcompress.structure.groups import Group
+from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.base import Seen, UnitScore
 from llmcompress.structure.scores.depth import BlockScore, Dropped, Told, lowest
+
+if TYPE_CHECKING:
+    from llmcompress.stream import StreamedModel
+    from llmcompress.structure.groups import Group
 
 
 class Random(UnitScore):
@@ -17,7 +18,7 @@ class Random(UnitScore):
 
     seed: int = Field(0, ge=0, description="of the draw")
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """A permutation of the units as scores, [units]."""
         return draw(group.units, self.seed, seen.block)
 
@@ -33,7 +34,7 @@ class RandomBlocks(BlockScore):
         """None: nothing is looked at."""
         return 0.0, 0.0
 
-    def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
+    def choose(self, model: "StreamedModel", tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
         """The first of a random order."""
         blocks = sorted(allowed)
         order = draw(len(blocks), self.seed, 0)

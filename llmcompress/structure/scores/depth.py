@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
+from llmcompress.lazy import Tensor
 from llmcompress.options import Options
-from llmcompress.stream import StreamedModel
+
+if TYPE_CHECKING:
+    from llmcompress.stream import StreamedModel
 
 Told = Callable[[int, int], None]  # steps done, steps in all
 
@@ -29,7 +30,7 @@ class BlockScore(Options):
         """Windows whose hidden states are held at once, and walks of a window through all blocks: for predictions."""
         return float(samples), float(samples)
 
-    def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
+    def choose(self, model: "StreamedModel", tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
         """The `count` blocks of `allowed` that matter least to the model; tokens: [samples, length] int64."""
         raise NotImplementedError(f"{type(self).__name__}.choose")
 

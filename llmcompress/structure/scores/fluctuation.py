@@ -6,12 +6,13 @@ of the consumer W:
     score(u) = sum over the unit's columns j of Var(x_j) ||W_:j||²
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from llmcompress.structure.groups import Group
+from llmcompress.lazy import Tensor
 from llmcompress.structure.scores.base import Seen, UnitScore, Walk, of_columns
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 
 class Fluctuation(UnitScore):
@@ -19,7 +20,7 @@ class Fluctuation(UnitScore):
 
     walk: ClassVar[Walk] = "inputs"
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """The fluctuation of each unit, [units]."""
         strength = seen.weights[group.consumer].square().sum(0)
         return of_columns(group, seen.inputs[group.consumer].variance * strength)

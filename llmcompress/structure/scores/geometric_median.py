@@ -6,11 +6,13 @@ with unit u, each matrix scaled to the same total size so that none decides alon
     score(u) = sum over v of || c_u - c_v ||
 """
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from llmcompress.structure.groups import Group
+from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.base import Seen, UnitScore
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 ROWS = 1024  # distances of so many units to all others at once
 
@@ -18,7 +20,7 @@ ROWS = 1024  # distances of so many units to all others at once
 class GeometricMedian(UnitScore):
     """Options of `score: geometric_median`."""
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """The sum of distances of each unit, [units]."""
         parts = [seen.weights[group.consumer].T[group.columns].flatten(1)]
         parts += [seen.weights[name][table].flatten(1) for name, table in group.rows.items()]

@@ -8,13 +8,15 @@ block, go through the remaining blocks beside each other, so a block is loaded o
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from llmcompress.stream import Block, StreamedModel
+from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.depth import BlockScore, Dropped, Told
+
+if TYPE_CHECKING:
+    from llmcompress.stream import Block, StreamedModel
 
 
 class Greedy(BlockScore):
@@ -27,7 +29,7 @@ class Greedy(BlockScore):
         windows = float(min(self.samples, samples))
         return (count + 1) * windows, drop * (1 + count / 2) * windows
 
-    def choose(self, model: StreamedModel, tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
+    def choose(self, model: "StreamedModel", tokens: Tensor, count: int, allowed: set[int], tell: Told) -> Dropped:
         """One block after another, each with the least mean next-token loss (nats) of the model without it."""
         tokens, gone, scores = tokens[: self.samples], list[int](), dict[int, float]()
         steps = model.architecture.count
@@ -38,7 +40,7 @@ class Greedy(BlockScore):
         return Dropped(sorted(gone), scores)
 
     def _round(
-        self, model: StreamedModel, tokens: Tensor, gone: list[int], allowed: set[int], tell: Callable[[int], None]
+        self, model: "StreamedModel", tokens: Tensor, gone: list[int], allowed: set[int], tell: Callable[[int], None]
     ) -> dict[int, float]:
         """Loss without each candidate, in the model that lacks the blocks in `gone` already."""
         hidden, without = model.embed(tokens), dict[int, Tensor]()
@@ -62,7 +64,7 @@ def told(tell: Told, before: int, total: int, done: int) -> None:
     tell(before + done, total)
 
 
-def advance(block: Block) -> None:
+def advance(block: "Block") -> None:
     """Replace the hidden states that a block holds by its outputs."""
     for rows in block.batches():
         block.hidden[rows] = block.forward(rows).to(block.hidden.device)

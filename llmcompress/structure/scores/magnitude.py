@@ -3,13 +3,15 @@
 l1   sum |w|              l2   sqrt(sum w²)
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from llmcompress.structure.groups import Group
+from llmcompress.lazy import Tensor
 from llmcompress.structure.scores.base import Seen, UnitScore, summed
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 
 class Magnitude(UnitScore):
@@ -17,7 +19,7 @@ class Magnitude(UnitScore):
 
     norm: Literal["l1", "l2"] = Field("l2", description="sum of sizes, or root of the sum of squares")
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """The norm of each unit's weights, [units]."""
         if self.norm == "l1":
             return summed(group, {name: w.abs() for name, w in seen.weights.items()})

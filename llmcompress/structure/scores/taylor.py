@@ -8,14 +8,16 @@ windows and F the mean square of the windows' gradients (the diagonal of the emp
 summed over all weights that are coupled in the unit. Absolute values are taken weight by weight, before the sum.
 """
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from llmcompress.lazy import Tensor
 from llmcompress.stats import GradientMoments
-from llmcompress.structure.groups import Group
 from llmcompress.structure.scores.base import Seen, UnitScore, Walk, summed
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 
 class Taylor(UnitScore):
@@ -24,7 +26,7 @@ class Taylor(UnitScore):
     walk: ClassVar[Walk] = "gradients"
     order: Literal["first", "second", "mixed"] = Field("first", description="terms of the expansion")
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """The estimate for each unit, [units] float32."""
         return summed(group, {name: self.change(w, seen.gradients[name]) for name, w in seen.weights.items()})
 

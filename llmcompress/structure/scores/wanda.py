@@ -4,12 +4,13 @@ The score of Sun et al. 2023 (arXiv:2306.11695) for single weights, with ||x_j||
 calibration tokens, added up over the coupled weights.
 """
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from llmcompress.structure.groups import Group
+from llmcompress.lazy import Tensor
 from llmcompress.structure.scores.base import Seen, UnitScore, Walk, summed
+
+if TYPE_CHECKING:
+    from llmcompress.structure.groups import Group
 
 
 class Wanda(UnitScore):
@@ -17,6 +18,6 @@ class Wanda(UnitScore):
 
     walk: ClassVar[Walk] = "inputs"
 
-    def score(self, group: Group, seen: Seen) -> Tensor:
+    def score(self, group: "Group", seen: Seen) -> Tensor:
         """The sum for each unit, [units]."""
         return summed(group, {name: w.abs() * seen.inputs[name].square.sqrt() for name, w in seen.weights.items()})

@@ -31,6 +31,7 @@ class BlockResult:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # packed linears, by checkpoint name
     layers: list[dict[str, Any]] = field(default_factory=list)  # rows of results.json
+    gone: set[str] = field(default_factory=set)  # tensors of the checkpoint that the block has no more
     digests: dict[str, str] = field(default_factory=dict)  # module path -> sha256 of its values
     notes: list[str] = field(default_factory=list)
 
@@ -57,12 +58,13 @@ class BlockCompressor:
     def __call__(self, block: Block) -> BlockResult:
         """Replace the weights of `block` by what the recipe's steps make of them, one step after another."""
         result, steps = BlockResult(), self._steps(block)
+        layout = self.architecture.at(block.index)
         inputs, gradients = self._inputs(block, steps), self.gradients(block)
         pruned = self._already_zero(block, steps, result)
         for index, step in enumerate(self.plan.steps):
             mine = {name: methods[index] for name, methods in steps.items() if index in methods}
             scales = self._link_scales(block, step.method, mine, inputs, result) if step.method.rescales else Scales()
-            for group in self.architecture.shared:
+            for group in layout.shared:
                 for method, members in stacks({name: mine[name] for name in group if name in mine}):
                     statistics = gather(method, members, inputs, gradients)
                     for name, done in self._compress(block, method, members, statistics, scales, pruned).items():
@@ -78,7 +80,7 @@ class BlockCompressor:
         """Index of a step -> its method, for every linear of the block."""
         return {
             name: self.plan.methods_of(checkpoint_module(self.stored, block, name))
-            for name in self.architecture.linears
+            for name in self.architecture.at(block.index).linears
         }
 
     def _already_zero(
@@ -102,7 +104,7 @@ class BlockCompressor:
     def _inputs(self, block: Block, steps: dict[str, dict[int, Method]]) -> dict[str, Inputs]:
         """What methods need of the inputs of linears; one record for those in a group, if one of them needs it."""
         kinds: dict[tuple[str, ...], InputKind] = {}
-        for group in self.architecture.shared:
+        for group in self.architecture.at(block.index).shared:
             needs = {method.needs for name in group for method in steps[name].values()}
             if InputGram in needs:
                 kinds[group] = InputGram
@@ -117,11 +119,11 @@ class BlockCompressor:
 
         The factors on weights are kept aside until a weight is compressed, so that they are applied in float32.
         """
-        scales = Scales()
-        for link in self.architecture.links:
+        scales, layout = Scales(), self.architecture.at(block.index)
+        for link in layout.links:
             if not any(name in mine for name in link.consumers):
                 continue
-            if reason := self._not_scaled(link, mine):
+            if reason := not_scaled(link, mine, layout.linears):
                 result.notes.append(
                     f"{block.name}: {link.producer} -> {', '.join(link.consumers)} not scaled: {reason}"
                 )
@@ -132,18 +134,10 @@ class BlockCompressor:
             scale = method.link_scale(weights, gram, index, self.plan.dtype)
             moved = scales.add(block, link, scale)[index]
             gram.div_(moved).div_(moved[:, None])
-        linked = {name for link in self.architecture.links for name in link.consumers}
+        linked = {name for link in layout.links for name in link.consumers}
         if without := [name for name in mine if name not in linked]:
             result.notes.append(f"{block.name}: no module can absorb a scale for {', '.join(without)}; only clipped")
         return scales
-
-    def _not_scaled(self, link: Link, mine: Collection[str]) -> str | None:
-        """Why a link is left alone: all its linears must be changed by one step."""
-        if any(name not in mine for name in link.consumers):
-            return "its consumers are kept, or compressed by different steps"
-        if link.producer in self.architecture.linears and link.producer not in mine:
-            return f"{link.producer} is kept, or compressed by another step"
-        return None
 
     def _compress(
         self,
@@ -282,6 +276,15 @@ class Scales:
         if name in self.rows:
             weight.div_(self.rows[name][:, None])
         return weight
+
+
+def not_scaled(link: Link, mine: Collection[str], linears: Collection[str]) -> str | None:
+    """Why a link is left alone: all its linears must be changed by one step; linears: of the block."""
+    if any(name not in mine for name in link.consumers):
+        return "its consumers are kept, or compressed by different steps"
+    if link.producer in linears and link.producer not in mine:
+        return f"{link.producer} is kept, or compressed by another step"
+    return None
 
 
 def stacks(methods: dict[str, Method]) -> list[tuple[Method, list[str]]]:

@@ -82,8 +82,9 @@ def peak_memory(plan: "Plan") -> int:
     outside = [prod(info.shape) * item for info in plan.tensors_of(None)]
     table = max(outside, default=0)
     hidden = hidden_bytes(plan)
-    first = [linear for linear in plan.linears if linear.block == 0]
-    block = sum(prod(info.shape) for info in plan.tensors_of(0)) * item
+    largest = largest_block(plan)
+    first = [linear for linear in plan.linears if linear.block == largest]
+    block = sum(prod(info.shape) for info in plan.tensors_of(largest)) * item
     samples, length = samples_and_length(plan)
     tokens = min(samples * length, max(BATCH_TOKENS, length))
     widths = sorted({linear.shape[1] for linear in first})
@@ -101,20 +102,31 @@ def peak_memory(plan: "Plan") -> int:
     return LIBRARIES + max(embedding, compressing, gradients, proving)
 
 
+def largest_block(plan: "Plan") -> int:
+    """Number of the block with the most parameters; nearly always all blocks have as many."""
+    if "per_layer_config" not in plan.source.config:
+        return 0
+    return max(range(plan.count), key=lambda index: sum(prod(info.shape) for info in plan.tensors_of(index)))
+
+
 def gradient_memory(plan: "Plan", table: int) -> int:
     """What backpropagation needs besides the libraries; table: bytes of the embedding table."""
-    first = [linear for linear in plan.linears if linear.block == 0]
+    largest = largest_block(plan)
+    first = [linear for linear in plan.linears if linear.block == largest]
     surveyed = sum(prod(linear.shape) for linear in first if uses_gradients(linear))
     return gradient_bytes(plan, table, [linear.shape for linear in first], surveyed)
 
 
-def gradient_bytes(plan: "Plan", table: int, shapes: list[tuple[int, int]], surveyed: int) -> int:
-    """The same, for linears of a block [out, in] and `surveyed` numbers of statistics about their gradients."""
+def gradient_bytes(plan: "Plan", table: int, shapes: list[tuple[int, int]], surveyed: int, share: float = 1.0) -> int:
+    """The same, for linears of a block [out, in] and `surveyed` numbers of statistics about their gradients.
+
+    share: of the calibration windows that are taken.
+    """
     _, length = samples_and_length(plan)
-    hidden = hidden_bytes(plan) * 4 // plan.itemsize
+    hidden = int(share * hidden_bytes(plan)) * 4 // plan.itemsize
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     head = table + table * 4 // plan.itemsize + hidden + 3 * 4 * length * vocabulary
-    block = sum(prod(info.shape) for info in plan.tensors_of(0))
+    block = sum(prod(info.shape) for info in plan.tensors_of(largest_block(plan)))
     activations = 3 * 4 * length * sum(sum(shape) for shape in shapes)
     return max(head, block * (plan.itemsize + 4) + 2 * 4 * surveyed + 2 * hidden + activations)
 

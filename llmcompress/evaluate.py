@@ -42,7 +42,7 @@ from llmcompress.perplexity import (
     text_windows,
 )
 from llmcompress.quiet import quiet
-from llmcompress.source import packaged_file
+from llmcompress.source import has_own_code, packaged_file
 from llmcompress.suite import Suite, TaskEntry, TextEntry, load_suite, suite_from_options, suite_paths
 from llmcompress.tasks import TaskScore, compare_task, run_tasks
 
@@ -141,7 +141,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    trust = trust_remote_code or has_own_code(folder)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
     try:
         with quiet():
             ours = _teach_our_formats(folder)

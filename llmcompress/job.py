@@ -32,7 +32,7 @@ from llmcompress.plan import Plan
 from llmcompress.progress import Progress, staged
 from llmcompress.proof import digest, positions, proof_blocks, write_expected
 from llmcompress.results import PACKAGES, Origin, peak_bytes, version
-from llmcompress.source import ModelSource
+from llmcompress.source import CODE, ModelSource
 from llmcompress.stream import Block, StreamedModel, stream_blocks
 from llmcompress.survey import Survey
 
@@ -223,7 +223,7 @@ class Job:
     def _write_block(self, checkpoint: Checkpoint, index: int, result: BlockResult) -> None:
         """The block's shard: packed linears, and everything else of the block as it is now."""
         module, name = self.stream.blocks[index], self.architecture.block(index)
-        done = {row["name"] + ".weight" for row in result.layers} | set(result.tensors)
+        done = {row["name"] + ".weight" for row in result.layers} | set(result.tensors) | result.gone
         tensors = dict(result.tensors)
         for parameter, value in module.named_parameters():
             sources = self.stored[f"{name}.{parameter}"]
@@ -251,7 +251,7 @@ class Job:
             for rows in block.batches():
                 hidden[rows] = block.forward(rows).to(hidden.device)
             name = self.architecture.block(new)
-            linears = {linear: block.module.get_submodule(linear) for linear in self.architecture.linears}
+            linears = {linear: block.module.get_submodule(linear) for linear in self.architecture.at(old).linears}
             digests = {f"{name}.{linear}": digest(module.weight) for linear, module in linears.items()}
             self.stream.free_block(old)
             before, after = (f"{self.plan.blocks}.{number}." for number in (old, new))
@@ -313,7 +313,10 @@ class Job:
             for path in sorted(folder.glob(pattern)) if folder else ():
                 if path.is_file() and not path.name.endswith((".safetensors", ".gguf")):
                     shutil.copyfile(path, checkpoint.partial / path.name)
-        write_json(checkpoint.partial / "config.json", self._config(records))
+        config = self._config(records)
+        if "per_layer_config" in config:
+            shutil.copyfile(Path(__file__).with_name(CODE), checkpoint.partial / CODE)
+        write_json(checkpoint.partial / "config.json", config)
         checkpoint.write_index()
         write_text(
             checkpoint.partial / "recipe.yaml", yaml.safe_dump(self.shared.origin.recipe.plain(), sort_keys=False)
@@ -371,10 +374,10 @@ class Job:
         planned = {linear.name: linear.shape for linear in self.plan.linears if linear.steps}
         found: dict[str, tuple[int, int]] = {}
         for index in range(self.architecture.count):
-            for name, linear in self.architecture.linears.items():
+            for name, linear in self.architecture.at(index).linears.items():
                 stored = self.stored[f"{self.architecture.block(index)}.{name}.weight"][0].removesuffix(".weight")
                 found |= {} if stored in kept else {stored: (linear.out_features, linear.in_features)}
-        transposed = any(linear.transposed for linear in self.architecture.linears.values())
+        transposed = any(x.transposed for layout in self.architecture.layouts for x in layout.linears.values())
         if planned != found or transposed != self.plan.transposed:
             odd = sorted(set(planned.items()) ^ set(found.items()))[:3]
             raise PlanError(

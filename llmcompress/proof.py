@@ -21,11 +21,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmcompress.cost import LIBRARIES, PROOF_SAMPLES
+from llmcompress.cost import LIBRARIES, PROOF_SAMPLES, largest_block
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.formats import OWN
 from llmcompress.lazy import Tensor, torch
 from llmcompress.plan import Plan, gib
+from llmcompress.source import has_own_code
 
 POSITIONS = 64  # per sample, evenly spaced: logits of every position would be a gigabyte
 
@@ -39,7 +40,7 @@ def proof_blocks(plan: Plan) -> int:
     if plan.recipe.max_memory is not None:
         budget = min(budget, plan.recipe.max_memory - LIBRARIES)  # the run's own process waits beside it
     outside = sum(prod(info.shape) for info in plan.tensors_of(None)) * item
-    block = sum(prod(info.shape) for info in plan.tensors_of(0)) * item
+    block = sum(prod(info.shape) for info in plan.tensors_of(largest_block(plan))) * item
     logits = PROOF_SAMPLES * POSITIONS * 4 * int(plan.source.config.get("vocab_size", 0)) * 4
     fitting = int((budget - LIBRARIES - 1.2 * outside - logits) // (1.5 * block))  # packed and unpacked at once
     if fitting < 1:
@@ -87,7 +88,7 @@ def prove(plan: Plan, folder: Path, expected: Path, blocks: int) -> dict[str, An
     """
     script = Path(__file__).with_name("reload.py")
     command = [sys.executable, "-I", str(script), str(folder.absolute()), str(expected.absolute()), str(blocks)]
-    command += ["trust"] if plan.recipe.trust_remote_code else []
+    command += ["trust"] if plan.recipe.trust_remote_code or has_own_code(folder) else []
     done = subprocess.run(command, capture_output=True, input="", text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode} and no message"])[-1]

@@ -23,7 +23,7 @@ from llmcompress.files import read_json
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
 from llmcompress.source import ModelSource
-from llmcompress.structure_plan import StructurePlan
+from llmcompress.structure_budget import StructurePlan
 
 PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval")
 PARTS = (

@@ -49,8 +49,8 @@ from llmcompress.results import (
 )
 from llmcompress.source import ModelSource, open_folder, open_source
 from llmcompress.stages import Link, check_stages, combined, plan_stages
+from llmcompress.structure_budget import StructurePlan
 from llmcompress.structure_job import DepthJob, WidthJob
-from llmcompress.structure_plan import StructurePlan
 from llmcompress.training.processes import leading, tasks
 from llmcompress.training_job import TrainJob
 from llmcompress.training_plan import TrainPlan
@@ -122,7 +122,7 @@ def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None
     """The job that carries out a plan, whose source is local by now."""
     kind: type[Job] = Job
     if isinstance(plan, StructurePlan):
-        kind = WidthJob if plan.group else DepthJob
+        kind = WidthJob if plan.groups else DepthJob
     elif isinstance(plan, TrainPlan):
         kind = TrainJob
     source = plan.source.fetch()
@@ -150,7 +150,7 @@ def run_stage(
             suite = shared.origin.recipe.evaluate
             with clock.stage("evaluate"):
                 scores = job.text_scores(checkpoint.partial) if evaluate and suite else []
-            record = stage_record(plan, checkpoint, name, proof, peak, scores) | {"seconds": seconds}
+            record = stage_record(job.plan, checkpoint, name, proof, peak, scores) | {"seconds": seconds}
             layers = [row for block in checkpoint.records() for row in block["layers"]]
             written = {"fingerprint": checkpoint.fingerprint, "stage": record, "layers": layers}
             write_json(checkpoint.partial / MANIFEST, written)

@@ -26,6 +26,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress import files
 from llmcompress.catalog import MODELS, PackagedFile
 from llmcompress.errors import SourceError
 from llmcompress.files import MANIFEST
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
+CODE = "modeling_llmcompress.py"  # goes with models whose blocks differ
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 CONVERT_PICKLE = (
@@ -68,7 +70,9 @@ class ModelSource:
     @property
     def needs_remote_code(self) -> bool:
         """Whether the config asks for Python code from the repository; the caller decides if that may run."""
-        return "auto_map" in self.config
+        asked, folder = self.config.get("auto_map"), self.folder
+        missing = folder is None or not (folder / CODE).is_file()  # as in the plan of a stage that is yet to write it
+        return bool(asked) and not (is_own_code(asked) if missing else has_own_code(folder))
 
     @property
     def weight_bytes(self) -> int:
@@ -112,6 +116,20 @@ class ModelSource:
         for file, members in by_file.items():
             found |= read_tensors(self.folder / file, members, dtype, device)
         return found
+
+
+def has_own_code(folder: Path | None) -> bool:
+    """Whether a local folder's only code is the file that goes with models whose blocks differ, byte for byte."""
+    if folder is None or not (folder / CODE).is_file():
+        return False
+    same = (folder / CODE).read_bytes() == Path(__file__).with_name(CODE).read_bytes()
+    return same and is_own_code(files.read_json(folder / "config.json").get("auto_map"))
+
+
+def is_own_code(auto_map: Any) -> bool:
+    """Whether a config.json asks for no other code than that file; this package runs its own copy then."""
+    asked = auto_map.values() if isinstance(auto_map, dict) else [None]
+    return all(isinstance(value, str) and value.startswith(CODE.removesuffix("py")) for value in asked)
 
 
 def open_source(model: str, *, revision: str | None = None) -> ModelSource:

@@ -86,8 +86,8 @@ def rounds(stage: Stage, source: ModelSource) -> list[Link]:
     from llmcompress.structure_plan import plan_structure  # as above
 
     whole = plan_structure(stage.recipe, source, step)
-    units = whole.group.units if whole.group else whole.count
-    gone = units - min(whole.widths.values()) if whole.group else whole.drop
+    units, left = whole.removal
+    gone = units - left
     count = step.options.rounds
     if count > gone:
         raise PlanError(f"{step.where}.rounds: {count} rounds, but only {gone} of {units} units go; use at most {gone}")

@@ -1,7 +1,7 @@
 """One structure step on a model at hand: scores, selection, compensation, and the files of the smaller model.
 
-    width   walk over the dense model for scores -> which units stay -> block by block: statistics of what the smaller
-            model so far feeds it, compensation, masked units -> what is left of every tensor
+    width   walk over the dense model for scores -> how many units of each block stay, and which -> block by block:
+            statistics of what the smaller model so far feeds it, compensation, masked units -> what is left of tensors
     depth   the score's own walks -> which blocks stay -> their tensors under new numbers
 
 The stream computes with the masked blocks, which have the old shapes; the folder holds the cut ones. So the proof of
@@ -26,14 +26,15 @@ from llmcompress.job import Job
 from llmcompress.proof import digest
 from llmcompress.stats import GradientMoments, InputGram, InputMoments
 from llmcompress.stream import Block, collect, oriented, stream_blocks
-from llmcompress.structure import Depth, Width
+from llmcompress.structure import Depth, Sublayer, Width
 from llmcompress.structure.compensation import least_squares, mean_bias
 from llmcompress.structure.groups import Group, cut, kept_positions, mask_units
 from llmcompress.structure.reshape import shallower
 from llmcompress.structure.scores import Seen
-from llmcompress.structure.selection import check_scores, keep_highest
-from llmcompress.structure_plan import StructurePlan, unprotected
+from llmcompress.structure.selection import check_scores, global_widths, keep_highest, standardized
+from llmcompress.structure_budget import StructurePlan, unprotected
 from llmcompress.weight import quadratic, relative_error
+from llmcompress.width_plan import with_widths
 
 
 class WidthJob(Job):
@@ -44,85 +45,123 @@ class WidthJob(Job):
     def compress(self, checkpoint: Checkpoint) -> None:
         """Choose units, then all blocks, then all else."""
         self.kept = self._choose(checkpoint)
+        widths = {index: len(units) for index, units in self.kept.items()}
+        if widths != self.plan.widths:  # a ranking has decided otherwise than the plan could know
+            plan = self.plan
+            self.plan = with_widths(plan, plan.step, self.model, self.architecture, plan.groups, widths)
         self._stream_through(checkpoint, self._shrink)
 
     def _choose(self, checkpoint: Checkpoint) -> dict[int, Tensor]:
         """Block -> units that stay [n] int64, by the scores of the dense model; kept for a run that continues."""
         path = checkpoint.state / "units.safetensors"
         if not path.exists():
-            options, group = self._options, self._group
             self.progress.stage(f"scoring {self.plan.step.name}", self.plan.count)
             scores: dict[int, Tensor] = {}
             for done, seen in enumerate(self._seen(checkpoint), 1):
-                scores[seen.block] = options.score.score(group, seen).cpu()
+                scores[seen.block] = self._options.score.score(self.plan.groups[seen.block], seen).cpu()
                 self.progress.advance(done)
             check_scores(list(scores.values()), self.plan.step.where)
-            kept = {index: keep_highest(scores[index], width) for index, width in self.plan.widths.items()}
+            kept = {index: keep_highest(scores[index], width) for index, width in self._widths(scores).items()}
             write_tensors(path, {str(index): units for index, units in kept.items()})
         return {int(index): units for index, units in read_tensors(path).items()}
 
+    def _widths(self, scores: dict[int, Tensor]) -> dict[int, int]:
+        """Units that each block keeps: what the plan says, or what one ranking of all of them decides."""
+        plan, options = self.plan, self._options
+        if not plan.ranked:
+            return plan.widths
+        free = unprotected(plan, plan.step) & set(plan.groups)
+        across = options.score.across_blocks
+        ranked = {index: scores[index] if across else standardized(scores[index]) for index in sorted(free)}
+        return plan.widths | global_widths(ranked, plan.removal[1], options.multiple, options.fewest)
+
     def _seen(self, checkpoint: Checkpoint) -> Iterator[Seen]:
-        """Every block of the dense model with what the score's walk gathers."""
-        walk, linears = self._options.score.walk, [*self._group.rows, self._group.consumer]
+        """Every block of the dense model that has such units, with what the score's walk gathers."""
+        walk, groups = self._options.score.walk, self.plan.groups
         if walk == "weights":
-            for index in range(self.plan.count):
+            for index in groups:
                 yield self._with(self.stream.load_block(index, torch.empty(0)))
                 self.stream.free_block(index)
         elif walk == "inputs":
             for block in stream_blocks(self.stream, self.stream.embed(self.data.tokens)):
-                yield self._with(block, inputs=collect(block, {(name,): InputMoments for name in linears}))
+                if group := groups.get(block.index):
+                    yield self._with(block, inputs=collect(block, {(name,): InputMoments for name in group.linears}))
         else:
 
             def empty(block: Block) -> dict[str, GradientMoments]:
+                linears = groups[block.index].linears if block.index in groups else ()
                 return {name: GradientMoments(oriented(block, name).shape, self.plan.device) for name in linears}
 
             folder = checkpoint.state / "inputs"
-            for block, found in stream_gradients(self._exact(), self.data.tokens, folder, empty):
-                yield self._with(block, gradients=found)
+            tokens = self.data.tokens[: self._options.score.windows(len(self.data.tokens))]
+            for block, found in stream_gradients(self._exact(), tokens, folder, empty):
+                if block.index in groups:
+                    yield self._with(block, gradients=found)
 
     def _with(self, block: Block, **found: Any) -> Seen:
         """A block with what was gathered of it."""
-        weights = {name: weight_of(block, name) for name in (*self._group.rows, self._group.consumer)}
+        weights = {name: weight_of(block, name) for name in self.plan.groups[block.index].linears}
         return Seen(block.index, weights, **found)
 
     def _shrink(self, block: Block) -> BlockResult:
         """Compensate and mask a block; the result holds what is left of its tensors."""
-        result, group = BlockResult(), self._group
+        result, group = BlockResult(), self.plan.groups.get(block.index)
+        if group is None:
+            return result
         stays = self.kept[block.index]
         gone = torch.ones(group.units, dtype=torch.bool)
         gone[stays] = False
         removed = gone.nonzero().flatten()
         shapes = {name: tuple(value.shape) for name, value in block.module.named_parameters()}
-        error = self._compensate(block, group.columns[stays].flatten()) if len(removed) else None
+        error = self._compensate(block, group, group.columns[stays].flatten(), result) if len(removed) else None
         mask_units(block.module, group, removed)
         kept = kept_positions(group, removed, shapes)
         for name in dict.fromkeys(member.parameter for member in group.members):
+            stored = self.stored[f"{block.name}.{name}"][0]
             left = cut(name, block.module.get_parameter(name).data, kept)
-            result.tensors[self.stored[f"{block.name}.{name}"][0]] = left.to(self.plan.dtype).contiguous()
-        for name in dict.fromkeys((*group.rows, group.consumer)):
+            if left.numel():
+                result.tensors[stored] = left.to(self.plan.dtype).contiguous()
+            else:
+                result.gone.add(stored)
+        if result.gone:
+            result.notes.append(f"{block.name}: its {group.kind} is gone")
+            return result
+        for name in group.linears:
             result.layers.append(self._row(block, name, shapes, kept, error if name == group.consumer else None))
             left = cut(f"{name}.weight", block.module.get_parameter(f"{name}.weight").data, kept)
             result.digests[f"{block.name}.{name}"] = digest(left)
         return result
 
-    def _compensate(self, block: Block, columns: Tensor) -> float | None:
+    def _compensate(self, block: Block, group: Group, columns: Tensor, result: BlockResult) -> float | None:
         """Let the kept columns of the consumer make up for the others; its relative output error, if data was seen."""
-        name, how = self._group.consumer, self._options.compensate
+        name, how = group.consumer, self._options.compensate
         if how == "none":
             return None
-        linear, weight = block.module.get_submodule(name), weight_of(block, name)
-        gram = collect(block, {(name,): InputGram})[name].mean
-        changed = torch.zeros_like(weight)
+        weight, gram = weight_of(block, name), collect(block, {(name,): InputGram})[name].mean
         if how == "least_squares":
             changed = least_squares(weight, gram, columns)
             oriented(block, name).copy_(changed)
-        else:
-            changed[:, columns] = weight[:, columns]
-            mean = collect(block, {(name,): InputMoments})[name].mean
-            linear.bias.data.add_(mean_bias(weight, mean, columns).to(linear.bias.dtype))
-            left = quadratic(changed - weight, gram - torch.outer(mean, mean)).clamp(min=0)
-            return float((left / quadratic(weight, gram)).sqrt())
-        return relative_error(weight, changed, gram)
+            return relative_error(weight, changed, gram)
+        changed = torch.zeros_like(weight)
+        changed[:, columns] = weight[:, columns]
+        mean = collect(block, {(name,): InputMoments})[name].mean
+        self._add_bias(block, name, mean_bias(weight, mean, columns), result)
+        left = quadratic(changed - weight, gram - torch.outer(mean, mean)).clamp(min=0)
+        return float((left / quadratic(weight, gram)).sqrt())
+
+    def _add_bias(self, block: Block, consumer: str, bias: Tensor, result: BlockResult) -> None:
+        """Add a bias [out] to the consumer, also where it had none; what its setting brings beside it is zero."""
+        linear = block.module.get_submodule(consumer)
+        if getattr(linear, "bias", None) is not None:
+            linear.bias.data.add_(bias.to(linear.bias.dtype))
+            return
+        bias = bias.to(self.plan.dtype)
+        linear.register_forward_hook(lambda module, inputs, output: output + bias.to(output.device))
+        for info in self.plan.result.tensors.values():
+            if info.name not in self.source.tensors and info.name.startswith(f"{self.plan.blocks}.{block.index}."):
+                own = self.stored[f"{block.name}.{consumer}.weight"][0].removesuffix("weight") + "bias"
+                values = bias.cpu() if info.name == own else torch.zeros(info.shape, dtype=self.plan.dtype)
+                result.tensors[info.name] = values.contiguous()
 
     def _row(
         self, block: Block, name: str, shapes: dict[str, tuple[int, ...]], kept: Any, error: float | None
@@ -149,15 +188,10 @@ class WidthJob(Job):
         }
 
     @property
-    def _options(self) -> Width:
+    def _options(self) -> Width | Sublayer:
         options = self.plan.step.options
-        assert isinstance(options, Width)
+        assert isinstance(options, Width | Sublayer)
         return options
-
-    @property
-    def _group(self) -> Group:
-        assert self.plan.group is not None
-        return self.plan.group
 
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         return self._dense_config(self.plan.result.config)

@@ -86,7 +86,7 @@ class Survey:
 
     def _show(self, block: Block, found: Found, judges: list["Ranking | Outliers"]) -> None:
         """Show the linears of a block to the judges of their steps."""
-        for name in self.architecture.linears:
+        for name in self.architecture.at(block.index).linears:
             module = self._module(block, name)
             for judge in judges:
                 if module in judge.linears:
@@ -109,8 +109,9 @@ class Survey:
             judged = {name for judge in judges for name in judge.linears}
             whole = any(isinstance(judge, Ranking) and judge.method.needs is InputGram for judge in judges)
             for block in stream_blocks(dense, dense.embed(tokens)):
-                names = {name for name in self.architecture.linears if self._module(block, name) in judged}
-                groups = [group for group in self.architecture.shared if names & set(group)]
+                layout = self.architecture.at(block.index)
+                names = {name for name in layout.linears if self._module(block, name) in judged}
+                groups = [group for group in layout.shared if names & set(group)]
                 yield block, collect_inputs(block, dict.fromkeys(groups, InputGram if whole else InputSquares))
         else:
             for block, sums in stream_gradients(exact(), tokens, self.folder / "inputs", self._accumulators):
@@ -121,7 +122,7 @@ class Survey:
     def _accumulators(self, block: Block) -> dict[str, GradientMean]:
         """What gathers the gradients of the linears whose methods need them."""
         found = {}
-        for name in self.architecture.linears:
+        for name in self.architecture.at(block.index).linears:
             for method in self.methods.get(self._module(block, name), ()):
                 if method.needs and issubclass(method.needs, GradientMean):
                     weight = oriented(block, name)

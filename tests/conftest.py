@@ -104,7 +104,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Folder and results of a run of some steps on a tiny model, proved in this process."""
+    """Folder and results of a run of some steps on a tiny model (or that in a folder), proved in this process."""
     from tiny_runs import proof_inside, recipe
 
     from llmcompress.run import run
@@ -112,6 +112,7 @@ def run_here(tiny_folders: Any, text: Path, tmp_path: Path, monkeypatch: pytest.
     def go(kind: str, *steps: dict[str, Any], **more: Any) -> tuple[Path, dict[str, Any]]:
         folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         with proof_inside(monkeypatch):
-            return folder, run(recipe(tiny_folders(kind), text, *steps, **more), folder)
+            model = tiny_folders(kind) if kind in ARCHITECTURES else Path(kind)
+            return folder, run(recipe(model, text, *steps, **more), folder)
 
     return go

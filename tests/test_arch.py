@@ -119,7 +119,7 @@ def grouped(groups: Any) -> set[frozenset[str]]:
 
 def links_of(found: Architecture) -> dict[str, Any]:
     """Links with consumers in a set: the order in which a module lists its linears does not matter."""
-    return {link.producer: (set(link.consumers), tuple(link.rows.tolist()), link.offset) for link in found.links}
+    return {link.producer: (set(link.consumers), tuple(link.rows.tolist()), link.offset) for link in found.at(0).links}
 
 
 every = pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -133,8 +133,8 @@ def test_blocks_and_shared_inputs(kind):
     blocks, shared, _ = EXPECTED[kind]
     found = architecture(kind)
     assert (found.blocks, found.count, found.block(1)) == (blocks, 2, f"{blocks}.1")
-    assert grouped(found.shared) == grouped(shared)
-    assert sorted(name for group in found.shared for name in group) == sorted(found.linears)
+    assert grouped(found.at(0).shared) == grouped(shared)
+    assert sorted(name for group in found.at(0).shared for name in group) == sorted(found.at(0).linears)
 
 
 @every
@@ -146,7 +146,7 @@ def test_links(kind):
 @every
 def test_linears_have_their_shapes(kind):
     block = find_blocks(tiny_model(kind))[1][0]
-    for name, linear in architecture(kind).linears.items():
+    for name, linear in architecture(kind).at(0).linears.items():
         module = block.get_submodule(name)
         shape = tuple(reversed(module.weight.shape)) if linear.transposed else tuple(module.weight.shape)
         assert (linear.out_features, linear.in_features) == shape
@@ -222,7 +222,7 @@ def test_rescaling_every_link_leaves_logits_unchanged(kind):
     """Biases are random, as all one-dimensional parameters of the tiny models are."""
     model, found = tiny_model(kind), architecture(kind)
     before = logits(model)
-    for link in found.links:
+    for link in found.at(0).links:
         rescale(model, found, link)
     assert relative(logits(model), before) < 1e-5
 
@@ -231,7 +231,7 @@ def test_rescaling_every_link_leaves_logits_unchanged(kind):
 def test_each_link_needs_its_producer(kind):
     """The test above can fail: with the consumers alone rescaled, logits change."""
     found = architecture(kind)
-    for link in found.links:
+    for link in found.at(0).links:
         model = tiny_model(kind)
         before = logits(model)
         rescale(model, found, link, producer=False)
@@ -248,7 +248,7 @@ def test_biases_are_there_to_be_scaled():
 def test_value_row_map_against_perturbation():
     """A value row of the full model changes exactly the output-projection inputs that the map gives to it."""
     model, found = tiny_model("llama"), architecture("llama")
-    link = next(link for link in found.links if link.producer == "self_attn.v_proj")
+    link = next(link for link in found.at(0).links if link.producer == "self_attn.v_proj")
     attention = find_blocks(model)[1][0].self_attn
     seen: list[Tensor] = []
     attention.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -265,7 +265,7 @@ def test_value_row_map_against_perturbation():
 def test_norm_that_multiplies_by_one_plus_weight():
     """Gemma: 1 + w is divided, not w."""
     model, found = tiny_model("gemma2"), architecture("gemma2")
-    block, link = find_blocks(model)[1][0], found.links[0]
+    block, link = find_blocks(model)[1][0], found.at(0).links[0]
     scale, before = torch.full((96,), 2.0), block.input_layernorm.weight.detach().clone()
     scale_producer(block, link, scale)
     torch.testing.assert_close(block.input_layernorm.weight, (1 + before) / 2 - 1)
@@ -274,7 +274,7 @@ def test_norm_that_multiplies_by_one_plus_weight():
 def test_scaling_is_computed_in_the_dtype_of_the_factors():
     """A bfloat16 weight is scaled in float32 and rounded once."""
     model, found = tiny_model("llama").to(torch.bfloat16), architecture("llama")
-    block, link = find_blocks(model)[1][0], found.links[0]
+    block, link = find_blocks(model)[1][0], found.at(0).links[0]
     scale, before = torch.linspace(0.5, 1.7, 96), copy.deepcopy(block.self_attn.q_proj.weight.data)
     scale_consumers(block, link, scale)
     assert torch.equal(block.self_attn.q_proj.weight, (before.float() * scale).to(torch.bfloat16))

@@ -41,13 +41,13 @@ def whole_model(model: Any, tokens: torch.Tensor, name: str, kind: type[Gradient
 def test_as_in_the_whole_model(kind, tmp_path: Path):
     model, tokens = tiny_model(kind), torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(0))
     stream = streamed(model)
-    names = list(stream.architecture.linears)
+    names = list(stream.architecture.at(0).linears)
     for statistic in (GradientMean, GradientSquare):
 
         def empty(block: Any, statistic: Any = statistic) -> dict[str, GradientMean]:
             return {
                 n: statistic(torch.Size((x.out_features, x.in_features)))
-                for n, x in stream.architecture.linears.items()
+                for n, x in stream.architecture.at(0).linears.items()
             }
 
         seen = []

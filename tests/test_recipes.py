@@ -10,7 +10,7 @@ from llmcompress.methods import IntMethod
 from llmcompress.recipe import load_recipe, recipe_paths
 from llmcompress.source import open_source
 from llmcompress.stages import plan_stages
-from llmcompress.structure_plan import StructurePlan
+from llmcompress.structure_budget import StructurePlan
 from llmcompress.suite import load_suite
 
 ROOT = Path(__file__).parent.parent

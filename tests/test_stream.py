@@ -176,17 +176,17 @@ def test_batches(samples, length, expected):
 def test_grams_are_those_of_the_inputs(kind):
     """Gathered once for linears that share an input, over every token exactly once."""
     model = streamed(kind)
-    shared = model.architecture.shared
+    shared = model.architecture.at(0).shared
     block = next(stream_blocks(model, model.embed(tokens())))
     seen: dict[str, list[Tensor]] = {}
     hooks = [
         block.module.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2).double())
         )
-        for name in model.architecture.linears
+        for name in model.architecture.at(0).linears
     ]
     grams = collect(block, dict.fromkeys(shared, InputGram))
-    assert set(grams) == set(model.architecture.linears)
+    assert set(grams) == set(model.architecture.at(0).linears)
     for hook in hooks:
         hook.remove()
     for names in shared:

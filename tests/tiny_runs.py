@@ -65,11 +65,11 @@ def proof_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def reloaded(folder: Path) -> Any:
+def reloaded(folder: Path, **options: Any) -> Any:
     """The folder as any user loads it; packed weights are unpacked by the first forward pass."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
     logits(model)
     return model
 

@@ -11,8 +11,16 @@ the same to 1e-5. Candidates differ only in which rows of the producer make whic
 a function of the head layout, so what is found on the tiny model holds for the full one.
 """
 
-from llmcompress.arch.couplings import Channels, HeadRows, find_couplings
-from llmcompress.arch.discovery import Architecture, discover, ignored_linears, match_names, skeleton
+from llmcompress.arch.couplings import Channels, HeadRows, couplings_of, find_couplings
+from llmcompress.arch.discovery import (
+    Architecture,
+    Layout,
+    discover,
+    ignored_linears,
+    layer_config,
+    match_names,
+    skeleton,
+)
 from llmcompress.arch.links import Heads, Link, row_factors, scale_consumers, scale_producer
 from llmcompress.arch.modules import (
     Linear,
@@ -30,16 +38,19 @@ __all__ = [
     "Channels",
     "HeadRows",
     "Heads",
+    "Layout",
     "Linear",
     "Link",
     "Module",
     "block_linears",
+    "couplings_of",
     "discover",
     "find_blocks",
     "find_couplings",
     "first",
     "ignored_linears",
     "is_transposed",
+    "layer_config",
     "match_names",
     "quiet_transformers",
     "row_factors",

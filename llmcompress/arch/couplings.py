@@ -9,7 +9,7 @@ tables; a table is accepted if it is seen to hold on a tiny model of the same cl
 with the outputs of all other linears held as they were, changes the columns of exactly these units.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,28 +97,50 @@ HEAD_LAYOUTS: tuple[HeadLayout, ...] = (query_only, shared_only, fused_in_order,
 # --- finding them ----------------------------------------------------------------------------------------------------
 
 
-def find_couplings(model: Module, linears: dict[str, Linear]) -> tuple[Channels | HeadRows, ...]:
-    """The couplings of one decoder block of `model` (a skeleton will do); linears: those of its blocks.
+@dataclass(frozen=True, slots=True)
+class Coupled:
+    """A consumer whose columns are coupled, as seen on the tiny model: the layout of the rows of every producer."""
+
+    consumer: str
+    channels: dict[str, ChannelRows]  # by producer; empty for heads
+    heads: dict[str, HeadLayout]  # by producer; empty for channels
+
+
+def find_couplings(model: Module) -> tuple[Coupled, ...]:
+    """The couplings of the decoder blocks of `model` (a skeleton will do), whatever their sizes are.
 
     A linear whose inputs are mixed in a way that no layout describes has no coupling.
     """
     probe = Watched(Probe.of(model))
-    heads = Heads.of(model.config)
-    found: list[Channels | HeadRows] = []
-    for consumer in linears:
+    found = []
+    for consumer in probe.probe.linears:
         producers = probe.producers(consumer)
         if not producers:
             continue
-        columns = linears[consumer].in_features
         if channels := probe.channel_layouts(consumer, producers):
-            rows = {name: channels[name](linears[name].out_features, columns) for name in producers}
-            found.append(Channels(consumer, {name: table for name, table in rows.items() if table is not None}))
-        elif layouts := probe.head_layouts(consumer, producers):
-            tables = {name: layouts[name](linears[name].out_features, heads) for name in producers}
+            found.append(Coupled(consumer, channels, {}))
+        elif heads := probe.head_layouts(consumer, producers):
+            found.append(Coupled(consumer, {}, heads))
+    return tuple(found)
+
+
+def couplings_of(
+    found: Iterable[Coupled], linears: Mapping[str, Linear], heads: Heads
+) -> Iterator[Channels | HeadRows]:
+    """The index tables for a block with these linears and heads; nothing for what it lacks."""
+    for coupled in found:
+        consumer = coupled.consumer
+        if consumer not in linears:
+            continue
+        if coupled.channels:
+            columns = linears[consumer].in_features
+            rows = {name: layout(linears[name].out_features, columns) for name, layout in coupled.channels.items()}
+            yield Channels(consumer, {name: table for name, table in rows.items() if table is not None})
+        else:
+            tables = {name: layout(linears[name].out_features, heads) for name, layout in coupled.heads.items()}
             query = {name: t[0] for name, t in tables.items() if t is not None and t[0] is not None}
             shared = {name: t[1] for name, t in tables.items() if t is not None and t[1] is not None}
-            found.append(HeadRows(consumer, heads, query, shared))
-    return tuple(found)
+            yield HeadRows(consumer, heads, query, shared)
 
 
 class Watched:

@@ -14,14 +14,29 @@ from llmcompress.errors import FormatError, PlanError
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """One decoder block, and where the blocks are."""
+class Layout:
+    """What a decoder block is made of, by module names below it."""
 
-    blocks: str  # path of the blocks' ModuleList
-    count: int
-    linears: dict[str, Linear]  # by module name below the block
+    linears: dict[str, Linear]
     shared: tuple[tuple[str, ...], ...]  # linears that get the same input, each linear exactly once
     links: tuple[Link, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Where the decoder blocks are, and what each is made of."""
+
+    blocks: str  # path of the blocks' ModuleList
+    layouts: tuple[Layout, ...]  # of every block; mostly one and the same
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return len(self.layouts)
+
+    def at(self, index: int) -> Layout:
+        """What a block is made of."""
+        return self.layouts[index]
 
     def block(self, index: int) -> str:
         """Module path of a block."""
@@ -34,9 +49,25 @@ def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_co
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if per_layer := per_layer_class(config):
+            model = per_layer._from_config(config, dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()  # moving parameters to the meta device one by one has untied them
     return model.eval()
+
+
+def per_layer_class(config: Any) -> Any | None:
+    """The class for models whose blocks differ, if this configuration is of one that was made here; else None."""
+    from llmcompress import modeling_llmcompress
+
+    module, _, name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").partition(".")
+    return getattr(modeling_llmcompress, name) if module == "modeling_llmcompress" else None
+
+
+def layer_config(config: Any, index: int) -> Any:
+    """The configuration of one block, which differs from the model's where `per_layer_config` says so."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def match_names(model: Module, stored: Iterable[str]) -> dict[str, list[str]]:
@@ -80,19 +111,36 @@ def ignored_linears(model: Module, stored: Mapping[str, list[str]], compressed: 
 
 
 def discover(model: Module) -> Architecture:
-    """The architecture of `model` (a skeleton will do). Raises PlanError where blocks are unlike."""
+    """The architecture of `model` (a skeleton will do). Raises PlanError where blocks are unlike without a reason."""
     path, blocks = find_blocks(model)
-    linears = block_linears(blocks[0])
+    probe = Probe.of(model)
+    found = list(probe.links())
+    known: dict[tuple[Any, ...], Layout] = {}
+    layouts = []
     for index, block in enumerate(blocks):
-        if block_linears(block) != linears:
+        linears, config = block_linears(block), layer_config(model.config, index)
+        key = (*linears.items(), config.num_attention_heads)
+        if known and key not in known and config is model.config:
             raise PlanError(
                 f"{path}.{index} has other linears than {path}.0; models with unlike blocks are not supported"
             )
-    probe = Probe.of(model)
-    if set(probe.linears) != set(linears):
-        raise PlanError(f"{type(model).__name__}: a small copy of the model has other linears than the model itself")
-    links = [link for found in probe.links() if (link := lift(found, blocks[0], linears, Heads.of(model.config)))]
-    return Architecture(path, len(blocks), linears, probe.shared(), tuple(links))
+        if key not in known:
+            known[key] = layout_of(block, linears, config, probe, found)
+        layouts.append(known[key])
+    return Architecture(path, tuple(layouts))
+
+
+def layout_of(
+    block: Module, linears: dict[str, Linear], config: Any, probe: Probe, found: Iterable[FoundLink]
+) -> Layout:
+    """What was found on the tiny model, with the sizes of one block; config: of that block."""
+    gone = set(probe.linears) - set(linears)
+    if set(linears) - set(probe.linears) or (gone and not getattr(config, "skip", None)):
+        raise PlanError(f"{type(block).__name__}: in a small copy of the model it has other linears than in the model")
+    here = [link for link in found if not gone & {link.producer, *link.consumers}]
+    shared = (tuple(name for name in group if name not in gone) for group in probe.shared())
+    links = tuple(lift(link, block, linears, Heads.of(config)) for link in here)
+    return Layout(linears, tuple(group for group in shared if group), links)
 
 
 def lift(found: FoundLink, block: Module, linears: dict[str, Linear], heads: Heads) -> Link:

@@ -3,12 +3,14 @@
 STRUCTURES are the kinds of parts, by the name that recipes use; their scores are in `scores/`.
 """
 
-from llmcompress.structure.step import Depth, Structure, Width
+from llmcompress.structure.step import Depth, Structure, Sublayer, Width
 
 STRUCTURES: dict[str, type[Structure]] = {
     "mlp_channel": Width,
     "kv_group": Width,
     "query_head": Width,
+    "attention": Sublayer,
+    "mlp": Sublayer,
     "block": Depth,
 }
 
@@ -16,7 +18,9 @@ STRUCTURE_WORDS = {
     "mlp_channel": "One inner feature of an MLP: its rows of gate and up, its column of down",
     "kv_group": "A key-value head with its query heads",
     "query_head": "The query head at the same place of every key-value group",
+    "attention": "The attention of a block",
+    "mlp": "The MLP of a block",
     "block": "A whole decoder block",
 }
 
-__all__ = ["STRUCTURES", "STRUCTURE_WORDS", "Depth", "Structure", "Width"]
+__all__ = ["STRUCTURES", "STRUCTURE_WORDS", "Depth", "Structure", "Sublayer", "Width"]

@@ -18,10 +18,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from llmcompress.arch import Channels, HeadRows, Module, is_transposed
+from llmcompress.arch import Channels, HeadRows, Module, is_transposed, rows_of
 
 MLP, KV, QUERY = "mlp_channel", "kv_group", "query_head"
-WIDTHS = (MLP, KV, QUERY)  # kinds that make a block narrower
+ATTENTION_LAYER, MLP_LAYER = "attention", "mlp"  # whole sub-layers: groups of one unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,11 @@ class Group:
         """How many there are in a block."""
         return len(self.columns)
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Producers and consumer, each once."""
+        return tuple(dict.fromkeys((*self.rows, self.consumer)))
+
     def parameters_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Parameters that go with one unit; shapes: of the block's parameters."""
         slices = ((m.index.shape[1], shapes[m.parameter], m.dim) for m in self.members)
@@ -61,8 +66,12 @@ def find_groups(block: Module, couplings: Iterable[Channels | HeadRows]) -> dict
         if isinstance(coupling, Channels):
             columns = torch.arange(len(next(iter(coupling.rows.values()))))[:, None]
             found[MLP] = group_of(MLP, block, coupling.consumer, columns, coupling.rows)
+            found[MLP_LAYER] = whole(MLP_LAYER, block, coupling.consumer, coupling.rows)
         else:
             found |= head_groups(block, coupling)
+            found[ATTENTION_LAYER] = whole(
+                ATTENTION_LAYER, block, coupling.consumer, {**coupling.query, **coupling.shared}
+            )
     return found
 
 
@@ -99,6 +108,28 @@ def group_of(kind: str, block: Module, consumer: str, columns: Tensor, rows: Map
     module = block.get_submodule(consumer)
     members.append(Member(f"{consumer}.weight", 0 if is_transposed(module) else 1, columns))
     return Group(kind, dict(rows), consumer, columns, tuple(members))
+
+
+def whole(kind: str, block: Module, consumer: str, producers: Iterable[str]) -> Group:
+    """A sub-layer as a group of one unit: all rows and columns of its linears, and all other parameters beside them."""
+
+    def everything(size: int) -> Tensor:
+        return torch.arange(size)[None]
+
+    names = (*producers, consumer)
+    rows = {name: everything(rows_of(block.get_submodule(name))) for name in names[:-1]}
+    columns = everything(prod(block.get_submodule(consumer).weight.shape) // rows_of(block.get_submodule(consumer)))
+    members = tuple(
+        Member(name, 0, everything(len(parameter)))
+        for name, parameter in block.named_parameters()
+        if name.partition(".")[0] in modules_of(names)
+    )
+    return Group(kind, rows, consumer, columns, members)
+
+
+def modules_of(linears: Iterable[str]) -> tuple[str, ...]:
+    """The children of a block that these linears are in, or are."""
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in linears))
 
 
 @torch.no_grad()

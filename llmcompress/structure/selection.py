@@ -1,10 +1,11 @@
 """How many units stay, and which: budgets, rounding, and the choice by score.
 
 A budget is a share, a number of parameters or a number of bytes, of the whole model, of its decoder blocks or of what
-the group itself holds. Every block keeps the same number of units, so that stock engines load the result.
+the group itself holds. By default every block keeps the same number of units, so that stock engines load the result;
+or the units of all blocks are ranked together, and some blocks keep more than others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,49 @@ def uniform_width(units: int, remove: float, multiple: int, where: str) -> int:
             + (f"shares of the group that exist: {shares}" if possible else "there is nothing smaller")
         )
     return best
+
+
+def total_width(units: Mapping[int, int], remove: float, multiple: int, fewest: int, where: str) -> int:
+    """Units that stay in all blocks together, when `remove` of them (not rounded) should go.
+
+    units: of every block that may lose some.  fewest: of them that stay in every block, in steps of `multiple`.
+    Raises PlanError if that rounds to none, or leaves less than the fewest.
+    """
+    have = sum(units.values())
+    steps = round(remove / multiple)
+    least = sum(min(fewest * multiple, count) for count in units.values())
+    if steps < 1 or have - steps * multiple < least:
+        most = (have - least) // multiple
+        raise PlanError(
+            f"{where}: removing {remove:.3g} of {have} units rounds to {steps * multiple}; from {multiple} to "
+            f"{most * multiple} can go, in steps of {multiple}, which are shares of the group of {multiple / have:.3g} "
+            f"to {most * multiple / have:.3g}"
+        )
+    return have - steps * multiple
+
+
+def global_widths(scores: Mapping[int, Tensor], total: int, multiple: int, fewest: int) -> dict[int, int]:
+    """Units that each block keeps of scores[block] [units], `total` in all, by one ranking of the units of all blocks.
+
+    Units go in steps of `multiple`, the lowest of a block first, so a step counts with its mean score. The `fewest`
+    highest steps of a block stay whatever they are worth.
+    """
+    widths, steps = {}, list[tuple[float, int, int]]()
+    for block, score in scores.items():
+        best = score.sort(descending=True).values.split(multiple)
+        widths[block] = sum(len(part) for part in best[:fewest])
+        steps += [(float(part.mean()), block, len(part)) for part in best[fewest:]]
+    for _, block, size in sorted(steps, key=lambda step: (-step[0], step[1])):
+        if sum(widths.values()) + size <= total:
+            widths[block] += size
+        else:
+            break
+    return widths
+
+
+def standardized(score: Tensor) -> Tensor:
+    """score [units] of a block with mean 0 and variance 1, so that blocks whose inputs are large do not win by that."""
+    return (score - score.mean()) / score.std().clamp(min=torch.finfo(score.dtype).tiny) if len(score) > 1 else score
 
 
 def keep_highest(score: Tensor, kept: int) -> Tensor:

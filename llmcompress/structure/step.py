@@ -8,7 +8,7 @@
 """
 
 import difflib
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +28,8 @@ class Structure(Options):
     bytes: int | None = Field(None, gt=0, description="bytes of `of` that stay, in the recipe's dtype; such as 200MiB")
     of: Denominator = Field("model", description="what the budget is a share of: model, decoder or group")
     rounds: int = Field(1, ge=1, le=100, description="score, remove a part, and score again, so many times")
+    protect_first: int = Field(0, ge=0, description="blocks at the start that stay as they are")
+    protect_last: int = Field(0, ge=0, description="blocks at the end that stay as they are")
 
     @field_validator("bytes", mode="before")
     @classmethod
@@ -45,9 +47,14 @@ class Structure(Options):
 
 
 class Width(Structure):
-    """Options of `structure: mlp_channel`, `kv_group` and `query_head`: every block becomes as much narrower."""
+    """Options of `structure: mlp_channel`, `kv_group` and `query_head`: blocks become narrower."""
+
+    fewest: ClassVar[int] = 1  # units that stay in every block
 
     score: UnitScore
+    widths: Literal["uniform", "global"] = Field(
+        "uniform", description="the same in every block, or by one ranking of the units of all blocks"
+    )
     multiple: int = Field(1, ge=1, description="widths are multiples of this; kernels like 64 or 128")
     compensate: Literal["least_squares", "mean", "none"] = Field(
         "least_squares", description="how the kept weights make up for the removed ones"
@@ -59,12 +66,26 @@ class Width(Structure):
         return parse_score(value, UNIT_SCORES)
 
 
+class Sublayer(Structure):
+    """Options of `structure: attention` and `mlp`: some blocks lose theirs, and pass on what comes in."""
+
+    fewest: ClassVar[int] = 0
+    widths: ClassVar[str] = "global"
+    multiple: ClassVar[int] = 1
+    compensate: ClassVar[str] = "none"
+
+    score: UnitScore
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _score(cls, value: Any) -> Any:
+        return parse_score(value, {name: score for name, score in UNIT_SCORES.items() if not score.within_block})
+
+
 class Depth(Structure):
     """Options of `structure: block`: some blocks go as a whole."""
 
     score: BlockScore
-    protect_first: int = Field(0, ge=0, description="blocks at the start that stay")
-    protect_last: int = Field(0, ge=0, description="blocks at the end that stay")
 
     @field_validator("score", mode="before")
     @classmethod

@@ -32,6 +32,12 @@ class UnitScore(Options):
     """Base of scores for the units of a group within a block."""
 
     walk: ClassVar[Walk] = "weights"  # what must be gathered first
+    across_blocks: ClassVar[bool] = False  # scores of different blocks are in one unit, such as the loss
+    within_block: ClassVar[bool] = False  # a unit is judged by the others of its block, so there must be some
+
+    def windows(self, samples: int) -> int:
+        """How many of the calibration windows the walk takes."""
+        return samples
 
     def score(self, group: "Group", seen: Seen) -> Tensor:
         """How much each unit matters, [units] float32 >= 0; higher is better."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class Random(UnitScore):
     """Options of `score: random`."""
 
+    across_blocks: ClassVar[bool] = True
+
     seed: int = Field(0, ge=0, description="of the draw")
 
     def score(self, group: "Group", seen: Seen) -> Tensor:
@@ -43,6 +45,6 @@ class RandomBlocks(BlockScore):
 
 
 def draw(count: int, seed: int, block: int) -> Tensor:
-    """1 .. count in random order, [count] float32."""
+    """0 .. count - 1 in random order, all plus a fraction by which single units differ too, [count] float32."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + block)
-    return 1.0 + torch.randperm(count, generator=generator).float()
+    return torch.randperm(count, generator=generator) + torch.rand(1, generator=generator)

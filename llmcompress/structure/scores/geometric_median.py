@@ -6,7 +6,7 @@ with unit u, each matrix scaled to the same total size so that none decides alon
     score(u) = sum over v of || c_u - c_v ||
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.base import Seen, UnitScore
@@ -19,6 +19,8 @@ ROWS = 1024  # distances of so many units to all others at once
 
 class GeometricMedian(UnitScore):
     """Options of `score: geometric_median`."""
+
+    within_block: ClassVar[bool] = True
 
     def score(self, group: "Group", seen: Seen) -> Tensor:
         """The sum of distances of each unit, [units]."""

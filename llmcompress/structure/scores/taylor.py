@@ -24,7 +24,14 @@ class Taylor(UnitScore):
     """Options of `score: taylor`."""
 
     walk: ClassVar[Walk] = "gradients"
+    across_blocks: ClassVar[bool] = True
+
     order: Literal["first", "second", "mixed"] = Field("first", description="terms of the expansion")
+    samples: int = Field(32, ge=1, description="calibration windows whose gradients are taken")
+
+    def windows(self, samples: int) -> int:
+        """As many as the option says."""
+        return min(self.samples, samples)
 
     def score(self, group: "Group", seen: Seen) -> Tensor:
         """The estimate for each unit, [units] float32."""

@@ -1,0 +1,121 @@
+"""What a structure step takes away: its plan's record, and the budget in parameters.
+
+A budget is a share, a number of parameters or a number of bytes; of the whole model, of its decoder blocks or of what
+the units themselves hold. All three shares are always told.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from llmcompress.errors import PlanError
+from llmcompress.layout import block_index, block_linears
+from llmcompress.plan import Plan, PlannedLinear
+from llmcompress.recipe import StructureStep
+from llmcompress.source import ModelSource
+from llmcompress.structure import Depth, Structure
+from llmcompress.structure.groups import Group
+from llmcompress.structure.selection import protected
+
+WORDS = {"model": "the model", "decoder": "its decoder blocks", "group": "this kind of group"}
+
+
+@dataclass(frozen=True, slots=True)
+class StructurePlan(Plan):
+    """A structure step that fits a model; no linear has a method."""
+
+    step: StructureStep
+    groups: dict[int, Group]  # what becomes narrower in which block; empty where whole blocks go
+    widths: dict[int, int]  # units that each of these keeps; what a global ranking decides is spread evenly till then
+    drop: int  # how many blocks go
+    smaller: ModelSource  # as far as it is known: with `drop`, as if the last blocks went
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether anything is gathered from calibration data."""
+        return needs_data(self.step.options)
+
+    @property
+    def result(self) -> ModelSource:
+        """The smaller model."""
+        return self.smaller
+
+    @property
+    def ranked(self) -> bool:
+        """Whether one ranking over all blocks decides the widths."""
+        return bool(self.groups) and getattr(self.step.options, "widths", "") == "global"
+
+    @property
+    def removal(self) -> tuple[int, int]:
+        """Units before and after that are counted by the budget: of one block, of all, or the blocks themselves."""
+        free = unprotected(self, self.step) & set(self.groups)
+        if not self.groups:
+            return self.count, self.count - self.drop
+        if self.ranked:
+            return sum(self.groups[i].units for i in free), sum(self.widths[i] for i in free)
+        return self.groups[min(free)].units, self.widths[min(free)]
+
+
+def needs_data(options: Structure) -> bool:
+    """Whether calibration text is read: for the score, or to make up for what goes."""
+    if isinstance(options, Depth):
+        return bool(options.score.looks_at_data)
+    return bool(options.score.walk != "weights" or getattr(options, "compensate", "none") != "none")
+
+
+def unprotected(dense: Plan, step: StructureStep) -> set[int]:
+    """Numbers of the blocks that may go."""
+    options = step.options
+    free = set(range(dense.count)) - protected(dense.count, options.protect_first, options.protect_last)
+    if not free:
+        raise PlanError(f"{step.where}: protect_first and protect_last leave none of the {dense.count} blocks")
+    return free
+
+
+def parameters_to_remove(dense: Plan, options: Structure, where: str, group: int) -> float:
+    """How many parameters the budget takes away; group: those of all units in the model."""
+    totals = denominators(dense, group)
+    total, item = totals[options.of], dense.itemsize
+    if options.ratio is not None:
+        return options.ratio * total
+    stays = options.parameters if options.parameters is not None else (options.bytes or 0) / item
+    if stays >= total:
+        raise PlanError(f"{where}: the {options.of} has {total} parameters ({total * item} bytes) and is small enough")
+    return total - stays
+
+
+def denominators(dense: Plan, group: int) -> dict[str, int]:
+    """Parameters of everything that a budget can be a share of."""
+    decoder = sum(prod(i.shape) for i in dense.source.tensors.values() if i.name.startswith(dense.blocks + "."))
+    return {"model": sum(prod(i.shape) for i in dense.source.tensors.values()), "decoder": decoder, "group": group}
+
+
+def shares(dense: Plan, gone: int, group: int) -> str:
+    """How much goes, of every denominator, in words."""
+    totals = denominators(dense, group)
+    parts = [f"{gone / totals[key]:.1%} of {words}" for key, words in WORDS.items()]
+    return f"{gone:,} parameters: {', '.join(parts)}"
+
+
+def extended(
+    dense: Plan,
+    step: StructureStep,
+    groups: Mapping[int, Group],
+    widths: Mapping[int, int],
+    drop: int,
+    result: ModelSource,
+    note: str,
+) -> StructurePlan:
+    """The dense plan with what the step does."""
+    changes = {"notes": [note], "linears": list(planned_linears(dense, result))}
+    values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__} | changes
+    return StructurePlan(**values, step=step, groups=dict(groups), widths=dict(widths), drop=drop, smaller=result)
+
+
+def planned_linears(dense: Plan, result: ModelSource) -> Iterator[PlannedLinear]:
+    """Every linear with its bytes before and after."""
+    for name, shape in block_linears(dense.source, dense.blocks, dense.transposed).items():
+        left = result.tensors.get(f"{name}.weight")
+        sizes = (prod(s) * dense.itemsize for s in (shape, left.shape if left else (0,)))
+        yield PlannedLinear(name, block_index(name, dense.blocks), shape, (), (), None, *sizes)

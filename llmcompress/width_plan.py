@@ -1,0 +1,192 @@
+"""The plan of a step that makes blocks narrower, or takes their attention or MLP away."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from llmcompress.arch import (
+    Architecture,
+    Heads,
+    Module,
+    couplings_of,
+    find_couplings,
+    layer_config,
+    match_names,
+)
+from llmcompress.building import build
+from llmcompress.errors import PlanError
+from llmcompress.lazy import torch
+from llmcompress.plan import Plan
+from llmcompress.recipe import StructureStep, matches
+from llmcompress.structure import Sublayer, Width
+from llmcompress.structure.groups import Group, find_groups, kept_positions
+from llmcompress.structure.reshape import bias_key, build_smaller, narrower, with_biases
+from llmcompress.structure.selection import total_width, uniform_width
+from llmcompress.structure_budget import StructurePlan, extended, parameters_to_remove, shares, unprotected
+
+NO_GROUP = {
+    "mlp_channel": "no linear of its blocks has inputs that come channel by channel from other linears",
+    "mlp": "no linear of its blocks has inputs that come channel by channel from other linears",
+    "kv_group": "no linear of its blocks has inputs that come in attention heads",
+    "attention": "no linear of its blocks has inputs that come in attention heads",
+    "query_head": "its attention heads do not share keys and values, so none can go without the others; use kv_group",
+}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructurePlan:
+    """What stays of every block; keep: units of a block, or of all together where one ranking decides."""
+    options = step.options
+    assert isinstance(options, Width | Sublayer)
+    model, architecture = build(dense.source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)
+    groups = groups_of(model, architecture, step.name)
+    if not groups:
+        raise PlanError(f"{dense.source.name}: {type(model).__name__} has no {step.name}: {NO_GROUP[step.name]}")
+    free = {index: group for index, group in groups.items() if index in unprotected(dense, step)}
+    if not free:
+        raise PlanError(f"{step.where}: no block that is not protected has {step.name} left")
+    check_kept(dense, architecture, free, step)
+    if options.compensate == "mean":
+        check_bias(model, architecture, free, step)
+    costs = unit_costs(model, architecture, groups)
+    whole = sum(group.units * costs[index] for index, group in groups.items())
+    per_unit = sum(free[i].units * costs[i] for i in free) / sum(group.units for group in free.values())
+    remove = 0.0 if keep is not None else parameters_to_remove(dense, options, step.where, whole) / per_unit
+    if options.widths == "global":
+        units = {index: group.units for index, group in free.items()}
+        total = keep or total_width(units, remove, options.multiple, options.fewest, step.where)
+        narrow = spread_evenly(units, total, options.multiple)
+    else:
+        if len({group.units for group in free.values()}) > 1:
+            raise PlanError(f"{step.where}.widths: blocks of {dense.source.name} have unlike widths; use global")
+        units_each = next(iter(free.values())).units
+        width = keep or uniform_width(units_each, remove / len(free), options.multiple, step.where)
+        narrow = dict.fromkeys(free, width)
+    widths = {index: narrow.get(index, group.units) for index, group in groups.items()}
+    return with_widths(dense, step, model, architecture, groups, widths)
+
+
+def groups_of(model: Module, architecture: Architecture, kind: str) -> dict[int, Group]:
+    """The group of a kind in every block that has it; blocks that are alike share one."""
+    found = find_couplings(model)
+    known: dict[Any, Group | None] = {}
+    groups = {}
+    for index, layout in enumerate(architecture.layouts):
+        if id(layout) not in known:
+            heads = Heads.of(layer_config(model.config, index))
+            block = model.get_submodule(architecture.block(index))
+            known[id(layout)] = find_groups(block, couplings_of(found, layout.linears, heads)).get(kind)
+        if group := known[id(layout)]:
+            groups[index] = group
+    return groups
+
+
+def unit_costs(model: Module, architecture: Architecture, groups: Mapping[int, Group]) -> dict[int, int]:
+    """Parameters of one unit of every block; they differ only for sub-layers of blocks that differ in width."""
+    blocks = {index: model.get_submodule(architecture.block(index)) for index in groups}
+    return {index: group.parameters_per_unit(shapes_of(blocks[index])) for index, group in groups.items()}
+
+
+def shapes_of(module: Module) -> Shapes:
+    """Shape of every parameter below a module, by name."""
+    return {name: tuple(value.shape) for name, value in module.named_parameters()}
+
+
+def spread_evenly(units: Mapping[int, int], total: int, multiple: int) -> dict[int, int]:
+    """Widths that add up to `total`, about the same share of every block: what is known before a ranking decides."""
+    share, given, passed = total / sum(units.values()), 0, 0
+    widths = {}
+    for block, count in units.items():
+        passed += count
+        last = passed == sum(units.values())
+        due = total if last else round(share * passed / multiple) * multiple
+        widths[block] = max(0, min(count, due - given))
+        given += widths[block]
+    return widths
+
+
+def with_widths(
+    dense: Plan,
+    step: StructureStep,
+    model: Module,
+    architecture: Architecture,
+    groups: Mapping[int, Group],
+    widths: Mapping[int, int],
+) -> StructurePlan:
+    """The plan in which every block keeps so many units. Raises PlanError if stock code cannot have such a model."""
+    source = dense.source
+    stored, parameters = match_names(model, source.tensors), shapes_of(model)
+    for index, group in groups.items():
+        block = model.get_submodule(architecture.block(index))
+        gone = torch.arange(widths[index], group.units)  # which ones does not matter to shapes
+        for (name, dim), positions in kept_positions(group, gone, shapes_of(block)).items():
+            path = f"{architecture.block(index)}.{name}"
+            shape = parameters[path]
+            parameters[path] = (*shape[:dim], len(positions), *shape[dim + 1 :])
+    config = narrower(source.config, model, step.name, groups, widths)
+    left = {name: shape for name, shape in parameters.items() if prod(shape)}
+    biases: Shapes = {}
+    if getattr(step.options, "compensate", "none") == "mean" and bias_key(model, step.name):
+        config, biases = with_biases(config, model, step.name, left)
+    left |= biases
+    build_smaller(config, left, source.name, heads=step.name in ("kv_group", "query_head"))
+    tensors = dict(source.tensors)
+    for name, found in stored.items():
+        info = tensors.pop(found[0])
+        shape = parameters[name] if len(found) == 1 else info.shape
+        if prod(shape):
+            tensors[info.name] = replace(info, shape=shape, bytes=prod(shape) * info.bytes // prod(info.shape))
+    for name, shape in biases.items():
+        weight = tensors[stored[name.removesuffix("bias") + "weight"][0]]
+        stem = weight.name.removesuffix("weight")
+        size = prod(shape) * weight.bytes // prod(weight.shape)
+        tensors[f"{stem}bias"] = replace(weight, name=f"{stem}bias", shape=shape, bytes=size)
+    smaller = replace(source, config=config, tensors=tensors)
+    return extended(dense, step, groups, widths, 0, smaller, describe(dense, step, model, architecture, groups, widths))
+
+
+def describe(
+    dense: Plan,
+    step: StructureStep,
+    model: Module,
+    architecture: Architecture,
+    groups: Mapping[int, Group],
+    widths: Mapping[int, int],
+) -> str:
+    """What goes, in words."""
+    units, kept = sum(group.units for group in groups.values()), sum(widths[index] for index in groups)
+    costs = unit_costs(model, architecture, groups)
+    whole = sum(group.units * costs[index] for index, group in groups.items())
+    gone = sum((group.units - widths[index]) * costs[index] for index, group in groups.items())
+    changed = {groups[index].units: widths[index] for index in groups if widths[index] < groups[index].units}
+    if step.options.widths == "global":  # type: ignore[attr-defined]  # only structures with groups are described
+        what = f"{units} -> {kept} in {len(groups)} blocks together, by one ranking,"
+    else:
+        before, after = next(iter(changed.items()))
+        count = sum(widths[index] < groups[index].units for index in groups)
+        what = f"{before} -> {after} in each of {count} blocks"
+    return f"{step.name}: {what} removes " + shares(dense, gone, whole)
+
+
+def check_kept(dense: Plan, architecture: Architecture, groups: Mapping[int, Group], step: StructureStep) -> None:
+    """What is kept on purpose cannot become narrower."""
+    for index, group in groups.items():
+        for linear in group.linears:
+            name = f"{architecture.block(index)}.{linear}"
+            if matches(name, dense.recipe.keep):
+                raise PlanError(
+                    f"keep: {name} is kept, and {step.where} ({step.name}) would make it narrower, as it does in every "
+                    "block; remove it from `keep`"
+                )
+
+
+def check_bias(model: Module, architecture: Architecture, groups: Mapping[int, Group], step: StructureStep) -> None:
+    """A mean needs a bias to go to: one that is there, or one that the configuration can switch on."""
+    index, group = next(iter(groups.items()))
+    consumer = model.get_submodule(f"{architecture.block(index)}.{group.consumer}")
+    if getattr(consumer, "bias", None) is None and not bias_key(model, step.name):
+        raise PlanError(
+            f"{step.where}.compensate: mean is a bias, and {group.consumer} of {type(model).__name__} has none and no "
+            "setting for one; use least_squares"
+        )

@@ -1,0 +1,110 @@
+"""Models whose blocks differ: made by one ranking, loaded by the file that goes with them, trained and quantized."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from tiny_runs import reloaded, tensors
+
+from llmcompress.errors import PlanError
+from llmcompress.source import CODE, has_own_code
+
+RANKED = {"structure": "mlp_channel", "score": "magnitude", "widths": "global", "ratio": 0.3, "of": "group"}
+NO_ATTENTION = {"structure": "attention", "score": "random", "ratio": 0.5, "of": "group"}
+NO_MLP = NO_ATTENTION | {"structure": "mlp"}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def generates(model: Any) -> bool:
+    """The same with a cache and without."""
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    cached = model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=True)
+    return torch.equal(cached, model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
+def test_one_ranking_gives_every_block_a_width_of_its_own(kind, run_here):
+    folder, results = run_here(kind, RANKED | {"multiple": 8})
+    assert results["proof"]["passed"]
+    assert (folder / CODE).is_file()
+    assert has_own_code(folder)
+    rows = {row["name"]: row["shape"] for row in results["layers"]}
+    name = {"gpt2": "transformer.h.{}.mlp.c_proj"}.get(kind, "model.layers.{}.mlp.down_proj")
+    widths = [rows[name.format(index)][1] for index in (0, 1)]
+    units = 384 if kind == "gpt2" else 160
+    assert widths[0] != widths[1]
+    assert sum(widths) == 2 * units - round(0.3 * 2 * units / 8) * 8
+    assert all(width % 8 == 0 for width in widths)
+    model = reloaded(folder, trust_remote_code=True)
+    assert "PerLayer" in [made.__name__ for made in type(model).__mro__]
+    assert generates(model)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("step", [NO_ATTENTION, NO_MLP], ids=["attention", "mlp"])
+def test_blocks_without_attention_or_mlp(kind, step, run_here):
+    folder, results = run_here(kind, step)
+    assert results["proof"]["passed"]
+    assert [note for note in results["notes"] if note.endswith(f"its {step['structure']} is gone")]
+    assert len(config_of(folder)["per_layer_config"]) == 1
+    model = reloaded(folder, trust_remote_code=True)
+    assert any(type(module).__name__ == "Gone" for module in model.modules())
+    assert set(tensors(folder)) <= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert generates(model)
+
+
+def test_protected_blocks_keep_their_width(run_here):
+    folder, _ = run_here("llama", RANKED | {"widths": "uniform", "ratio": 0.25, "protect_first": 1})
+    assert config_of(folder)["intermediate_size"] == 160
+    assert config_of(folder)["per_layer_config"] == {"1": {"intermediate_size": 80}}
+
+
+def test_unlike_blocks_are_narrowed_again_trained_and_quantized(run_here, text):
+    """Two rounds of one ranking, an attention less, training, and 4 bits: each stage proved."""
+    train = {"train": "recover", "steps": 2, "batch": 2, "warmup": 0, "loss": "distillation"}
+    steps = [RANKED | {"multiple": 32, "rounds": 2}, NO_ATTENTION, train, {"method": "awq", "group_size": 32}]
+    folder, results = run_here("llama", *steps)
+    assert [stage["name"] for stage in results["stages"]][1:] == [
+        "mlp_channel",
+        "mlp_channel",
+        "attention",
+        "recover",
+        "awq",
+    ]
+    assert results["format"] == "pack-quantized"
+    assert results["proof"]["passed"]
+    config = config_of(folder)
+    assert sum("skip" in own for own in config["per_layer_config"].values()) == 1
+    assert (folder / CODE).is_file()
+
+
+def test_fewer_blocks_of_unlike_width_are_numbered_anew(run_here):
+    block = {"structure": "block", "score": "block_influence", "ratio": 0.5, "of": "decoder"}
+    folder, results = run_here("llama", RANKED | {"multiple": 8}, block)
+    config = config_of(folder)
+    assert config["num_hidden_layers"] == 1
+    assert "per_layer_config" not in config  # a single block differs from none
+    assert config["intermediate_size"] == tensors(folder)["model.layers.0.mlp.down_proj.weight"].shape[1]
+    assert results["proof"]["passed"]
+
+
+def test_other_code_in_the_folder_is_not_run(run_here):
+    folder, _ = run_here("llama", RANKED | {"multiple": 8})
+    with (folder / CODE).open("a") as file:
+        file.write("raise SystemExit('foreign code ran')\n")
+    assert not has_own_code(folder)
+    with pytest.raises(PlanError, match="asks for Python code from the repository"):
+        run_here(str(folder), {"method": "rtn", "group_size": 32})
+
+
+def test_what_a_ranking_cannot_do(run_here):
+    with pytest.raises(PlanError, match=r"from 1 to 2 can go"):
+        run_here("llama", RANKED | {"structure": "kv_group", "ratio": 0.9})
+    with pytest.raises(PlanError, match="rounds to 0"):
+        run_here("llama", NO_MLP | {"ratio": 0.1})

@@ -165,17 +165,24 @@ def push_command(
 @app.command("export")
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    format_name: Annotated[str, typer.Option("--format", help="A name from `list formats`.")],
+    format_name: Annotated[str, typer.Option("--format", help="A name from `list formats`.")] = "dense",
+    pad_to_uniform: Annotated[
+        bool, typer.Option("--pad-to-uniform", help="Fill blocks that differ in width with zeros, so that they agree.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Folder to write; default DIR-FORMAT.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished folder in another storage format that holds the same values."""
     from llmcompress.export import export
     from llmcompress.formats import FORMATS
+    from llmcompress.pad import pad
 
-    if format_name not in FORMATS:
-        raise RecipeError(f"--format {format_name}: no such format (known: {', '.join(FORMATS)})")
-    done = export(folder, format_name, output or folder.with_name(f"{folder.name}-{format_name}"))
+    if format_name not in FORMATS or (pad_to_uniform and format_name != "dense"):
+        known = "dense" if pad_to_uniform else ", ".join(FORMATS)
+        raise RecipeError(f"--format {format_name}: no such format here (known: {known})")
+    name = f"{folder.name}-{'uniform' if pad_to_uniform else format_name}"
+    output = output or folder.with_name(name)
+    done = pad(folder, output) if pad_to_uniform else export(folder, format_name, output)
     if as_json:
         print_json(done)
     else:

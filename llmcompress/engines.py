@@ -23,6 +23,8 @@ class Verdict:
 def verdicts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What transformers, vLLM and GGUF converters make of a folder with this config.json."""
     quantization = config.get("quantization_config")
+    if "per_layer_config" in config:
+        return [asdict(verdict) for verdict in unlike_verdicts(packed=bool(quantization))]
     if not quantization:
         plain = "plain weights, as any engine that knows the architecture reads them"
         return [asdict(Verdict(engine, True, plain)) for engine in ("transformers", "vLLM", "GGUF converters")]
@@ -33,6 +35,18 @@ def verdicts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if vllm.loads and (unlike := unlike_partners(quantization)):
         vllm = Verdict("vLLM", False, unlike)
     return [asdict(verdict) for verdict in (transformers_verdict(grids), vllm, gguf_verdict(grids))]
+
+
+def unlike_verdicts(*, packed: bool) -> list[Verdict]:
+    """Blocks that differ in width need the code that is in the folder."""
+    padded = "knows one width for all blocks; llmcompress export DIR --pad-to-uniform writes a dense form that it loads"
+    uniform = "knows one width for all blocks; a recipe with uniform widths makes what it loads"
+    code = "with trust_remote_code=True, which runs modeling_llmcompress.py of the folder"
+    return [
+        Verdict("transformers", True, code + (", and the compressed-tensors package" if packed else "")),
+        Verdict("vLLM", False, uniform if packed else padded),
+        Verdict("GGUF converters", False, uniform if packed else padded),
+    ]
 
 
 def own_verdicts(name: str) -> list[Verdict]:

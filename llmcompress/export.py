@@ -9,6 +9,7 @@ Scores and errors of the run stand, as the values are the same; size, format and
 """
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,7 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
 
     Raises PlanError if `output` exists or a weight has no such form, FormatError if the folder is damaged.
     """
-    results = read_json(folder / "results.json")
-    if not (folder / MANIFEST).is_file() or "layers" not in results:
-        raise PlanError(f"{folder}: holds no {MANIFEST} and results.json; expected a folder that a run has made")
-    if output.exists():
-        raise PlanError(f"{output}: exists; give another --output")
+    results = opened(folder, output)
     try:
         rows = {row["name"]: row for row in results["layers"]}
         kinds = {name: kind_of_row(row) for name, row in rows.items()}
@@ -68,6 +65,16 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
     finally:
         checkpoint.close()
     return {"folder": str(output), "format": format_name, "bytes": read_json(output / "results.json")["size"]}
+
+
+def opened(folder: Path, output: Path) -> dict[str, Any]:
+    """results.json of a folder that a run has made. Raises PlanError if it is none, or if `output` exists."""
+    results = read_json(folder / "results.json")
+    if not (folder / MANIFEST).is_file() or "layers" not in results:
+        raise PlanError(f"{folder}: holds no {MANIFEST} and results.json; expected a folder that a run has made")
+    if output.exists():
+        raise PlanError(f"{output}: exists; give another --output")
+    return results
 
 
 def kind_of_row(row: dict[str, Any]) -> Kind:
@@ -149,10 +156,10 @@ def other_parameters(model: Any, names: set[str]) -> list[str]:
     return [name for name, _ in model.named_parameters() if name not in taken]
 
 
-def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any]) -> None:
-    """Everything but weights and config.json: copied, or made anew where it says what the folder is."""
+def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any], without: Collection[str] = ()) -> None:
+    """Everything but weights and config.json: copied (`without` these), or made anew where it says what this is."""
     for path in folder.iterdir():
-        if path.is_file() and path.name not in MADE_ANEW and path.suffix != ".safetensors":
+        if path.is_file() and path.name not in {*MADE_ANEW, *without} and path.suffix != ".safetensors":
             shutil.copyfile(path, checkpoint.partial / path.name)
     checkpoint.write_index()
     size = sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors"))

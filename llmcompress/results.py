@@ -22,7 +22,7 @@ from llmcompress.engines import verdicts
 from llmcompress.files import read_json
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
-from llmcompress.source import ModelSource
+from llmcompress.source import CODE, ModelSource
 from llmcompress.structure_budget import StructurePlan
 
 PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval")
@@ -139,6 +139,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
         "timing": {"total_seconds": sum(stages.values()), "stages": stages},
         "proof": outcome.proof,
         "engines": verdicts(config),
+        "code": CODE if "per_layer_config" in config else None,
         "scores": outcome.scores,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": machine(),

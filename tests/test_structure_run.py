@@ -88,7 +88,7 @@ def test_compensation_lowers_the_error_of_the_layer(run_here, tiny_folders):
         ),
         ("opt", CHANNELS | {"structure": "query_head"}, "has no query_head: its attention heads do not share"),
         ("llama", BLOCKS | {"ratio": 0.1}, "rounds to none"),
-        ("llama", CHANNELS | {"compensate": "mean"}, "mean is a bias, and mlp.down_proj of LlamaForCausalLM has none"),
+        ("qwen2", CHANNELS | {"compensate": "mean"}, "mean is a bias, and mlp.down_proj of Qwen2ForCausalLM has none"),
         ("llama", BLOCKS | {"protect_first": 1, "protect_last": 1}, "leave none of the 2 blocks"),
         ("llama", CHANNELS | {"ratio": None, "parameters": 10**9, "of": "model"}, "is small enough"),
         ("llama", CHANNELS | {"multiple": 512}, "512 leaves no smaller width of the 160 units"),
@@ -117,6 +117,21 @@ def test_a_mean_bias_and_an_export_of_a_smaller_model(run_here, tmp_path):
     assert {name: t.shape for name, t in tensors(folder).items()} == {
         name: t.shape for name, t in tensors(tmp_path / "again").items()
     }
+
+
+@pytest.mark.parametrize(("structure", "key"), [("mlp_channel", "mlp_bias"), ("kv_group", "attention_bias")])
+def test_a_mean_brings_a_bias_where_a_setting_allows_one(structure, key, run_here, tiny_folders):
+    """The setting gives biases to all linears of its kind; those beside the consumer's are zero."""
+    step = {"structure": structure, "compensate": "mean", "score": "fluctuation", "ratio": 0.5, "of": "group"}
+    folder, results = run_here("llama", step)
+    assert results["proof"]["passed"]
+    assert config_of(folder)[key]
+    biases = {name: value for name, value in tensors(folder).items() if name.endswith(".bias")}
+    consumer = {"mlp_channel": "down_proj", "kv_group": "o_proj"}[structure]
+    assert {bool(value.any()) for name, value in biases.items() if consumer in name} == {True}
+    assert {bool(value.any()) for name, value in biases.items() if consumer not in name} == {False}
+    generated = reloaded(folder).generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > 3
 
 
 def test_structure_leaves_dense_weights(run_here):

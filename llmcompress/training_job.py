@@ -24,9 +24,9 @@ from llmcompress.job import Data, Job, build_for, data_from, tensors_by_paramete
 from llmcompress.recipe import matches
 from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
-from llmcompress.training.loop import Task, train
+from llmcompress.training.loop import Task, share_of_batch, train
 from llmcompress.training.losses import cross_entropy, distillation, hidden_error
-from llmcompress.training.processes import tell_others
+from llmcompress.training.processes import launched, tell_others
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
 
@@ -71,6 +71,7 @@ class TrainJob(Job):
     def _learn(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """All parameters after training, in the dtype of the result."""
         options, state = self._options, checkpoint.state
+        share_of_batch(options, launched())  # before the teacher is asked, and by the first process alone
         model, student, task = self._prepare(state)
         if options.has_teacher:
             windows = self.text.tokens

@@ -1,10 +1,6 @@
 """Losses against their definitions; runs that learn, keep masks, and continue after a kill with the same bytes."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -239,21 +235,3 @@ def test_folders_of_somebody_else_stay(run_here, tmp_path, monkeypatch, tiny_fol
     with proof_inside(monkeypatch), pytest.raises(ResumeError, match="was not made by llmcompress"):
         run(recipe(tiny_folders("llama"), text, NARROW), tmp_path / "out")
     assert mine.exists()
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_does(tiny_folders, text, tmp_path):
-    """`accelerate launch` with two processes on the CPU: the same losses, up to the order of sums."""
-    path = tmp_path / "recipe.yaml"
-    steps = RECOVER | {"precision": "float32", "batch": 4}
-    path.write_text(json.dumps(values(tiny_folders("llama"), text, NARROW, steps)))
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    found = {}
-    for count in (1, 2):
-        launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1"]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-        command = [sys.executable, *(launch if count > 1 else ["-m"]), "llmcompress", "run", str(path), "--output"]
-        folder = tmp_path / f"out{count}"
-        subprocess.run([*command, str(folder)], env=environment, check=True, capture_output=True, timeout=300)
-        found[count] = json.loads((folder / "results.json").read_text())["training"][0]["losses"]
-    assert found[2] == pytest.approx(found[1], rel=1e-4)

@@ -4,6 +4,9 @@ Each optimizer step takes `batch` windows of a fixed order, so what a step sees 
 `checkpoint_every` steps the trained tensors and both moments of Adam are written as safetensors, then a record of how
 far that is; a run that continues reads them and goes on. Pruned weights stay zero: their gradients are cleared before
 the norm is taken, and they are set to zero again after the step, since Adam's moments would move them.
+
+Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`. The first one
+writes everything and keeps the result.
 """
 
 import math
@@ -19,11 +22,11 @@ from torch import Tensor
 from llmcompress.checkpoint import read_tensors, write_tensors
 from llmcompress.errors import CalibrationError
 from llmcompress.files import read_json, write_json
+from llmcompress.training.sharding import put_together, shared_out, start, whole
 from llmcompress.training.step import Train
 
 FLOOR = 0.1  # of the learning rate, at the end of the cosine
 BETAS = (0.9, 0.95)
-PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's kinds of launches in which every process holds the model
 
 Loss = Callable[[Any, Tensor], Tensor]  # (model, rows of the windows [n] int64) -> loss, with its graph
 Tell = Callable[[int, str], None]
@@ -50,33 +53,23 @@ class Task:
 
 
 def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Curve:
-    """Train the parameters of `model` that require gradients, in place.
+    """Train the parameters of `model` that require gradients, in place; the first process has the result.
 
     state: folder for what a killed run continues from.  tell: called with the steps done, and what to show.
-    Raises CalibrationError if the loss is no number, or a batch cannot be shared by the processes.
+    Raises CalibrationError if the loss is no number, or a batch cannot be shared by the processes; PlanError for a
+    launch of a kind that does not work.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=task.cpu, mixed_precision="no")  # one per process; steps may differ in precision
-    if accelerator.distributed_type not in PLAIN:
-        raise CalibrationError(
-            f"accelerate was set up for {accelerator.distributed_type.value}, which shards weights; only processes "
-            "that each hold the model are supported: launch without it"
-        )
+    accelerator = start(cpu=task.cpu)
     rounded = options.precision == "bfloat16"
-    share = options.batch // accelerator.num_processes
-    if share * accelerator.num_processes != options.batch or share % options.micro_batch:
-        raise CalibrationError(
-            f"batch: {options.batch} windows cannot be shared by {accelerator.num_processes} processes in passes of "
-            f"{options.micro_batch}; set `batch` to a multiple of {accelerator.num_processes * options.micro_batch}"
-        )
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameter_groups(trained, options), lr=options.learning_rate, betas=BETAS)
+    share = share_of_batch(options, accelerator.num_processes)
+    optimizer = torch.optim.AdamW(parameter_groups(trainable(model), options), lr=options.learning_rate, betas=BETAS)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    trained = trainable(model)  # only now: sharding replaces parameters
+    masks = {name: shared_out(mask, trained[name]) for name, mask in task.masks.items()}
     curve = load_state(state, trained, optimizer)
     model.train()
     for step in range(len(curve.losses), options.steps):
-        start = time.monotonic()
+        began = time.monotonic()
         torch.manual_seed(options.seed * 1_000_003 + step)  # of a model's own dropout, if it has any
         rows = batch_rows(task.windows, options, step)
         mine = rows[accelerator.process_index * share :][:share]
@@ -88,22 +81,43 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
             total += value.detach()
         mean = float(accelerator.reduce(total, "mean"))
         if not math.isfinite(mean):
+            if not accelerator.is_main_process:
+                return curve  # the first process says so
             raise CalibrationError(f"step {step}: the loss is {mean}; lower `learning_rate`, or look at the data")
-        masked(trained, task.masks, gradients=True)
+        masked(trained, masks, gradients=True)
         accelerator.clip_grad_norm_(trained.values(), options.clip)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, options)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        masked(trained, task.masks, gradients=False)
+        masked(trained, masks, gradients=False)
         curve.losses.append(mean)
         curve.tokens += len(rows) * task.length
-        curve.seconds += time.monotonic() - start
+        curve.seconds += time.monotonic() - began
         tell(step + 1, f"loss {mean:.3f}, {curve.tokens / curve.seconds:.0f} tokens/s")
-        if accelerator.is_main_process and (step + 1) % options.checkpoint_every == 0:
-            save_state(state, trained, optimizer, curve)
+        if (step + 1) % options.checkpoint_every == 0:
+            tensors = state_tensors(trained, optimizer, keep=accelerator.is_main_process)
+            if accelerator.is_main_process:
+                save_state(state, tensors, curve)
+    put_together(model, keep=accelerator.is_main_process)
     model.eval()
     return curve
+
+
+def share_of_batch(options: Train, processes: int) -> int:
+    """Windows of a step for each process; raises CalibrationError if they cannot be shared evenly."""
+    share = options.batch // processes
+    if share * processes != options.batch or share % options.micro_batch:
+        raise CalibrationError(
+            f"batch: {options.batch} windows cannot be shared by {processes} processes in passes of "
+            f"{options.micro_batch}; set `batch` to a multiple of {processes * options.micro_batch}"
+        )
+    return share
+
+
+def trainable(model: Any) -> dict[str, Tensor]:
+    """Parameters that require gradients, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def parameter_groups(trained: Mapping[str, Tensor], options: Train) -> list[dict[str, Any]]:
@@ -138,19 +152,27 @@ def order(windows: int, seed: int, passed: int) -> Tensor:
 
 @torch.no_grad()
 def masked(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, gradients: bool) -> None:
-    """Clear masked weights, or their gradients."""
+    """Clear masked weights, or their gradients; masks are placed, and cut, as their parameters are."""
     for name, mask in masks.items():
         target = trained[name].grad if gradients else trained[name]
         if target is not None:
-            target.mul_(mask.to(target.device))
+            target.mul_(mask)
 
 
-def save_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any, curve: Curve) -> None:
+def state_tensors(trained: Mapping[str, Tensor], optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
+    """Trained tensors and Adam's moments, whole; empty unless this process is to keep them, but all have to call."""
+    tensors = {}
+    for name, parameter in trained.items():
+        for key, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
+            found = whole(value)
+            if keep:
+                tensors[f"{key}.{name}"] = found.cpu()
+    return tensors
+
+
+def save_state(folder: Path, tensors: Mapping[str, Tensor], curve: Curve) -> None:
     """Everything that a run continues from; the record comes last and names its file."""
     done = len(curve.losses)
-    tensors = {f"weight.{name}": p.detach() for name, p in trained.items()}
-    for name, parameter in trained.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     write_tensors(folder / f"train-{done:06d}.safetensors", tensors)
     record = {"file": f"train-{done:06d}.safetensors", "losses": curve.losses}
     write_json(folder / "train.json", record | {"tokens": curve.tokens, "seconds": curve.seconds})
@@ -167,9 +189,7 @@ def load_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any) -> C
         return Curve()
     tensors = read_tensors(folder / record["file"])
     for name, parameter in trained.items():
-        parameter.copy_(tensors[f"weight.{name}"])
-        optimizer.state[parameter] = {
-            key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        parameter.copy_(shared_out(tensors[f"weight.{name}"], parameter))
+        moments = {key: shared_out(tensors[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
     return Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))

@@ -3,7 +3,8 @@
     accelerate launch --num_processes 2 -m llmcompress run RECIPE
 
 The first process tells the others what to join and when to end; until then they wait. All of them must see the same
-files. Where nothing was launched, nothing here does anything.
+files. A launch of a kind that does not work is refused by the first one before anything is done, and the others end.
+Where nothing was launched, nothing here does anything.
 """
 
 import os
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+
+from llmcompress.errors import PlanError
 
 PATIENCE = timedelta(days=7)  # other processes wait while the first one compresses
 
@@ -27,7 +30,10 @@ def is_first() -> bool:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """For the first process: the others end when this is left, whatever happened."""
+    """For the first process: the others end when this is left, whatever happened.
+
+    Raises PlanError for a launch that training does not work with.
+    """
     if launched() > 1:
         connect()
     try:
@@ -44,17 +50,21 @@ def tell_others(task: dict[str, Any] | None) -> None:
 
 def tasks() -> Iterator[dict[str, Any]]:
     """For every other process: what the first one asks for, one after another, until it ends."""
-    connect()
+    try:
+        connect()
+    except PlanError:
+        return  # the first process says it
     while (task := exchange(None)) is not None:
         yield task
 
 
 def connect() -> None:
-    """Join the group of processes."""
+    """Join the group of processes; raises PlanError for a launch that training does not work with."""
     import torch
-    from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    from llmcompress.training.sharding import start
+
+    start(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def exchange(task: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -51,12 +51,27 @@ class StructurePlan(Plan):
         """The smaller model."""
         return self.smaller
 
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """Units or blocks that there are, how many of them go, and how many must go at once."""
+        if self.group is None:
+            return self.count, self.drop, 1
+        return self.group.units, self.group.units - min(self.widths.values()), 1
+
 
 def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, keep: int | None = None) -> StructurePlan:
     """Fit a structure step to a model. Raises PlanError with the first thing that does not fit and what would.
 
     keep: how many units of a block, or how many blocks, stay; by default what the budget says.
     """
+    check_step(recipe, source, step)
+    dense = dense_plan(recipe, source)
+    removal = plan_depth(dense, step, keep) if isinstance(step.options, Depth) else plan_width(dense, step, keep)
+    return replace(removal, predicted=predict(removal))
+
+
+def check_step(recipe: Recipe, source: ModelSource, step: StructureStep) -> None:
+    """What all structure steps want of a recipe and a model."""
     if recipe.calibration is None and needs_data(step.options):
         raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block")
     if recipe.output.format not in ("auto", "dense"):
@@ -69,9 +84,6 @@ def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, kee
             f"{source.name}: {len(source.pruned)} of its linears were pruned, and {step.where} ({step.name}) would "
             "break their pattern; structure steps come first"
         )
-    dense = dense_plan(recipe, source)
-    removal = plan_depth(dense, step, keep) if isinstance(step.options, Depth) else plan_width(dense, step, keep)
-    return replace(removal, predicted=predict(removal))
 
 
 def needs_data(options: Structure) -> bool:

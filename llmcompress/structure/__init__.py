@@ -3,13 +3,14 @@
 STRUCTURES are the kinds of parts, by the name that recipes use; their scores are in `scores/`.
 """
 
-from llmcompress.structure.step import Depth, Structure, Width
+from llmcompress.structure.step import Depth, Hidden, Structure, Width
 
 STRUCTURES: dict[str, type[Structure]] = {
     "mlp_channel": Width,
     "kv_group": Width,
     "query_head": Width,
     "block": Depth,
+    "hidden": Hidden,
 }
 
 STRUCTURE_WORDS = {
@@ -17,6 +18,7 @@ STRUCTURE_WORDS = {
     "kv_group": "A key-value head with its query heads",
     "query_head": "The query head at the same place of every key-value group",
     "block": "A whole decoder block",
+    "hidden": "A channel of the residual stream: its entry in the embedding, in norms, linears and head of all blocks",
 }
 
-__all__ = ["STRUCTURES", "STRUCTURE_WORDS", "Depth", "Structure", "Width"]
+__all__ = ["STRUCTURES", "STRUCTURE_WORDS", "Depth", "Hidden", "Structure", "Width"]

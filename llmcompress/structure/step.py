@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.options import Options, parse_bytes
-from llmcompress.structure.scores import BLOCK_SCORES, UNIT_SCORES, BlockScore, UnitScore
+from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES, BlockScore, ChannelScore, UnitScore
 
 Denominator = Literal["model", "decoder", "group"]
 
@@ -70,6 +70,18 @@ class Depth(Structure):
     @classmethod
     def _score(cls, value: Any) -> Any:
         return parse_score(value, BLOCK_SCORES)
+
+
+class Hidden(Structure):
+    """Options of `structure: hidden`: the residual stream of the whole model becomes narrower."""
+
+    score: ChannelScore
+    multiple: int = Field(1, ge=1, description="hidden sizes are multiples of this; kernels like 64 or 128")
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _score(cls, value: Any) -> Any:
+        return parse_score(value, CHANNEL_SCORES)
 
 
 def parse_score(value: Any, table: dict[str, Any]) -> Any:

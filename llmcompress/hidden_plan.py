@@ -48,7 +48,7 @@ class HiddenPlan(StructurePlan):
 
     @property
     def roundings(self) -> int:
-        """Besides the sum: what a norm divides, its new gain, and their product, which the full model rounds elsewhere."""
+        """Besides each sum: what a norm divided, its new gain, and their product, which round elsewhere than before."""
         return 4
 
 
@@ -62,8 +62,8 @@ def plan_hidden(recipe: Recipe, source: ModelSource, step: StructureStep, keep: 
     model, architecture = build(source, dense.dtype)
     wanted = grain(source.config, model)
     width = int(model.config.hidden_size)
-    smallest = width - wanted if width > wanted else width
-    residual = find_residual(source.config, model, architecture.blocks, smallest, find_rescaling(model))
+    rescaling = find_rescaling(model)
+    residual = find_residual(source.config, model, architecture.blocks, width - wanted, rescaling)
     stored = match_names(model, source.tensors)
     check_members(dense, model, residual, stored, step)
     shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
@@ -146,7 +146,9 @@ def predict(plan: HiddenPlan) -> Cost:
     linears = shapes[: len(shapes) // plan.count]
     widest = max(columns for _, columns in linears)
     inside = min(samples * length, max(4096, length)) * (4 * widest * 4 + sum(rows for rows, _ in linears) * item)
-    cutting = outside + table * (2 + 2 * 4 // item)  # as read, what stays, and that in float32 while it is rescaled
+    powers = plan.residual.rescaling.powers
+    rescaled = any(powers[name] for name, dim in plan.residual.dims.items() if name in powers and dim == 1)
+    cutting = outside + 2 * table + (2 * table * 4 // item if rescaled else 0)  # read, what stays, that in float32
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     proving = 2 * table + 2 * min(length, 512) * vocabulary * item
     peak = LIBRARIES + max(2 * table + hidden, 3 * block + hidden + inside, cutting, proving)

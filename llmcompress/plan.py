@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def roundings(self) -> int:
-        """What is rounded to the dtype on the way to each addition to the residual stream, the proof's unit of error."""
+        """How often the result rounds otherwise than the stream, for each addition to the hidden states."""
         return 1
 
     @property

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmcompress.arch import Module, find_blocks, is_transposed, quiet_transformers
 from llmcompress.arch.modules import address
 from llmcompress.arch.probe import TOLERANCE, Probe, tiny_config
-from llmcompress.errors import PlanError
+from llmcompress.errors import LLMCompressError, PlanError
 
 WAYS = ((0, 0), (0, 1), (-1, -1), (-1, 0))  # powers of r for what blocks write, and for the embedding
 WIDE, NARROW, SIZE = 12, 8, 8  # hidden size per query head of the small models, and the size of a head
@@ -56,6 +56,19 @@ def find_rescaling(original: Module) -> Rescaling:
 
     Raises PlanError that says why none of the ways is exact.
     """
+    try:
+        return try_ways(original)
+    except LLMCompressError:
+        raise
+    except Exception as exc:  # stock code of a width that nobody trained fails in many ways: the cause is shown
+        raise PlanError(
+            f"{type(original).__name__}: its stock code cannot have another hidden size with heads as they are "
+            f"({' '.join(str(exc).split())[:200]}); {OTHERS}"
+        ) from exc
+
+
+def try_ways(original: Module) -> Rescaling:
+    """The first of WAYS that makes a narrow small copy compute what a wide one with zeros does."""
     wide, narrow = small_copy(original, WIDE), small_copy(original, NARROW)
     dims = dimensions(wide, narrow)
     roles = Roles.of(wide, dims)
@@ -112,6 +125,7 @@ class Roles:
 
     blocks: str  # module path
     readers: frozenset[str]  # weights of linears in the block that have the stream as their input
+    raw: frozenset[str]  # those of them that read it without a norm between
     norms: frozenset[str]  # gains of norms over the stream
     writing: frozenset[str]  # those of them that norm what a linear returned, before it is added to the stream
     offset: frozenset[str]  # those of them that multiply by 1 + weight
@@ -124,13 +138,17 @@ class Roles:
         probe, (blocks, _) = Probe(model), find_blocks(model)
         modules = {f"{name}.weight": module for name, module in model.named_modules() if f"{name}.weight" in dims}
         norms = {name: module for name, module in modules.items() if module.weight.ndim == 1}
-        returned = {address(probe.outputs[name]) for name in probe.linears}
-        after = {f"{blocks}.0.{name}.weight" for name, x in probe.inputs.items() if address(x) in returned}
+        prefix, returned = f"{blocks}.0.", {address(probe.outputs[name]) for name in probe.linears}
+        after = {f"{prefix}{name}.weight" for name, x in probe.inputs.items() if address(x) in returned}
+        normed = {address(x) for name, x in probe.outputs.items() if f"{prefix}{name}.weight" in norms}
+        readers = {n for n, m in modules.items() if n.startswith(prefix) and reads(m, dims[n])}
+        raw = {n for n in readers if address(probe.inputs[n[len(prefix) : -len(".weight")]]) not in normed}
         head = model.get_output_embeddings().weight
         own = () if head is model.get_input_embeddings().weight else (n for n, m in modules.items() if m.weight is head)
         return cls(
             blocks,
-            frozenset(n for n, m in modules.items() if n.startswith(blocks + ".") and reads(m, dims[n])),
+            frozenset(readers),
+            frozenset(raw),
             frozenset(norms),
             frozenset(after & set(norms)),
             frozenset(name for name, module in norms.items() if bool(answer(module, 0.0, zero=True).any())),
@@ -146,7 +164,7 @@ class Roles:
                 return 1 + stream if name in self.writing else 1
             return 1 if self.head else 1 - embedding
         if name in self.head or name in self.readers:
-            return 0
+            return -stream if name in self.raw else 0
         return stream if inside else embedding
 
 

@@ -22,7 +22,9 @@ def build(source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = 
 
     with stock_errors(source, "transformers cannot build a model from its config.json"):
         if trust_remote_code and source.folder:  # the configuration's class may be code in the folder
-            config = AutoConfig.from_pretrained(str(source.folder), local_files_only=True, trust_remote_code=True)
+            config = AutoConfig.from_pretrained(
+                str(source.folder), local_files_only=True, trust_remote_code=trust_remote_code
+            )
         else:  # and not that of the folder, which an earlier stage of the plan may be going to change
             config = AutoConfig.for_model(**source.config)
         model = skeleton(config, dtype, trust_remote_code=trust_remote_code)

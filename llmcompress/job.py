@@ -252,7 +252,8 @@ class Job:
                 hidden[rows] = block.forward(rows).to(hidden.device)
             name = self.architecture.block(new)
             linears = {linear: block.module.get_submodule(linear) for linear in self.architecture.at(old).linears}
-            digests = {f"{name}.{linear}": digest(module.weight) for linear, module in linears.items()}
+            left = {key: self._left(f"{name}.{key}.weight", module.weight) for key, module in linears.items()}
+            digests = {f"{name}.{linear}": digest(weight) for linear, weight in left.items()}
             self.stream.free_block(old)
             before, after = (f"{self.plan.blocks}.{number}." for number in (old, new))
             tensors = self._as_stored([info.name for info in self.plan.tensors_of(old)])
@@ -263,6 +264,10 @@ class Job:
             seconds = time.monotonic() - start
             checkpoint.finish_block(new, hidden, record | {"seconds": seconds, "peak_bytes": peak_bytes()})
             self.progress.advance(new + 1)
+
+    def _left(self, parameter: str, value: Tensor) -> Tensor:
+        """What the result has of a parameter that is carried over."""
+        return value
 
     def _rows(self, index: int) -> Iterable[dict[str, Any]]:
         """Rows of results.json for a block that is carried over."""

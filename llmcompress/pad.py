@@ -31,6 +31,7 @@ from llmcompress.modeling_llmcompress import PREFIX
 from llmcompress.source import CODE
 from llmcompress.structure.groups import KV, MLP, QUERY, find_groups, kept_positions
 from llmcompress.structure.reshape import MLP_KEYS, PER_LAYER
+from llmcompress.structure_budget import resized
 
 Positions = dict[tuple[str, int], Tensor]  # (parameter below the block, dimension) -> where what is left belongs
 
@@ -120,11 +121,6 @@ def narrowed(linear: Linear, weight: str, shapes: Mapping[str, tuple[int, ...]])
     """The linear with the sizes that its weight has now."""
     rows, columns = shapes[weight][::-1] if linear.transposed else shapes[weight]
     return Linear(rows, columns, linear.transposed)
-
-
-def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
-    """shape with another size of one dimension."""
-    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def widened(name: str, value: Tensor, wide: Mapping[str, tuple[tuple[int, ...], Positions]]) -> Tensor:

@@ -99,6 +99,11 @@ class Plan:
         return "use fewer calibration samples or shorter ones"
 
     @property
+    def roundings(self) -> int:
+        """How often the result rounds otherwise than the stream, for each addition to the hidden states."""
+        return 1
+
+    @property
     def result(self) -> ModelSource:
         """The model that the plan leaves, as far as it is known: shapes, and what is pruned; nothing is packed yet."""
         masks = {x.name: kind_after(x.methods, x.earlier) for x in self.linears if x.methods}

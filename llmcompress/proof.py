@@ -6,7 +6,8 @@ formats, which `llmcompress.runtime` loads. Two things are checked:
 - every compressed weight has the same bytes as the values the method chose, unpacked by the stock libraries;
 - logits on calibration tokens agree with those of the stream. The tolerance follows from the dtype: each of the 2 L
   additions to the residual stream is rounded with relative error up to eps, what is added is a sum of K products
-  accumulated in float32, and independent errors add up to (eps + eps32 sqrt(K)) sqrt(2 L).
+  accumulated in float32, and independent errors add up to (eps + eps32 sqrt(K)) sqrt(2 L). Where the result rounds in
+  more places than the stream (`Plan.roundings` for each addition), to as many times more under the root.
 
 Stock transformers unpacks the whole model into memory. Where that does not fit (the recipe's max_memory, or what the
 machine has free), the model is reloaded with only its first blocks, and compared with what the stream had after them;
@@ -78,7 +79,9 @@ def write_expected(
 def tolerance_of(plan: Plan, blocks: int) -> float:
     """Relative RMS that rounding explains: residual additions in the dtype, and sums of K products in float32."""
     widest = max(linear.shape[1] for linear in plan.linears)
-    return (torch.finfo(plan.dtype).eps + torch.finfo(torch.float32).eps * widest**0.5) * (2 * blocks) ** 0.5
+    return (torch.finfo(plan.dtype).eps + torch.finfo(torch.float32).eps * widest**0.5) * (
+        2 * blocks * plan.roundings
+    ) ** 0.5
 
 
 def prove(plan: Plan, folder: Path, expected: Path, blocks: int) -> dict[str, Any]:

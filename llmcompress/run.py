@@ -31,6 +31,8 @@ from llmcompress.checkpoint import (
 )
 from llmcompress.errors import PlanError, PublishError, ResumeError
 from llmcompress.files import MANIFEST, read_json, write_json
+from llmcompress.hidden_job import HiddenJob
+from llmcompress.hidden_plan import HiddenPlan
 from llmcompress.job import Data, Job, Shared, build_for, data_from
 from llmcompress.plan import Plan
 from llmcompress.progress import Progress, Silent
@@ -121,7 +123,9 @@ def join(recipe: Recipe) -> None:
 def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None) -> Job:
     """The job that carries out a plan, whose source is local by now."""
     kind: type[Job] = Job
-    if isinstance(plan, StructurePlan):
+    if isinstance(plan, HiddenPlan):
+        kind = HiddenJob
+    elif isinstance(plan, StructurePlan):
         kind = WidthJob if plan.groups else DepthJob
     elif isinstance(plan, TrainPlan):
         kind = TrainJob

@@ -5,7 +5,7 @@ A structure step of several rounds is several stages: each scores what is left a
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.cost import Cost
 from llmcompress.errors import PlanError
@@ -14,8 +14,12 @@ from llmcompress.plan import Plan, check_disk, check_memory, make_plan
 from llmcompress.proof import proof_blocks
 from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
 from llmcompress.source import ModelSource
+from llmcompress.structure import Hidden
 from llmcompress.training import Recover
 from llmcompress.training_plan import plan_training
+
+if TYPE_CHECKING:
+    from llmcompress.structure_budget import StructurePlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,7 @@ class Link:
         """The plan for a model, which may be one that an earlier link is going to make."""
         step = self.stage.steps[0]
         if isinstance(step, StructureStep):
-            from llmcompress.structure_plan import plan_structure  # builds the model, so it needs torch
-
-            return plan_structure(self.stage.recipe, source, step, self.keep)
+            return plan_units(self.stage.recipe, source, step, self.keep)
         if isinstance(step, TrainStep):
             return plan_training(self.stage.recipe, source, step)
         return make_plan(self.stage.recipe, source, [s for s in self.stage.steps if isinstance(s, Step)])
@@ -83,15 +85,26 @@ def rounds(stage: Stage, source: ModelSource) -> list[Link]:
     step = stage.steps[0]
     if not isinstance(step, StructureStep) or step.options.rounds == 1:
         return [Link(stage, None)]
-    from llmcompress.structure_plan import plan_structure  # as above
-
-    whole = plan_structure(stage.recipe, source, step)
-    units, left = whole.removal
-    gone = units - left
+    units, gone, grain = plan_units(stage.recipe, source, step).extent
     count = step.options.rounds
-    if count > gone:
-        raise PlanError(f"{step.where}.rounds: {count} rounds, but only {gone} of {units} units go; use at most {gone}")
-    return [Link(stage, units - round(gone * i / count)) for i in range(1, count + 1)]
+    if count > gone // grain:
+        raise PlanError(
+            f"{step.where}.rounds: {count} rounds, but only {gone} of {units} units go"
+            + (f", {grain} at a time" if grain > 1 else "")
+            + f"; use at most {gone // grain}"
+        )
+    return [Link(stage, units - grain * round(gone / grain * i / count)) for i in range(1, count + 1)]
+
+
+def plan_units(recipe: Recipe, source: ModelSource, step: StructureStep, keep: int | None = None) -> "StructurePlan":
+    """The plan of a structure step; keep: units or blocks that stay, by default what the budget says."""
+    if isinstance(step.options, Hidden):  # both build the model, so they need torch
+        from llmcompress.hidden_plan import plan_hidden
+
+        return plan_hidden(recipe, source, step, keep)
+    from llmcompress.structure_plan import plan_structure
+
+    return plan_structure(recipe, source, step, keep)
 
 
 def check_stages(plans: list[Plan], output: Path) -> None:

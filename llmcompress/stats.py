@@ -99,6 +99,27 @@ class InputSquares:
         return self.total / self.tokens
 
 
+class InputSizes:
+    """Mean size of each of one linear's inputs, E[|x|], in float64."""
+
+    def __init__(self, features: int, device: "torch.device | str" = "cpu") -> None:
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
+        x = x.reshape(-1, x.shape[-1])
+        self.total += x.abs().sum(0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of |x|, [in] float32. A new tensor."""
+        if self.tokens == 0:
+            raise CalibrationError(NO_TOKENS)
+        return (self.total / self.tokens).float()
+
+
 class InputMoments:
     """Mean and mean square of each of one linear's inputs, summed in float64: little is left of their difference."""
 

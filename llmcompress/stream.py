@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from llmcompress.arch import Architecture, Module, first, is_transposed
 from llmcompress.errors import CalibrationError, FormatError
-from llmcompress.stats import InputGram, InputMoments, Inputs, InputSquares
+from llmcompress.stats import InputGram, InputMoments, Inputs, InputSizes, InputSquares
 
 BATCH_TOKENS = 4096  # tokens of one forward pass: large enough for matrix units, small enough for memory
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]
 InputKind = type[InputGram] | type[InputSquares]
-Sums = TypeVar("Sums", InputGram, InputSquares, InputMoments, InputGram | InputSquares)
+Sums = TypeVar("Sums", InputGram, InputSquares, InputMoments, InputSizes, InputGram | InputSquares)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -248,7 +248,7 @@ def collect(block: Block, kinds: Mapping[tuple[str, ...], type[Sums]]) -> dict[s
     return sums
 
 
-def adding_to(total: InputGram | InputSquares | InputMoments) -> Callable[[Module, tuple[Any, ...]], None]:
+def adding_to(total: InputGram | InputSquares | InputMoments | InputSizes) -> Callable[[Module, tuple[Any, ...]], None]:
     """A hook that adds what a module is called with."""
 
     def hook(module: Module, args: tuple[Any, ...]) -> None:

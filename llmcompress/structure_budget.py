@@ -14,9 +14,10 @@ from llmcompress.layout import block_index, block_linears
 from llmcompress.plan import Plan, PlannedLinear
 from llmcompress.recipe import StructureStep
 from llmcompress.source import ModelSource
-from llmcompress.structure import Depth, Structure
+from llmcompress.structure import Structure, Sublayer, Width
 from llmcompress.structure.groups import Group
 from llmcompress.structure.selection import protected
+from llmcompress.structure.step import Blockwise
 
 WORDS = {"model": "the model", "decoder": "its decoder blocks", "group": "this kind of group"}
 
@@ -47,11 +48,17 @@ class StructurePlan(Plan):
         return bool(self.groups) and getattr(self.step.options, "widths", "") == "global"
 
     @property
+    def extent(self) -> tuple[int, int, int]:
+        """Units that the budget counts, how many of them go, and how many must go at once."""
+        before, after = self.removal
+        return before, before - after, getattr(self.step.options, "multiple", 1)
+
+    @property
     def removal(self) -> tuple[int, int]:
         """Units before and after that are counted by the budget: of one block, of all, or the blocks themselves."""
-        free = unprotected(self, self.step) & set(self.groups)
         if not self.groups:
             return self.count, self.count - self.drop
+        free = unprotected(self, self.step) & set(self.groups)
         if self.ranked:
             return sum(self.groups[i].units for i in free), sum(self.widths[i] for i in free)
         return self.groups[min(free)].units, self.widths[min(free)]
@@ -59,14 +66,15 @@ class StructurePlan(Plan):
 
 def needs_data(options: Structure) -> bool:
     """Whether calibration text is read: for the score, or to make up for what goes."""
-    if isinstance(options, Depth):
-        return bool(options.score.looks_at_data)
-    return bool(options.score.walk != "weights" or getattr(options, "compensate", "none") != "none")
+    if isinstance(options, Width | Sublayer):
+        return options.score.walk != "weights" or options.compensate != "none"
+    return bool(options.score.looks_at_data)
 
 
 def unprotected(dense: Plan, step: StructureStep) -> set[int]:
     """Numbers of the blocks that may go."""
     options = step.options
+    assert isinstance(options, Blockwise)
     free = set(range(dense.count)) - protected(dense.count, options.protect_first, options.protect_last)
     if not free:
         raise PlanError(f"{step.where}: protect_first and protect_last leave none of the {dense.count} blocks")
@@ -89,6 +97,11 @@ def denominators(dense: Plan, group: int) -> dict[str, int]:
     """Parameters of everything that a budget can be a share of."""
     decoder = sum(prod(i.shape) for i in dense.source.tensors.values() if i.name.startswith(dense.blocks + "."))
     return {"model": sum(prod(i.shape) for i in dense.source.tensors.values()), "decoder": decoder, "group": group}
+
+
+def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
+    """shape with another size of one dimension."""
+    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def shares(dense: Plan, gone: int, group: int) -> str:

@@ -34,6 +34,14 @@ def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, kee
 
     keep: how many units or blocks stay, as `StructurePlan.removal` counts them; by default what the budget says.
     """
+    check_step(recipe, source, step)
+    dense = dense_plan(recipe, source)
+    removal = plan_depth(dense, step, keep) if isinstance(step.options, Depth) else plan_width(dense, step, keep)
+    return replace(removal, predicted=predict(removal))
+
+
+def check_step(recipe: Recipe, source: ModelSource, step: StructureStep) -> None:
+    """What all structure steps want of a recipe and a model."""
     if recipe.calibration is None and needs_data(step.options):
         raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block")
     if recipe.output.format not in ("auto", "dense"):
@@ -46,9 +54,6 @@ def plan_structure(recipe: Recipe, source: ModelSource, step: StructureStep, kee
             f"{source.name}: {len(source.pruned)} of its linears were pruned, and {step.where} ({step.name}) would "
             "break their pattern; structure steps come first"
         )
-    dense = dense_plan(recipe, source)
-    removal = plan_depth(dense, step, keep) if isinstance(step.options, Depth) else plan_width(dense, step, keep)
-    return replace(removal, predicted=predict(removal))
 
 
 def width_of(plan: Plan) -> int:

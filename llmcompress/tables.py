@@ -14,7 +14,7 @@ from llmcompress.options import Options
 from llmcompress.plan import Plan, gib
 from llmcompress.recipe import recipe_paths
 from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
-from llmcompress.structure.scores import BLOCK_SCORES, UNIT_SCORES
+from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
 from llmcompress.suite import suite_paths
 from llmcompress.training import TRAININGS
 from llmcompress.training_plan import TrainPlan
@@ -146,7 +146,7 @@ def listing(what: str) -> list[dict[str, Any]]:
             for name, training in TRAININGS.items()
         ]
     if what == "scores":
-        tables: dict[str, Any] = {"units": UNIT_SCORES, "blocks": BLOCK_SCORES}
+        tables: dict[str, Any] = {"units": UNIT_SCORES, "blocks": BLOCK_SCORES, "hidden": CHANNEL_SCORES}
         return [
             {"name": name, "of": of, "description": first_line(score), "options": options_of(score)}
             for of, scores in tables.items()

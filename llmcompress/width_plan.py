@@ -23,7 +23,7 @@ from llmcompress.structure import Sublayer, Width
 from llmcompress.structure.groups import Group, find_groups, kept_positions
 from llmcompress.structure.reshape import bias_key, build_smaller, narrower, with_biases
 from llmcompress.structure.selection import total_width, uniform_width
-from llmcompress.structure_budget import StructurePlan, extended, parameters_to_remove, shares, unprotected
+from llmcompress.structure_budget import StructurePlan, extended, parameters_to_remove, resized, shares, unprotected
 
 NO_GROUP = {
     "mlp_channel": "no linear of its blocks has inputs that come channel by channel from other linears",
@@ -122,8 +122,7 @@ def with_widths(
         gone = torch.arange(widths[index], group.units)  # which ones does not matter to shapes
         for (name, dim), positions in kept_positions(group, gone, shapes_of(block)).items():
             path = f"{architecture.block(index)}.{name}"
-            shape = parameters[path]
-            parameters[path] = (*shape[:dim], len(positions), *shape[dim + 1 :])
+            parameters[path] = resized(parameters[path], dim, len(positions))
     config = narrower(source.config, model, step.name, groups, widths)
     left = {name: shape for name, shape in parameters.items() if prod(shape)}
     biases: Shapes = {}

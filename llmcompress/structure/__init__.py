@@ -3,7 +3,7 @@
 STRUCTURES are the kinds of parts, by the name that recipes use; their scores are in `scores/`.
 """
 
-from llmcompress.structure.step import Depth, Structure, Sublayer, Width
+from llmcompress.structure.step import Depth, Hidden, Structure, Sublayer, Width
 
 STRUCTURES: dict[str, type[Structure]] = {
     "mlp_channel": Width,
@@ -12,6 +12,7 @@ STRUCTURES: dict[str, type[Structure]] = {
     "attention": Sublayer,
     "mlp": Sublayer,
     "block": Depth,
+    "hidden": Hidden,
 }
 
 STRUCTURE_WORDS = {
@@ -21,6 +22,7 @@ STRUCTURE_WORDS = {
     "attention": "The attention of a block",
     "mlp": "The MLP of a block",
     "block": "A whole decoder block",
+    "hidden": "A channel of the residual stream: its entry in the embedding, in norms, linears and head of all blocks",
 }
 
-__all__ = ["STRUCTURES", "STRUCTURE_WORDS", "Depth", "Structure", "Sublayer", "Width"]
+__all__ = ["STRUCTURES", "STRUCTURE_WORDS", "Depth", "Hidden", "Structure", "Sublayer", "Width"]

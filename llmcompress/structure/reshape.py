@@ -131,13 +131,8 @@ def build_smaller(
 
     shapes: of every parameter, by name, as cut.  name: of the model, for messages.  heads: whether heads went.
     """
-    from transformers import AutoConfig
-
     why = DERIVED_HEADS if heads else REFUSED
-    try:
-        model = skeleton(AutoConfig.for_model(**config))
-    except Exception as exc:  # configs are validated in many ways: the cause is shown
-        raise PlanError(f"{name}: its stock code {why} ({' '.join(str(exc).split())[:200]})") from None
+    model = stock_model(config, name, why)
     for parameter, tensor in model.named_parameters():
         if tuple(tensor.shape) != shapes.get(parameter):
             raise PlanError(
@@ -145,3 +140,13 @@ def build_smaller(
                 f"{parameter}, where {list(shapes.get(parameter, ()))} are left; it {why}"
             )
     return model
+
+
+def stock_model(config: Mapping[str, Any], name: str, why: str) -> Module:
+    """The skeleton that stock code makes of config.json, or a PlanError with `why`, which says what it does not do."""
+    from transformers import AutoConfig
+
+    try:
+        return skeleton(AutoConfig.for_model(**config))
+    except Exception as exc:  # configs are validated in many ways: the cause is shown
+        raise PlanError(f"{name}: its stock code {why} ({' '.join(str(exc).split())[:200]})") from None

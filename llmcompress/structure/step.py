@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from llmcompress.errors import RecipeError
 from llmcompress.options import Options, parse_bytes
-from llmcompress.structure.scores import BLOCK_SCORES, UNIT_SCORES, BlockScore, UnitScore
+from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES, BlockScore, ChannelScore, UnitScore
 
 Denominator = Literal["model", "decoder", "group"]
 
@@ -28,8 +28,6 @@ class Structure(Options):
     bytes: int | None = Field(None, gt=0, description="bytes of `of` that stay, in the recipe's dtype; such as 200MiB")
     of: Denominator = Field("model", description="what the budget is a share of: model, decoder or group")
     rounds: int = Field(1, ge=1, le=100, description="score, remove a part, and score again, so many times")
-    protect_first: int = Field(0, ge=0, description="blocks at the start that stay as they are")
-    protect_last: int = Field(0, ge=0, description="blocks at the end that stay as they are")
 
     @field_validator("bytes", mode="before")
     @classmethod
@@ -46,7 +44,14 @@ class Structure(Options):
         return self
 
 
-class Width(Structure):
+class Blockwise(Structure):
+    """What structures have whose units belong to one block."""
+
+    protect_first: int = Field(0, ge=0, description="blocks at the start that stay as they are")
+    protect_last: int = Field(0, ge=0, description="blocks at the end that stay as they are")
+
+
+class Width(Blockwise):
     """Options of `structure: mlp_channel`, `kv_group` and `query_head`: blocks become narrower."""
 
     fewest: ClassVar[int] = 1  # units that stay in every block
@@ -66,7 +71,7 @@ class Width(Structure):
         return parse_score(value, UNIT_SCORES)
 
 
-class Sublayer(Structure):
+class Sublayer(Blockwise):
     """Options of `structure: attention` and `mlp`: some blocks lose theirs, and pass on what comes in."""
 
     fewest: ClassVar[int] = 0
@@ -82,7 +87,7 @@ class Sublayer(Structure):
         return parse_score(value, {name: score for name, score in UNIT_SCORES.items() if not score.within_block})
 
 
-class Depth(Structure):
+class Depth(Blockwise):
     """Options of `structure: block`: some blocks go as a whole."""
 
     score: BlockScore
@@ -91,6 +96,18 @@ class Depth(Structure):
     @classmethod
     def _score(cls, value: Any) -> Any:
         return parse_score(value, BLOCK_SCORES)
+
+
+class Hidden(Structure):
+    """Options of `structure: hidden`: the residual stream of the whole model becomes narrower."""
+
+    score: ChannelScore
+    multiple: int = Field(1, ge=1, description="hidden sizes are multiples of this; kernels like 64 or 128")
+
+    @field_validator("score", mode="before")
+    @classmethod
+    def _score(cls, value: Any) -> Any:
+        return parse_score(value, CHANNEL_SCORES)
 
 
 def parse_score(value: Any, table: dict[str, Any]) -> Any:

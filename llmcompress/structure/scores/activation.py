@@ -4,12 +4,17 @@ Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Dis
 section 2.2, with the L2 norm over tokens:
 
     score(u) = sqrt( sum over the unit's outputs j of E[x_j²] )
+
+and for channels of the residual stream, with x the outputs of the norms that blocks read it through:
+
+    score(i) = sum over norms of E[|x_i|]
 """
 
 from typing import TYPE_CHECKING, ClassVar
 
-from llmcompress.lazy import Tensor
+from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.base import Seen, UnitScore, Walk, of_columns
+from llmcompress.structure.scores.channels import ChannelScore, Stream
 
 if TYPE_CHECKING:
     from llmcompress.structure.groups import Group
@@ -23,3 +28,16 @@ class Activation(UnitScore):
     def score(self, group: "Group", seen: Seen) -> Tensor:
         """The norm for each unit, [units]."""
         return of_columns(group, seen.inputs[group.consumer].square).sqrt()
+
+
+class ChannelActivation(ChannelScore):
+    """Options of `score: activation` for the hidden dimension."""
+
+    looks_at_data: ClassVar[bool] = True
+
+    def score(self, stream: Stream) -> Tensor:
+        """The sum for each channel, [width]."""
+        total = torch.zeros(stream.width)
+        for sizes in stream.inputs():
+            total += sizes.cpu()
+        return total

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.base import Seen, UnitScore
+from llmcompress.structure.scores.channels import ChannelScore, Stream
 from llmcompress.structure.scores.depth import BlockScore, Dropped, Told, lowest
 
 if TYPE_CHECKING:
@@ -42,6 +43,16 @@ class RandomBlocks(BlockScore):
         order = draw(len(blocks), self.seed, 0)
         scores = {block: float(place) for block, place in zip(blocks, order, strict=True)}
         return lowest(scores, count)
+
+
+class RandomChannels(ChannelScore):
+    """Options of `score: random` for the hidden dimension."""
+
+    seed: int = Field(0, ge=0, description="of the draw")
+
+    def score(self, stream: Stream) -> Tensor:
+        """A permutation of the channels as scores, [width]."""
+        return draw(stream.width, self.seed, 0)
 
 
 def draw(count: int, seed: int, block: int) -> Tensor:

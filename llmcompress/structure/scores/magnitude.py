@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from llmcompress.lazy import Tensor
+from llmcompress.lazy import Tensor, torch
 from llmcompress.structure.scores.base import Seen, UnitScore, summed
+from llmcompress.structure.scores.channels import ChannelScore, Stream
 
 if TYPE_CHECKING:
     from llmcompress.structure.groups import Group
@@ -24,3 +25,16 @@ class Magnitude(UnitScore):
         if self.norm == "l1":
             return summed(group, {name: w.abs() for name, w in seen.weights.items()})
         return summed(group, {name: w.square() for name, w in seen.weights.items()}).sqrt()
+
+
+class ChannelMagnitude(ChannelScore):
+    """Options of `score: magnitude` for the hidden dimension."""
+
+    norm: Literal["l1", "l2"] = Field("l2", description="sum of sizes, or root of the sum of squares")
+
+    def score(self, stream: Stream) -> Tensor:
+        """The norm of each channel's weights in the whole model, [width]."""
+        total = torch.zeros(stream.width)
+        for piece in stream.slices():
+            total += (piece.abs() if self.norm == "l1" else piece.square()).sum(1).cpu()
+        return total if self.norm == "l1" else total.sqrt()

@@ -248,12 +248,14 @@ def stages_of(outcome: Outcome, output: int) -> list[dict[str, Any]]:
         return [{"name": row["name"], "value": row[side]["value"]} for row in scored if row[side]]
 
     origin = outcome.origin
-    before = {"name": "before", "parameters": origin.parameters, "bytes": origin.bytes, "perplexity": texts("base")}
-    keys = ("name", "parameters", "bytes", "perplexity")
+    before = {"name": "before", "parameters": origin.parameters, "bytes": origin.bytes, "seconds": None}
+    before |= {"perplexity": texts("base")}
+    keys = ("name", "parameters", "bytes", "seconds", "perplexity")
     earlier = [{key: stage[key] for key in keys} for stage in outcome.story.earlier]
     parameters = stored_parameters(result_of(outcome.plan))
-    last = {"name": outcome.story.last, "parameters": parameters, "bytes": output, "perplexity": texts("compressed")}
-    return [before, *earlier, last]
+    seconds = sum(record["seconds"] for record in outcome.checkpoint.records())
+    last = {"name": outcome.story.last, "parameters": parameters, "bytes": output, "seconds": seconds}
+    return [before, *earlier, last | {"perplexity": texts("compressed")}]
 
 
 def part_of(tensor: str) -> str:

@@ -1,8 +1,7 @@
 """LoRA on a quantized model: trained on its unpacked values, kept in a folder beside its files, which stay as they are.
 
 The base is in memory in float32 with exactly the values that its codes stand for, and frozen. What the reloaded model
-must reproduce is computed here without peft: block by block, from the unpacked weights and the matrices of the adapter's
-file.
+must reproduce is computed here without peft: block by block, from the unpacked weights and the adapter's file.
 """
 
 import shutil

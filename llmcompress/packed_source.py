@@ -1,4 +1,4 @@
-"""The result of a quantizing stage as a model to start from: dense names, shapes and values; packed tensors in its files.
+"""The result of a quantizing stage, to start from: dense names, shapes and values, and packed tensors in its files.
 
 A plan only needs names and shapes, so such a source exists before its folder does; `opened` then gives it the folder.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import SourceError
-from llmcompress.formats import FORMATS, OWN
+from llmcompress.formats import OWN
 from llmcompress.plan import Plan
 from llmcompress.recipe import quantize
 from llmcompress.safetensors_file import TensorInfo, read_tensors

@@ -65,7 +65,7 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
 
 def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
     """The model as stock transformers loads it, cut after `blocks` blocks."""
-    options = {"local_files_only": True, "trust_remote_code": trust}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
     if quantization(Path(folder)).get("quant_method") == "llmcompress":
         importlib.import_module("llmcompress.runtime")
     config = transformers.AutoConfig.from_pretrained(folder, **options)
@@ -82,7 +82,7 @@ def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
     peft = importlib.import_module("peft")
-    return peft.PeftModel.from_pretrained(model, f"{folder}/{ADAPTER}").eval().get_base_model()
+    return peft.PeftModel.from_pretrained(model, folder, subfolder=ADAPTER).eval().get_base_model()
 
 
 def weight_of(linear: Any) -> torch.Tensor:

@@ -69,7 +69,7 @@ def check_order(recipe: Recipe) -> None:
     for place, step in enumerate(recipe.parsed_steps()):
         where = f"{step.where} ({step.name})"
         if adapted:
-            raise PlanError(f"{where}: would change the model whose errors {adapted} has learned to correct; put it first")
+            raise PlanError(f"{where}: would change the model that {adapted} has learned to correct; put it first")
         if isinstance(step, Step):
             pruned = where if step.method.prunes else pruned
             quantized = where if isinstance(step.method, IntMethod) else quantized

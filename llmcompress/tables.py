@@ -73,6 +73,7 @@ def describe(name: str, method: Any) -> str:
 def score_table(scores: dict[str, Any]) -> Table:
     """Scores of `eval`."""
     title = f"suite {scores['suite']['name']} (version {scores['suite']['version']}), {scores['dtype']}"
+    title += ", with its adapter" if scores["adapter"] else ""
     table = make_table(title, "score", "model", "base")
     for row in scores["perplexity"]:
         add(table, f"perplexity {row['name']}", spread(row["compressed"], 1, 2), spread(row["base"], 1, 2))

@@ -39,7 +39,6 @@ class Train(Options):
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
         return self
 
-
     @property
     def leaves_weights(self) -> bool:
         """Whether what is learned can stay beside the weights."""

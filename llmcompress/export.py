@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.adapter import adapter_of, weight_bytes
+from llmcompress.adapter import FOLDER, adapter_of, weight_bytes
 from llmcompress.arch import ignored_linears, match_names, quiet_transformers, skeleton
 from llmcompress.checkpoint import Checkpoint, read_tensors
 from llmcompress.engines import verdicts
@@ -184,7 +184,7 @@ def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any], withou
 
 
 def new_parts(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sizes by part of the model, from the linears' new sizes."""
+    """Sizes by part of the model, from the linears' new sizes; an adapter's is the same in every format."""
     from llmcompress.results import part_of
 
     change: dict[str, int] = {}
@@ -192,5 +192,6 @@ def new_parts(results: dict[str, Any]) -> list[dict[str, Any]]:
         part = part_of(row["name"])
         change[part] = change.get(part, 0) + row["after_bytes"] - row["before_bytes"]
     return [
-        part | {"after_bytes": part["before_bytes"] + change.get(part["part"], 0)} for part in results["size"]["parts"]
+        part if part["part"] == FOLDER else part | {"after_bytes": part["before_bytes"] + change.get(part["part"], 0)}
+        for part in results["size"]["parts"]
     ]

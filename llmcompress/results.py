@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmcompress.adapter import CONFIG, WEIGHTS, adapter_of, weight_bytes
+from llmcompress.adapter import CONFIG, FOLDER, WEIGHTS, adapter_of, weight_bytes
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.cost import Cost
 from llmcompress.engines import verdicts
@@ -216,7 +216,7 @@ def adapter_record(folder: Path) -> dict[str, Any] | None:
 
 def adapter_part(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The LoRA weights as a part of the model; it had none before."""
-    return [{"part": "adapter", "before_bytes": 0, "after_bytes": adapter["bytes"]}] if adapter else []
+    return [{"part": FOLDER, "before_bytes": 0, "after_bytes": adapter["bytes"]}] if adapter else []
 
 
 def sparsity(origin: Origin, plan: Plan, layers: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -95,7 +95,8 @@ def predict(plan: TrainPlan) -> Cost:
     operations = 2.0 * parameters * options.steps * options.batch * length
     passes = 4.0 if options.gradient_checkpointing else 3.0
     seconds = 20.0 + 2.0 * passes * operations / speed(plan, options.precision)
-    disk = output + 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
+    disk = output + plan.source.fetch_bytes
+    disk += 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
     if isinstance(options, Recover) and options.has_teacher:
         windows = min(options.steps * options.batch, windows_of(plan))
         seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan)

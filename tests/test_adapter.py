@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_tiny
 from safetensors import safe_open
 from tiny_runs import digests, logits, proof_inside, recipe, reloaded, run_die_at, tensors, values
 
@@ -96,6 +97,19 @@ def test_models_of_other_kinds_stay(kind, step, form, run_here):
     assert results["proof"]["blocks"] == 2
 
 
+@pytest.mark.slow
+def test_linears_that_are_kept_learn_nothing_also_among_many(text, tmp_path, monkeypatch):
+    """Of many linears peft notes endings of names; those must not match what is kept."""
+    model = write_tiny(tmp_path / "deep", "llama", num_hidden_layers=4)
+    monkeypatch.setattr(job, "proof_blocks", lambda plan: 3)
+    keep = ["model.layers.0.mlp.*"]
+    with proof_inside(monkeypatch):
+        results = run(recipe(model, text, ROUND, LEARN, keep=keep), tmp_path / "out")
+    assert results["adapter"]["linears"] == 25
+    assert len(json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["target_modules"]) < 25
+    assert not [name for name in tensors(tmp_path / "out" / "adapter") if "layers.0.mlp" in name]
+
+
 def test_the_adapter_is_what_peft_writes_and_names_no_folder(made):
     adapter, results = made.folder / "adapter", made.results
     assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
@@ -136,6 +150,9 @@ def test_it_is_inspected_exported_and_not_taken_for_a_dense_model(made, tmp_path
     rows = [row for row in inspect(made.folder)["tensors"] if "lora" in row["name"]]
     assert sum(row["shape"][0] * row["shape"][1] for row in rows) == made.results["adapter"]["parameters"]
     export(made.folder, "dense", tmp_path / "dense")
+    sizes = json.loads((tmp_path / "dense" / "results.json").read_text())["size"]
+    assert sizes["parts"][-1] == made.results["size"]["parts"][-1]
+    assert sizes["after_bytes"] == sum(path.stat().st_size for path in (tmp_path / "dense").rglob("*.safetensors"))
     with pytest.raises(PlanError, match="peft cannot add to linears of 'bitmask'"):
         export(made.folder, "bitmask", tmp_path / "other")
     torch.testing.assert_close(logits(llmcompress.load(tmp_path / "dense")), logits(llmcompress.load(made.folder)))

@@ -58,7 +58,7 @@ class AdapterJob(TrainJob):
         """Let every linear of the stream add (alpha / rank) B A x to its output."""
         options = self._options
         for index in range(self.plan.count):
-            for linear in self.architecture.linears:
+            for linear in self.architecture.at(index).linears:
                 module = f"{self.architecture.block(index)}.{linear}"
                 pair = [self.adapter.get(parameter_name(module, matrix)) for matrix in ("lora_A", "lora_B")]
                 if pair[0] is not None and pair[1] is not None:

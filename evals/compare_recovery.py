@@ -5,8 +5,8 @@
 
 Case: SmolLM2-135M-Instruct (the listed model), MLPs of 1024 instead of 1536 channels (fluctuation scores and least
 squares on 128 x 512 tokens of `--calibration`), then `--steps` steps of 2048 tokens of the same text, then AWQ in 4
-bits, groups of 64. Perplexity over the first 48 windows of 512 tokens of `--test`, in float32, of the reloaded folder of
-every stage. One row learns from the dense model's predictions, the other one from the text alone.
+bits, groups of 64. Perplexity over the first 48 windows of 512 tokens of `--test`, in float32, of the reloaded folder
+of every stage. One row learns from the dense model's predictions, the other one from the text alone.
 
 The share closed is that of the gap in log perplexity between the dense and the smaller model. What is unfair: text for
 recovery is of the same collection as the test text (Wikipedia articles), which the dense model was not tuned on.

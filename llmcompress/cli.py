@@ -179,7 +179,7 @@ def export_command(
 
     if format_name not in FORMATS or (pad_to_uniform and format_name != "dense"):
         known = "dense" if pad_to_uniform else ", ".join(FORMATS)
-        raise RecipeError(f"--format {format_name}: no such format here (known: {known})")
+        raise RecipeError(f"--format {format_name}: no such format (known: {known})")
     name = f"{folder.name}-{'uniform' if pad_to_uniform else format_name}"
     output = output or folder.with_name(name)
     done = pad(folder, output) if pad_to_uniform else export(folder, format_name, output)
@@ -256,13 +256,14 @@ def read_recipe(given: Path, model: str | None, changes: Sequence[str] | None) -
 
 
 def local_folder(model: str) -> tuple[Path, str | None]:
-    """Local folder and fingerprint of any model; a compressed folder is taken as it is."""
+    """Local folder and fingerprint of any model; a compressed folder, or one with an adapter, is taken as it is."""
+    from llmcompress.adapter import adapter_of
     from llmcompress.source import open_source
 
-    if (Path(model) / "config.json").is_file() and "quantization_config" in (Path(model) / "config.json").read_text(
-        "utf-8"
-    ):
-        return Path(model), None
+    folder = Path(model)
+    config = folder / "config.json"
+    if adapter_of(folder) or (config.is_file() and "quantization_config" in config.read_text("utf-8")):
+        return folder, None
     source = open_source(model).fetch()
     assert source.folder is not None
     return source.folder, source.fingerprint

@@ -8,7 +8,13 @@ VLLM_SYMMETRIC_BITS = (2, 3, 4, 8)
 VLLM_ASYMMETRIC_BITS = (4, 8)
 VLLM_GROUPS = (-1, 32, 64, 128)
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one matrix each in its models
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # values of its --max-lora-rank
 GGUF_BITS = (2, 4, 8)
+WITH_ADAPTER = {
+    "transformers": "adapter/ with the peft package",
+    "vLLM": "adapter/ with --enable-lora",
+    "GGUF converters": "without adapter/, which llama.cpp's convert_lora_to_gguf.py is for",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +26,17 @@ class Verdict:
     why: str
 
 
-def verdicts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What transformers, vLLM and GGUF converters make of a folder with this config.json."""
+def verdicts(config: Mapping[str, Any], *, adapter: bool = False) -> list[dict[str, Any]]:
+    """What transformers, vLLM and GGUF converters make of a folder with this config.json; adapter: and with LoRA."""
+    found = verdicts_on_weights(config)
+    for row in found:
+        if adapter and row["loads"]:
+            row["why"] += f"; {WITH_ADAPTER[row['engine']]}"
+    return found
+
+
+def verdicts_on_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same of the model alone."""
     quantization = config.get("quantization_config")
     if "per_layer_config" in config:
         return [asdict(verdict) for verdict in unlike_verdicts(packed=bool(quantization))]

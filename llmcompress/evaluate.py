@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from llmcompress.adapter import adapter_of, attach, unpack
 from llmcompress.calibrate import load_text, tokens_sha256
 from llmcompress.errors import EvaluationError
 from llmcompress.files import read_json, write_text
@@ -108,6 +109,7 @@ def evaluate(
         "suite": {"name": suite.name, "version": suite.version},
         "dtype": suite.dtype,
         "task_dtype": suite.task_dtype or suite.dtype,
+        "adapter": adapter_of(folder) is not None,
         "seconds": time.monotonic() - start,
         "perplexity": [_perplexity_row(e, texts[e.name], kept, len(windows[e.name])) for e in suite.perplexity],
         "divergence": _divergence_row(suite, texts) if base_folder is not None else None,
@@ -135,7 +137,8 @@ def load_model(
     """Model, in eval mode on `device`, and tokenizer of a local folder, loaded as any user of transformers would.
 
     The weights of a packed folder are unpacked into `dtype`, as stock transformers does at the first forward pass. For
-    the formats of this project `runtime` is imported, as its users do.
+    the formats of this project `runtime` is imported, as its users do. If the folder has an adapter, the model has its
+    updates, as peft computes them.
     dtype: of weights and arithmetic, whatever the checkpoint stores ("float32", "bfloat16", "float16").
     Raises EvaluationError if the folder cannot be loaded.
     """
@@ -152,7 +155,9 @@ def load_model(
             if ours:
                 model.dequantize(getattr(torch, dtype))
             elif getattr(model.config, "quantization_config", None) is not None:
-                _unpack(model)
+                unpack(model)
+            if adapter := adapter_of(folder):
+                model = attach(model, adapter)
     except LOADING as exc:
         raise _unloadable(folder, exc) from exc
     return model, tokenizer
@@ -165,12 +170,6 @@ def _teach_our_formats(folder: Path) -> bool:
     if ours:
         import llmcompress.runtime  # noqa: F401  (registers them)
     return ours
-
-
-@torch.no_grad()
-def _unpack(model: Any) -> None:
-    """compressed-tensors unpacks all weights at a model's first forward pass; have that over with, and quietly."""
-    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 def _unloadable(folder: Path, exc: Exception) -> EvaluationError:

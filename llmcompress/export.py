@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.adapter import FOLDER, adapter_of, weight_bytes
 from llmcompress.arch import ignored_linears, match_names, quiet_transformers, skeleton
 from llmcompress.checkpoint import Checkpoint, read_tensors
 from llmcompress.engines import verdicts
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.files import MANIFEST, read_json, write_json
-from llmcompress.formats import FORMATS, Format
+from llmcompress.formats import FORMATS, OWN, Format
 from llmcompress.inspection import read_object, weight_files
 from llmcompress.layout import CONV1D_MODELS
 from llmcompress.mask import Pattern
@@ -38,6 +39,8 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
     Raises PlanError if `output` exists or a weight has no such form, FormatError if the folder is damaged.
     """
     results = opened(folder, output)
+    if adapter_of(folder) and format_name in OWN:
+        raise PlanError(f"{folder}: has LoRA weights, which peft cannot add to linears of {format_name!r}; try dense")
     try:
         rows = {row["name"]: row for row in results["layers"]}
         kinds = {name: kind_of_row(row) for name, row in rows.items()}
@@ -161,9 +164,12 @@ def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any], withou
     for path in folder.iterdir():
         if path.is_file() and path.name not in {*MADE_ANEW, *without} and path.suffix != ".safetensors":
             shutil.copyfile(path, checkpoint.partial / path.name)
+    adapter = adapter_of(folder)  # what is computed is the same in every format, so it fits this one too
+    if adapter:
+        shutil.copytree(adapter, checkpoint.partial / adapter.name)
     checkpoint.write_index()
-    size = sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors"))
-    engines = verdicts(read_json(checkpoint.partial / "config.json"))
+    size = weight_bytes(checkpoint.partial)
+    engines = verdicts(read_json(checkpoint.partial / "config.json"), adapter=adapter is not None)
     before = results["size"]["before_bytes"]
     saved = {"after_bytes": size, "ratio": size / before, "parts": new_parts(results)}
     old = read_json(folder / "results.json")
@@ -178,7 +184,7 @@ def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any], withou
 
 
 def new_parts(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sizes by part of the model, from the linears' new sizes."""
+    """Sizes by part of the model, from the linears' new sizes; an adapter's is the same in every format."""
     from llmcompress.results import part_of
 
     change: dict[str, int] = {}
@@ -186,5 +192,6 @@ def new_parts(results: dict[str, Any]) -> list[dict[str, Any]]:
         part = part_of(row["name"])
         change[part] = change.get(part, 0) + row["after_bytes"] - row["before_bytes"]
     return [
-        part | {"after_bytes": part["before_bytes"] + change.get(part["part"], 0)} for part in results["size"]["parts"]
+        part if part["part"] == FOLDER else part | {"after_bytes": part["before_bytes"] + change.get(part["part"], 0)}
+        for part in results["size"]["parts"]
     ]

@@ -35,7 +35,7 @@ from llmcompress.errors import PublishError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|adapter/adapter_(model\.safetensors|config\.json)")
 REQUIRED = ("config.json", "llmcompress.json")
 INDEX = "model.safetensors.index.json"
 NEVER_UPLOADED = (".*", "*.partial", "*.tmp", "*.incomplete", "*.lock", "*~", "__pycache__")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress.adapter import WEIGHTS, adapter_of
 from llmcompress.engines import verdicts
 from llmcompress.errors import FormatError
 from llmcompress.formats import FORMATS, OWN, Format
@@ -36,7 +37,9 @@ def inspect(folder: Path) -> dict[str, Any]:
         raise FormatError(
             f"{folder}: quantization_config says format {quantization.get('format')!r}, expected {', '.join(FORMATS)}"
         )
-    entries = [entry for path in weight_files(folder) for entry in entries_of(path, config)]
+    adapter = adapter_of(folder)
+    files = weight_files(folder) + ([adapter / WEIGHTS] if adapter else [])
+    entries = [entry for path in files for entry in entries_of(path, config)]
     total = sum(entry.bytes for entry in entries)
     return {
         "folder": str(folder),
@@ -44,7 +47,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "format": quantization.get("format", "dense"),
         "bytes": total,
         "tensors": [asdict(entry) for entry in entries],
-        "engines": verdicts(config),
+        "engines": verdicts(config, adapter=adapter is not None),
     }
 
 

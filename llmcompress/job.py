@@ -137,6 +137,7 @@ class Job:
         self.stream = StreamedModel(self.model, self.architecture, self._read, dtype=plan.dtype, device=device)
         self.outside = self._outside_shards()
         self.proof_blocks = proof_blocks(plan)
+        self.adapter: dict[str, Tensor] = {}  # LoRA matrices beside the weights, by peft's names
 
     def open(self, *, overwrite: bool) -> Checkpoint:
         """The folder that is being written."""
@@ -305,8 +306,10 @@ class Job:
         at = positions(hidden.shape[1])
         logits = torch.cat([self.stream.logits(row[None])[:, at] for row in hidden])
         digests = {name: value for record in records for name, value in record["digests"].items()}
+        adapter = {name: digest(matrix) for name, matrix in self.adapter.items()}
         tokens = self.data.tokens[: len(hidden)]
-        write_expected(checkpoint.state / "expected", tokens, at, logits, digests, self.architecture.blocks)
+        names = {"blocks": self.architecture.blocks, "digests": digests, "adapter": adapter}
+        write_expected(checkpoint.state / "expected", tokens, at, logits, names)
 
     def _write_small_files(self, checkpoint: Checkpoint, records: list[dict[str, Any]]) -> None:
         """Config, index, tokenizer and recipe."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmcompress.adapter import adapter_of
 from llmcompress.arch import (
     Heads,
     Linear,
@@ -45,6 +46,8 @@ def pad(folder: Path, output: Path) -> dict[str, Any]:
     config = read_object(folder / "config.json")
     if "per_layer_config" not in config:
         raise PlanError(f"{folder}: its blocks are all alike, so there is nothing to pad")
+    if adapter_of(folder):
+        raise PlanError(f"{folder}: has LoRA weights, which fit its narrow blocks; merge them before padding")
     if results["format"] != "dense":
         raise PlanError(f"{folder}: its weights are stored as {results['format']}; only dense ones can be padded")
     uniform, files = uniform_config(config), weight_files(folder)

@@ -1,9 +1,10 @@
 """Proof that a finished folder loads in stock libraries and computes what the methods decided.
 
 A clean Python process runs `reload.py`, which imports nothing of llmcompress, unless the folder is in one of our own
-formats, which `llmcompress.runtime` loads. Two things are checked:
+formats, which `llmcompress.runtime` loads. What is checked:
 
 - every compressed weight has the same bytes as the values the method chose, unpacked by the stock libraries;
+- so has every LoRA matrix, if the folder has an adapter, which the peft library loads;
 - logits on calibration tokens agree with those of the stream. The tolerance follows from the dtype: each of the 2 L
   additions to the residual stream is rounded with relative error up to eps, what is added is a sum of K products
   accumulated in float32, and independent errors add up to (eps + eps32 sqrt(K)) sqrt(2 L). Where the result rounds in
@@ -63,17 +64,16 @@ def positions(length: int) -> Tensor:
     return torch.linspace(0, length - 1, count).round().long().unique()
 
 
-def write_expected(
-    path: Path, tokens: Tensor, at: Tensor, logits: Tensor, digests: dict[str, str], blocks: str
-) -> None:
+def write_expected(path: Path, tokens: Tensor, at: Tensor, logits: Tensor, names: dict[str, Any]) -> None:
     """What the reloaded model must reproduce: logits [n, m, vocabulary] of tokens [n, length] at positions `at`.
 
-    digests: module path -> digest of its weight.  blocks: module path of the decoder blocks.
+    names: "blocks", module path of the decoder blocks; "digests", module path -> digest of its weight; "adapter",
+    peft's name of a LoRA matrix -> its digest.
     """
     from safetensors.torch import save_file
 
     tensors = {"tokens": tokens.contiguous(), "positions": at, "logits": logits.contiguous()}
-    save_file(tensors, path, {"digests": json.dumps(digests), "blocks": blocks})
+    save_file(tensors, path, {key: json.dumps(value) for key, value in names.items()})
 
 
 def tolerance_of(plan: Plan, blocks: int) -> float:

@@ -18,6 +18,7 @@ result is the model that the next stage starts from.
 import difflib
 import fnmatch
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ import llmcompress
 from llmcompress.calibrate import CalibrationOptions
 from llmcompress.errors import RecipeError
 from llmcompress.formats import FORMATS
-from llmcompress.methods import METHODS, Method
+from llmcompress.methods import METHODS, IntMethod, Method
 from llmcompress.options import Options, parse_bytes
 from llmcompress.structure import STRUCTURES, Structure
 from llmcompress.training import TRAININGS, Train
@@ -124,7 +125,8 @@ class Recipe(Options):
     def stages(self) -> list["Stage"]:
         """The recipe as a chain, each link of method steps alone or of one step of another kind.
 
-        All but the last give a dense model; only the last is published. A recipe of method steps is one stage.
+        All but the last give a dense model, unless only training follows one that quantizes: it starts from packed
+        weights and leaves them so. Only the last is published. A recipe of method steps is one stage.
         """
         runs: list[list[AnyStep]] = []
         for step in self.parsed_steps():
@@ -133,10 +135,11 @@ class Recipe(Options):
             else:
                 runs.append([step])
         stages, first = [], 0
-        for steps in runs:
+        for number, steps in enumerate(runs):
             changes: dict[str, Any] = {"steps": self.steps[first : first + len(steps)]}
-            if steps is not runs[-1]:
-                changes |= {"output": Output(format="dense"), "publish": None}
+            if later := runs[number + 1 :]:
+                packed = quantize(steps) and all(isinstance(run[0], TrainStep) for run in later)
+                changes |= {"publish": None} | ({} if packed else {"output": Output(format="dense")})
             stages.append(Stage(self if len(runs) == 1 else self.model_copy(update=changes), steps))
             first += len(steps)
         return stages
@@ -144,6 +147,11 @@ class Recipe(Options):
     def plain(self) -> dict[str, Any]:
         """The recipe as values that YAML and JSON hold, without what was left at its default."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def quantize(steps: Iterable[AnyStep]) -> bool:
+    """Whether one of the steps puts weights on an integer grid."""
+    return any(isinstance(step, Step) and isinstance(step.method, IntMethod) for step in steps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS [trust]`.
 
 Imports transformers and compressed-tensors, and nothing of llmcompress unless the folder is in one of its own formats,
-which `llmcompress.runtime` loads. Loads FOLDER with its first BLOCKS decoder blocks as any user would and compares,
-with what the run decided (EXPECTED, a safetensors file):
+which `llmcompress.runtime` loads. Loads FOLDER with its first BLOCKS decoder blocks as any user would, FOLDER/adapter
+through peft if there is one, and compares with what the run decided (EXPECTED, a safetensors file):
 
     tokens [n, length] int64, positions [m] int64, logits [n, m, vocabulary]
-    metadata "digests": JSON, module path -> sha256 of the weight's bytes; "blocks": module path of the blocks
+    metadata, in JSON: "blocks": module path of the blocks; "digests": module path -> sha256 of the weight's bytes;
+    "adapter": peft's name of a LoRA matrix -> sha256 of its bytes
 
 Weights of later blocks are unpacked one by one with the compressed-tensors library. Prints one JSON object.
 """
@@ -15,6 +16,7 @@ import importlib
 import json
 import resource
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +24,39 @@ import torch
 import transformers
 from safetensors import safe_open
 
+ADAPTER = "adapter"  # folder of LoRA weights
+
 
 def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]:
     """Load, run, compare; `trust` lets the folder's own Python code run, as the recipe asked."""
     torch.set_grad_enabled(False)
     with safe_open(expected, "pt") as file:
         tokens, positions, wanted = (file.get_tensor(name) for name in ("tokens", "positions", "logits"))
-        digests, path = json.loads(file.metadata()["digests"]), file.metadata()["blocks"] + "."
+        names = {key: json.loads(value) for key, value in file.metadata().items()}
+    digests, path = names["digests"], names["blocks"] + "."
     model = load(folder, blocks, wanted.dtype, trust)
     found = torch.cat([model(row[None], use_cache=False).logits[:, positions] for row in tokens])
     different, rest = [], {}
     for name, digest in digests.items():
-        if int(name.removeprefix(path).split(".", 1)[0]) >= blocks:
+        if block_of(name, path) >= blocks:
             rest[name] = digest
         elif digest != sha256(weight_of(model.get_submodule(name))):
             different.append(name)
     different += stored_differently(Path(folder), rest)
+    if names["adapter"]:
+        different += adapted_differently(model, Path(folder) / ADAPTER, names["adapter"], path, blocks)
     difference = found.float() - wanted.float()
     return {
         "engine": f"transformers {transformers.__version__}",
         "compressed_tensors": version("compressed_tensors"),
+        "peft": version("peft"),
         "blocks": blocks,
         "tokens": found.shape[0] * found.shape[1],
         "max_abs_difference": float(difference.abs().max()),
         "relative_rms": float(difference.norm() / wanted.float().norm()),
         "top1_agreement": float((found.argmax(-1) == wanted.argmax(-1)).float().mean()),
         "weights": len(digests),
+        "adapter_matrices": len(names["adapter"]),
         "weights_different": different,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "imported_llmcompress": "llmcompress" in sys.modules,
@@ -56,7 +65,7 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
 
 def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
     """The model as stock transformers loads it, cut after `blocks` blocks."""
-    options = {"local_files_only": True, "trust_remote_code": trust}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
     if quantization(Path(folder)).get("quant_method") == "llmcompress":
         importlib.import_module("llmcompress.runtime")
     config = transformers.AutoConfig.from_pretrained(folder, **options)
@@ -64,14 +73,50 @@ def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:blocks]
         config.num_hidden_layers = blocks
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
-    return model.eval()
+    if not (Path(folder) / ADAPTER).is_dir():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
+        return model.eval()
+    if quantization(Path(folder)):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():  # that the folder has a quantization_config of its own, which is meant
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
+    peft = importlib.import_module("peft")
+    return peft.PeftModel.from_pretrained(model, folder, subfolder=ADAPTER).eval().get_base_model()
 
 
 def weight_of(linear: Any) -> torch.Tensor:
-    """The weight [out, in] that a linear computes with."""
+    """The weight [out, in] that a linear computes with; LoRA keeps it in its base layer."""
+    linear = getattr(linear, "base_layer", linear)
     weight: torch.Tensor = linear.dense() if hasattr(linear, "dense") else linear.weight
     return weight
+
+
+def adapted_differently(model: Any, adapter: Path, digests: dict[str, str], path: str, blocks: int) -> list[str]:
+    """Those LoRA matrices that have another digest: in the model, or for blocks that it lacks in the file.
+
+    Peft computes with them in float32, so they go back to the dtype of the file, which loses nothing.
+    """
+    different = []
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+        for name, digest in digests.items():
+            if name not in stored:
+                different.append(name)
+                continue
+            matrix = file.get_tensor(name)
+            linear, kind, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+            if block_of(linear, path) < blocks:
+                loaded = getattr(model.get_submodule(linear), kind)["default"].weight
+                matrix = loaded.to(matrix.dtype)
+            if sha256(matrix) != digest:
+                different.append(name)
+    return different + sorted(stored - set(digests))
+
+
+def block_of(module: str, path: str) -> int:
+    """Number of the block that a module is in; path: of the blocks, with a dot at its end."""
+    return int(module.removeprefix(path).split(".", 1)[0])
 
 
 def quantization(folder: Path) -> dict[str, Any]:

@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 
+from llmcompress.adapter import CONFIG, FOLDER, WEIGHTS, adapter_of, weight_bytes
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.cost import Cost
 from llmcompress.engines import verdicts
 from llmcompress.files import read_json
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
+from llmcompress.safetensors_file import read_header
 from llmcompress.source import CODE, ModelSource
 from llmcompress.structure_budget import StructurePlan
 
-PACKAGES = ("llmcompress", "torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval")
+LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval", "peft")
+PACKAGES = ("llmcompress", *LIBRARIES)
 PARTS = (
     ("attention", ("attn", "attention")),
     ("mlp", ("mlp", "fc1", "fc2", "ffn")),
@@ -92,10 +95,10 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
     source, before = origin.source, origin.bytes
     layers = [row for record in records for row in record["layers"]]
     notes = [note for record in records for note in record["notes"]]
-    output = sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors"))
+    output = weight_bytes(checkpoint.partial)
     compress_seconds = sum(record["seconds"] for record in records)
     stages = outcome.clock.stages | {"compress": max(outcome.clock.stages["compress"], compress_seconds)}
-    earlier = outcome.story.earlier
+    earlier, adapter = outcome.story.earlier, adapter_record(checkpoint.partial)
     peaks = [
         outcome.peak_bytes,
         *(record["peak_bytes"] for record in records),
@@ -127,8 +130,9 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
             "before_bytes": before,
             "after_bytes": output,
             "ratio": output / before,
-            "parts": parts(origin, plan, layers),
+            "parts": parts(origin, plan, layers) + adapter_part(adapter),
         },
+        "adapter": adapter,
         "stages": stages_of(outcome, output),
         "training": outcome.story.training,
         "sparsity": sparsity(origin, plan, layers),
@@ -138,7 +142,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
         "plan": {"predicted": asdict(outcome.story.predicted), "measured": measured},
         "timing": {"total_seconds": sum(stages.values()), "stages": stages},
         "proof": outcome.proof,
-        "engines": verdicts(config),
+        "engines": verdicts(config, adapter=adapter is not None),
         "code": CODE if "per_layer_config" in config else None,
         "scores": outcome.scores,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -155,6 +159,7 @@ def manifest(results: dict[str, Any], fingerprint: str) -> dict[str, Any]:
         "base_model",
         "recipe",
         "format",
+        "adapter",
         "calibration",
         "sparsity",
         "layers",
@@ -194,6 +199,26 @@ def parts(origin: Origin, plan: Plan, layers: list[dict[str, Any]]) -> list[dict
     return [{"part": name, "before_bytes": before, "after_bytes": now} for name, (before, now) in sizes.items()]
 
 
+def adapter_record(folder: Path) -> dict[str, Any] | None:
+    """What is said of the LoRA weights beside a model; None if it has none."""
+    place = adapter_of(folder)
+    if place is None:
+        return None
+    config, tensors = read_json(place / CONFIG), read_header(place / WEIGHTS)
+    return {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "linears": len(tensors) // 2,
+        "parameters": sum(prod(info.shape) for info in tensors.values()),
+        "bytes": (place / WEIGHTS).stat().st_size,
+    }
+
+
+def adapter_part(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The LoRA weights as a part of the model; it had none before."""
+    return [{"part": FOLDER, "before_bytes": 0, "after_bytes": adapter["bytes"]}] if adapter else []
+
+
 def sparsity(origin: Origin, plan: Plan, layers: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Zeros in the pruned linears, as shares of three totals; None if nothing was pruned."""
     pruned = [row for row in layers if "zeros" in row]
@@ -228,7 +253,7 @@ def stage_record(
     return {
         "name": name,
         "parameters": stored_parameters(result_of(plan)),
-        "bytes": sum(path.stat().st_size for path in checkpoint.partial.glob("*.safetensors")),
+        "bytes": weight_bytes(checkpoint.partial),
         "seconds": sum(record["seconds"] for record in records),
         "peak_host_bytes": max([peak, *(record["peak_bytes"] for record in records)]),
         "proof": proof,

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from llmcompress import cost
+from llmcompress.adapter_job import AdapterJob
+from llmcompress.adapter_plan import AdapterPlan
 from llmcompress.arch import quiet_transformers
 from llmcompress.building import Built, stock_errors
 from llmcompress.calibrate import load_calibration
@@ -34,6 +36,7 @@ from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.hidden_job import HiddenJob
 from llmcompress.hidden_plan import HiddenPlan
 from llmcompress.job import Data, Job, Shared, build_for, data_from
+from llmcompress.packed_source import opened
 from llmcompress.plan import Plan
 from llmcompress.progress import Progress, Silent
 from llmcompress.proof import prove
@@ -49,7 +52,7 @@ from llmcompress.results import (
     peak_bytes,
     stage_record,
 )
-from llmcompress.source import ModelSource, open_folder, open_source
+from llmcompress.source import ModelSource, open_source
 from llmcompress.stages import Link, check_stages, combined, plan_stages
 from llmcompress.structure_budget import StructurePlan
 from llmcompress.structure_job import DepthJob, WidthJob
@@ -91,7 +94,7 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
     for number, link in enumerate(links[:-1]):
         folder = stages_folder(output) / f"{number:02d}-{link.name.replace(' ', '')}"
         earlier.append(run_stage(shared, plan, link.name, folder, clock, evaluate=evaluate, overwrite=overwrite))
-        plan = links[number + 1].plan(origin.named(open_folder(str(folder), folder)))
+        plan = links[number + 1].plan(origin.named(opened(plans[number + 1].source, folder)))
     job = job_for(plan, shared, output, built if plan is plans[0] else None)
     with closing(job.open(overwrite=overwrite)) as checkpoint:
         if checkpoint.finished():
@@ -113,8 +116,9 @@ def join(recipe: Recipe) -> None:
         first = open_source(recipe.model, revision=recipe.revision).fetch()
         origin = Origin(recipe, first, parameters=0, fetched_bytes=0)
         data, tokenizer = load_data(recipe, first, needed=recipe.calibration is not None)
-        link = next(link for link, _ in plan_stages(recipe, first) if link.stage.steps[0].where == task["where"])
-        plan = link.plan(origin.named(open_folder(task["source"], Path(task["source"]))))
+        chain = plan_stages(recipe, first)
+        link, planned = next(each for each in chain if each[0].stage.steps[0].where == task["where"])
+        plan = link.plan(origin.named(opened(planned.source, Path(task["source"]))))
         job = job_for(plan, Shared(origin, data, tokenizer, Silent()), Path(task["state"]))
         assert isinstance(job, TrainJob)
         job.join(Path(task["state"]))
@@ -128,7 +132,7 @@ def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None
     elif isinstance(plan, StructurePlan):
         kind = WidthJob if plan.groups else DepthJob
     elif isinstance(plan, TrainPlan):
-        kind = TrainJob
+        kind = AdapterJob if isinstance(plan, AdapterPlan) else TrainJob
     source = plan.source.fetch()
     return kind(replace(plan, source=source), source, shared, output, built)
 

@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmcompress.adapter import adapter_of, attach, unpack
 from llmcompress.errors import FormatError, SourceError
 from llmcompress.formats import METHOD, OWN, VERSION
 from llmcompress.safetensors_file import TensorInfo, read_header
@@ -203,8 +204,14 @@ def compressed_linears(model: nn.Module) -> Iterator[tuple[str, CompressedLinear
 def load(folder: str | Path, **options: Any) -> Any:
     """The model of a folder, packed weights as they are. options: of transformers' `from_pretrained`.
 
+    If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft needs them.
     Raises FormatError if a packed tensor is damaged, and what transformers raises for a folder that it cannot load.
     """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
+    adapter = adapter_of(Path(folder))
+    if adapter is None:
+        return model
+    unpack(model)
+    return attach(model, adapter)

@@ -111,8 +111,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def read_tensors(path: Path, names: list[str], dtype: "torch.dtype", device: Any) -> dict[str, "Tensor"]:
-    """These tensors of one file, floats cast to `dtype`, on `device`.
+def read_tensors(path: Path, names: list[str], dtype: "torch.dtype | None", device: Any) -> dict[str, "Tensor"]:
+    """These tensors of one file, floats cast to `dtype` or with None as they are, on `device`.
 
     The file is mapped anew for each tensor: pages that were read count as resident memory until the mapping goes.
     Raises SourceError if the file is damaged or has changed since it was opened.
@@ -124,9 +124,8 @@ def read_tensors(path: Path, names: list[str], dtype: "torch.dtype", device: Any
         for name in names:
             with safe_open(path, framework="pt") as file:
                 value = file.get_tensor(name)
-                found[name] = value.to(
-                    device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True
-                )
+                wanted = dtype if dtype and value.is_floating_point() else value.dtype
+                found[name] = value.to(device=device, dtype=wanted, copy=True)
                 del value
     except (OSError, SafetensorError) as exc:
         raise SourceError(

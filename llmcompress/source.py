@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress import files
+from llmcompress.adapter import adapter_of
 from llmcompress.catalog import MODELS, PackagedFile
 from llmcompress.errors import SourceError
 from llmcompress.files import MANIFEST
@@ -170,8 +171,8 @@ def packaged_file(file: PackagedFile, error: type[Exception]) -> Path:
     return found[0]
 
 
-def check_config(config: Any, where: str) -> dict[str, Any]:
-    """The config, if it is that of an unquantized causal LM; else SourceError saying what it is."""
+def check_config(config: Any, where: str, *, quantized: bool = False) -> dict[str, Any]:
+    """The config, if it is that of a causal LM, unquantized unless it may be; else SourceError saying what it is."""
     if not isinstance(config, dict):
         raise SourceError(f"{where}: config.json holds {type(config).__name__}, expected a mapping")
     architectures = config.get("architectures") or []
@@ -181,7 +182,7 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
             f"{where}: config.json names {found} (model_type {config.get('model_type')!r}), which is not a causal LM; "
             'expected "architectures" with a name that ends in ForCausalLM or LMHeadModel'
         )
-    if "quantization_config" in config:
+    if "quantization_config" in config and not quantized:
         method = (config["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise SourceError(f"{where}: this checkpoint is already quantized ({method}); start from the unquantized model")
     return config
@@ -215,9 +216,16 @@ def _open_gguf(name: str, path: Path) -> ModelSource:
     )  # fmt: skip
 
 
-def open_folder(name: str, path: Path, hub_id: str | None = None, revision: str | None = None) -> ModelSource:
-    """A folder with config.json and safetensors."""
-    config = check_config(read_json(path / "config.json"), str(path))
+def open_folder(
+    name: str, path: Path, hub_id: str | None = None, revision: str | None = None, *, quantized: bool = False
+) -> ModelSource:
+    """A folder with config.json and safetensors; quantized: it may be, and the tensors are those of its files."""
+    config = check_config(read_json(path / "config.json"), str(path), quantized=quantized)
+    if adapter := adapter_of(path):
+        raise SourceError(
+            f"{path}: has LoRA weights in {adapter.name}/, which a run would leave out; merge them into a dense model "
+            "(peft: `merge_and_unload`), or move that folder away"
+        )
     tensors = _read_index(path)
     return ModelSource(
         name=name, hub_id=hub_id, revision=revision, fingerprint=revision or _fingerprint(path, config, tensors),

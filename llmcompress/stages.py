@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.adapter_plan import plan_adapter
 from llmcompress.cost import Cost
 from llmcompress.errors import PlanError
 from llmcompress.methods import IntMethod
+from llmcompress.packed_source import PackedSource, result_after
 from llmcompress.plan import Plan, check_disk, check_memory, make_plan
 from llmcompress.proof import proof_blocks
 from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
@@ -34,6 +36,8 @@ class Link:
         step = self.stage.steps[0]
         if isinstance(step, StructureStep):
             return plan_units(self.stage.recipe, source, step, self.keep)
+        if isinstance(step, TrainStep) and isinstance(source, PackedSource):
+            return plan_adapter(self.stage.recipe, source, step)
         if isinstance(step, TrainStep):
             return plan_training(self.stage.recipe, source, step)
         return make_plan(self.stage.recipe, source, [s for s in self.stage.steps if isinstance(s, Step)])
@@ -55,21 +59,28 @@ def plan_stages(recipe: Recipe, source: ModelSource) -> list[tuple[Link, Plan]]:
                 cost = plan.predicted
                 plan = replace(plan, predicted=replace(cost, disk_bytes=cost.disk_bytes - source.fetch_bytes))
             planned.append((link, plan))
-            source = plan.result
+            source = result_after(plan)
     return planned
 
 
 def check_order(recipe: Recipe) -> None:
-    """Structure before masks, integers last, and a teacher that differs from what it teaches."""
-    pruned, quantized = None, None
+    """Structure before masks, then integers, then at most LoRA; and a teacher that differs from what it teaches."""
+    pruned, quantized, adapted = None, None, None
     for place, step in enumerate(recipe.parsed_steps()):
         where = f"{step.where} ({step.name})"
+        if adapted:
+            raise PlanError(f"{where}: would change the model that {adapted} has learned to correct; put it first")
         if isinstance(step, Step):
             pruned = where if step.method.prunes else pruned
             quantized = where if isinstance(step.method, IntMethod) else quantized
             continue
-        if quantized:
-            raise PlanError(f"{where}: would give other values to what {quantized} has quantized; quantize last")
+        if quantized and isinstance(step, TrainStep) and step.options.leaves_weights:
+            adapted = where
+        elif quantized:
+            raise PlanError(
+                f"{where}: would give other values to what {quantized} has quantized; quantize last"
+                + (", or set `parameters: lora`" if isinstance(step, TrainStep) else "")
+            )
         if isinstance(step, StructureStep) and pruned:
             raise PlanError(f"{where}: would break the pattern that {pruned} has pruned; put structure steps first")
         taught = isinstance(step, TrainStep) and isinstance(step.options, Recover) and step.options.has_teacher

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from llmcompress.adapter_plan import AdapterPlan
 from llmcompress.catalog import DATASETS, MODELS
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
@@ -17,12 +18,13 @@ from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
 from llmcompress.suite import suite_paths
 from llmcompress.training import TRAININGS
-from llmcompress.training_plan import TrainPlan
+from llmcompress.training_plan import TrainPlan, updated_linears
 
 
 def plan_tables(plan: Plan) -> Iterator[Table]:
     """What happens to the linears, kind by kind; what is left alone; what it costs."""
     kinds: dict[tuple[str, tuple[int, int], str], list[int]] = {}
+    updated = {linear.name for linear in updated_linears(plan)} if isinstance(plan, AdapterPlan) else set()
     for linear in plan.linears:
         kind = linear.name.split(".", len(plan.blocks.split(".")) + 1)[-1]
         what = ", then ".join(
@@ -30,7 +32,10 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
         )
         if linear.after_bytes < linear.before_bytes and not what:
             what = "becomes smaller" if linear.after_bytes else "goes with its block"
-        untouched = "is trained" if isinstance(plan, TrainPlan) else "left alone"
+        whole = isinstance(plan, TrainPlan) and not isinstance(plan, AdapterPlan)
+        untouched = "is trained" if whole else "left alone"
+        if linear.name in updated:
+            what = f"{what}, then LoRA" if what else "LoRA"
         row = kinds.setdefault((kind, linear.shape, what or untouched), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
@@ -73,6 +78,7 @@ def describe(name: str, method: Any) -> str:
 def score_table(scores: dict[str, Any]) -> Table:
     """Scores of `eval`."""
     title = f"suite {scores['suite']['name']} (version {scores['suite']['version']}), {scores['dtype']}"
+    title += ", with its adapter" if scores["adapter"] else ""
     table = make_table(title, "score", "model", "base")
     for row in scores["perplexity"]:
         add(table, f"perplexity {row['name']}", spread(row["compressed"], 1, 2), spread(row["base"], 1, 2))

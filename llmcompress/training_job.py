@@ -40,7 +40,9 @@ class TrainJob(Job):
         """Learn, then write all blocks and all else."""
         path = checkpoint.state / "trained.safetensors"
         if not path.exists():
-            learned = self._learn(checkpoint)
+            model, student = self._learn(checkpoint)
+            model = student.merge_and_unload() if self._options.parameters == "lora" else model
+            learned = {name: p.detach().to(self.plan.dtype).cpu() for name, p in model.named_parameters()}
             write_tensors(path, learned)
             shutil.rmtree(checkpoint.state / "lessons", ignore_errors=True)
         self.learned = read_tensors(path)
@@ -68,8 +70,8 @@ class TrainJob(Job):
                 found.setdefault(alias, first_name[id(p)])
         return found
 
-    def _learn(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """All parameters after training, in the dtype of the result."""
+    def _learn(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+        """The trained model in float32, and the same as what was trained: with LoRA, wrapped by peft."""
         options, state = self._options, checkpoint.state
         share_of_batch(options, launched())  # before the teacher is asked, and by the first process alone
         model, student, task = self._prepare(state)
@@ -84,9 +86,7 @@ class TrainJob(Job):
         record: dict[str, Any] = {"name": self.plan.step.name, "loss": options.loss, "losses": curve.losses}
         record |= {"tokens": curve.tokens, "seconds": curve.seconds, "data": self.text.record}
         write_json(state / "curve.json", record)
-        if options.parameters == "lora":
-            model = student.merge_and_unload()
-        return {name: p.detach().to(self.plan.dtype).cpu() for name, p in model.named_parameters()}
+        return model, student
 
     def join(self, state: Path) -> None:
         """Take part in the training of another process, which writes everything; state: its folder."""
@@ -229,9 +229,14 @@ def prepared(model: Any, options: Recover, keep: list[str]) -> Any:
     from llmcompress.arch import block_linears, find_blocks
 
     path, blocks = find_blocks(model)
-    names = [f"{path}.{i}.{name}" for i in range(len(blocks)) for name in block_linears(blocks[i])]
-    names = [name for name in names if not matches(name, keep)]
-    config = LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=0.0, target_modules=names)
+    linears = {f"{path}.{i}.{name}": x for i in range(len(blocks)) for name, x in block_linears(blocks[i]).items()}
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=0.0,
+        target_modules=[name for name in linears if not matches(name, keep)],
+        fan_in_fan_out=any(linear.transposed for linear in linears.values()),
+    )
     torch.manual_seed(options.seed)
     return get_peft_model(model, config)
 

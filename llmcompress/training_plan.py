@@ -7,12 +7,10 @@ from typing import Any
 from llmcompress.cost import HEADER, LIBRARIES, Cost, speed
 from llmcompress.errors import PlanError
 from llmcompress.layout import is_expert
-from llmcompress.plan import Plan, check_length, dense_plan
-from llmcompress.recipe import Recipe, TrainStep
+from llmcompress.plan import Plan, PlannedLinear, check_length, dense_plan
+from llmcompress.recipe import Recipe, TrainStep, matches
 from llmcompress.source import ModelSource
 from llmcompress.training import Recover
-
-LORA_SHARE = 0.05  # of the parameters, about: what their gradients and moments are kept of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +31,14 @@ class TrainPlan(Plan):
 
 
 def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> TrainPlan:
-    """Fit a train step to a model. Raises PlanError with the first thing that does not fit and what would."""
+    """Fit a train step to a dense model. Raises PlanError with the first thing that does not fit and what would."""
     options = step.options
-    if recipe.calibration is None and options.data is None:
-        raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block, or `data` to the step")
-    if options.data:
-        check_length(options.data.length, source, f"{step.where}.data")
+    check_training(recipe, source, step)
     if recipe.output.format not in ("auto", "dense"):
         raise PlanError(
             f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
             "dense ones; remove it, or quantize in a later step"
         )
-    if any(is_expert(name) for name in source.tensors):
-        raise PlanError(f"{source.name}: a mixture of experts cannot be trained yet; leave {step.where} out")
     if isinstance(options, Recover) and options.parameters == "lora" and source.pruned:
         raise PlanError(
             f"{step.where}: merging LoRA would fill the zeros of {len(source.pruned)} pruned linears; set "
@@ -55,6 +48,17 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__}
     plan = TrainPlan(**values, step=step)
     return replace(plan, predicted=predict(plan), notes=[describe(plan)])
+
+
+def check_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> None:
+    """What every train step needs: data, and a model that is no mixture of experts."""
+    options = step.options
+    if recipe.calibration is None and options.data is None:
+        raise PlanError(f"{step.where}: {step.name} needs `calibration` data; add that block, or `data` to the step")
+    if options.data:
+        check_length(options.data.length, source, f"{step.where}.data")
+    if any(is_expert(name) for name in source.tensors):
+        raise PlanError(f"{source.name}: a mixture of experts cannot be trained yet; leave {step.where} out")
 
 
 def describe(plan: TrainPlan) -> str:
@@ -80,7 +84,7 @@ def predict(plan: TrainPlan) -> Cost:
     options, length = plan.step.options, length_of(plan)
     parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
     lora = isinstance(options, Recover) and options.parameters == "lora"
-    trained = parameters * LORA_SHARE if lora else parameters
+    trained = lora_parameters(plan) if lora else parameters
     first = [linear.shape for linear in plan.linears if linear.block == 0]
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     inside = 2 if options.precision == "bfloat16" else 4
@@ -91,7 +95,8 @@ def predict(plan: TrainPlan) -> Cost:
     operations = 2.0 * parameters * options.steps * options.batch * length
     passes = 4.0 if options.gradient_checkpointing else 3.0
     seconds = 20.0 + 2.0 * passes * operations / speed(plan, options.precision)
-    disk = output + 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
+    disk = output + plan.source.fetch_bytes
+    disk += 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
     if isinstance(options, Recover) and options.has_teacher:
         windows = min(options.steps * options.batch, windows_of(plan))
         seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan)
@@ -104,6 +109,18 @@ def predict(plan: TrainPlan) -> Cost:
         output_bytes=output,
         seconds=seconds,
     )
+
+
+def lora_parameters(plan: TrainPlan) -> int:
+    """Numbers in the LoRA matrices of all linears [out, in] that are not kept: rank (in + out) each."""
+    options = plan.step.options
+    assert isinstance(options, Recover)
+    return sum(options.rank * sum(linear.shape) for linear in updated_linears(plan))
+
+
+def updated_linears(plan: TrainPlan) -> list[PlannedLinear]:
+    """The linears that LoRA is for."""
+    return [linear for linear in plan.linears if not matches(linear.name, plan.recipe.keep)]
 
 
 def windows_of(plan: TrainPlan) -> int:

@@ -82,8 +82,8 @@ def logits(model: Any, length: int = 24) -> Tensor:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of config.json and of every safetensors file."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    """sha256 of config.json, of every safetensors file, and of the adapter if there is one."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *sorted(folder.glob("adapter/*"))]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

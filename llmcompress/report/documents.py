@@ -10,6 +10,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
+from llmcompress.engines import VLLM_RANKS
 from llmcompress.errors import FormatError
 from llmcompress.files import write_text
 from llmcompress.report.figures import fenced, markdown, one_line, plus_minus, printable, show
@@ -79,10 +80,11 @@ def front_matter(results: dict[str, Any]) -> Markup:
 
 
 def tags(results: dict[str, Any]) -> list[str]:
-    """Words to find the model by: this project, the library that stores it and the methods."""
+    """Words to find the model by: this project, the library that stores it, the methods, and what lies beside it."""
     storage = ["compressed-tensors"] if results["format"] == "pack-quantized" else []
     methods = [name for layer in results["layers"] for name in layer["method"].split(" + ")]
-    return list(dict.fromkeys(map(one_line, ["llmcompress", *storage, *methods])))
+    lora = ["lora"] if results.get("adapter") else []
+    return list(dict.fromkeys(map(one_line, ["llmcompress", *storage, *methods, *lora])))
 
 
 def hub_datasets(calibration: dict[str, Any] | None) -> list[str]:
@@ -106,6 +108,8 @@ def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
     """What both templates show: results.json itself and the rows and words made from it."""
     loads = {engine["engine"].lower() for engine in results["engines"] if engine["loads"]}
     publish = results["recipe"].get("publish") or {}
+    adapter = results.get("adapter")
+    rank = adapter["rank"] if adapter else 0
     where = one_line(publish.get("repo_id") or results["name"])
     return {
         "r": results,
@@ -115,6 +119,8 @@ def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
         "schemes": what_was_done(results),
         "kept": kept_by_reason(results["kept"]),
         "loads": loads,
+        "adapter": adapter,
+        "vllm_rank": next((most for most in VLLM_RANKS if most >= rank), rank),
         "python_name": Markup(json.dumps(where)),
         "shell_name": Markup(shlex.quote(where)),
     }

@@ -122,10 +122,12 @@ def schemes(layers: list[dict[str, Any]]) -> str:
 
 
 def what_was_done(results: dict[str, Any]) -> str:
-    """All stages in words, the last with its details."""
+    """All stages in words, the last with its details; LoRA comes after the linears' methods, which it leaves alone."""
     stages = [one_line(stage["name"]) for stage in results.get("stages") or []][1:-1]
     steps = [step.get("structure") or step.get("train") for step in results["recipe"]["steps"]]
     last = schemes(results["layers"]) or one_line(str(steps[-1] or ""))
+    if adapter := results.get("adapter"):
+        stages, last = stages[:-1], f"{last}, then {steps[-1]} by LoRA of rank {show(adapter['rank'], 'count')}"
     return ", then ".join([*stages, last] if last else stages)
 
 

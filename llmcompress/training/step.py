@@ -4,7 +4,7 @@
   loss: distillation           # or cross_entropy, or weights such as {distillation: 1, hidden: 0.1}
   steps: 200
   batch: 4                     # windows of `calibration.length` tokens per optimizer step
-  parameters: all              # or lora
+  parameters: all              # or lora: merged into dense weights, kept beside quantized ones
 """
 
 from typing import Any, Literal, Self
@@ -39,6 +39,11 @@ class Train(Options):
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
         return self
 
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether what is learned can stay beside the weights."""
+        return False
+
 
 class Recover(Train):
     """Options of `train: recover`."""
@@ -61,6 +66,11 @@ class Recover(Train):
         if any(isinstance(w, bool) or not isinstance(w, int | float) or w <= 0 for w in weights.values()):
             raise ValueError("weights of losses must be numbers above 0")
         return {name: float(weight) for name, weight in weights.items()}
+
+    @property
+    def leaves_weights(self) -> bool:
+        """LoRA does."""
+        return self.parameters == "lora"
 
     @property
     def has_teacher(self) -> bool:

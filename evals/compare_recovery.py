@@ -52,7 +52,14 @@ def arguments() -> argparse.ArgumentParser:
 def measure(loss: str, args: argparse.Namespace) -> dict[str, Any]:
     """results.json of one recipe."""
     text = str(args.calibration.resolve())
-    recover = {"train": "recover", "loss": loss, "steps": args.steps, "batch": 4, "learning_rate": args.learning_rate}
+    recover = {
+        "train": "recover",
+        "loss": loss,
+        "steps": args.steps,
+        "batch": 4,
+        "micro_batch": 4,
+        "learning_rate": args.learning_rate,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         suite = Path(scratch) / "suite.yaml"
         perplexity = [{"name": "test", "source": str(args.test.resolve()), "length": 512, "windows": 48}]

@@ -5,21 +5,18 @@ It refuses what cannot work (groups that do not divide, targets that match nothi
 predicts output size, peak memory, disk and time. The run reports what it measured beside these numbers.
 """
 
-import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from llmcompress.assignment import assign, earlier_patterns, kind_after, methods_by_linear, needs_data
-from llmcompress.checkpoint import partial_folder, stages_folder
 from llmcompress.cost import Cost, predict
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, OWN, Format
 from llmcompress.layout import CONV1D_MODELS, block_index, block_linears, find_block_path, is_expert, refuse_experts
 from llmcompress.lazy import torch
+from llmcompress.machine import device_of
 from llmcompress.methods import Budgeted, Method
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo
@@ -27,7 +24,6 @@ from llmcompress.source import ModelSource
 from llmcompress.weight import Kind
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a number in each dtype of a recipe
-DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD, and Windows below Linux
 DENSE_EXPERTS = "stock transformers takes the experts of a packed checkpoint for packed, and these are kept dense"
 
 
@@ -348,64 +344,3 @@ def notes(
         smaller = f"; smaller: `output.format` {' or '.join(fitting)}, which llmcompress loads" if fitting else ""
         found.append(f"dense output: the files are as large as before{smaller}")
     return found
-
-
-# --- the machine -----------------------------------------------------------------------------------------------------
-
-
-def device_of(recipe: Recipe) -> str:
-    """Where blocks are computed, as torch spells it."""
-    if recipe.device == "auto":
-        return "cuda" if has_driver() and torch.cuda.is_available() else "cpu"
-    if recipe.device == "cpu":
-        return "cpu"
-    try:
-        kind = torch.device(recipe.device).type
-    except RuntimeError:
-        raise PlanError(f"device: {recipe.device!r} is not a device; try auto, cpu or cuda") from None
-    if kind not in ("cpu", "cuda"):
-        raise PlanError(f"device: {recipe.device!r} is not supported; try auto, cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise PlanError("device: cuda was asked for and torch finds no CUDA device; use `device: cpu`")
-    return recipe.device
-
-
-def has_driver() -> bool:
-    """Whether there may be a GPU, known without loading torch: a Linux system has a file for each driver."""
-    return sys.platform != "linux" or any(Path(path).exists() for path in DRIVERS)
-
-
-def check_machine(plan: Plan, output: Path) -> None:
-    """Memory and disk, before a weight is read. Raises PlanError with both numbers."""
-    check_memory(plan)
-    check_disk(plan.predicted, output)
-
-
-def check_memory(plan: Plan) -> None:
-    """The recipe's bound on memory."""
-    cost, limit = plan.predicted, plan.recipe.max_memory
-    if limit is not None and cost.peak_host_bytes > limit:
-        raise PlanError(
-            f"max_memory: the run would need about {gib(cost.peak_host_bytes)}, {gib(limit)} are allowed; "
-            f"{plan.advice}, or raise max_memory"
-        )
-
-
-def check_disk(cost: Cost, output: Path) -> None:
-    """Room for a run into this folder, what it has written already included."""
-    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    if not place.is_dir():
-        raise PlanError(f"{output}: cannot be made, {place} is a file; give another --output")
-    free = shutil.disk_usage(place).free
-    folders = (partial_folder(output), stages_folder(output))
-    written = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    if cost.disk_bytes > free + written:  # a run that continues has written some of it already
-        raise PlanError(
-            f"{place}: the run needs {gib(cost.disk_bytes)} of disk and {gib(free + written)} are free; "
-            "free some, or give another --output"
-        )
-
-
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"

@@ -27,7 +27,8 @@ from llmcompress.cost import LIBRARIES, PROOF_SAMPLES, largest_block
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.formats import OWN
 from llmcompress.lazy import Tensor, torch
-from llmcompress.plan import Plan, gib
+from llmcompress.machine import gib
+from llmcompress.plan import Plan
 from llmcompress.source import has_own_code
 
 POSITIONS = 64  # per sample, evenly spaced: logits of every position would be a gigabyte

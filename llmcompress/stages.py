@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.adapter_plan import plan_adapter
 from llmcompress.cost import Cost
 from llmcompress.errors import PlanError
+from llmcompress.machine import check_disk, check_memory
 from llmcompress.methods import IntMethod
 from llmcompress.packed_source import PackedSource, result_after
-from llmcompress.plan import Plan, check_disk, check_memory, make_plan
+from llmcompress.plan import Plan, make_plan
 from llmcompress.proof import proof_blocks
 from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
 from llmcompress.source import ModelSource

@@ -10,9 +10,10 @@ from llmcompress.adapter_plan import AdapterPlan
 from llmcompress.catalog import DATASETS, MODELS
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
+from llmcompress.machine import gib
 from llmcompress.methods import METHODS, Method, Pruner
 from llmcompress.options import Options
-from llmcompress.plan import Plan, gib
+from llmcompress.plan import Plan
 from llmcompress.recipe import recipe_paths
 from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES

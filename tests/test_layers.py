@@ -25,7 +25,7 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "source gguf_source hub_source text calibrate arch building fused stream checkpoint gradients",
     "structure training",
     "recipe",
-    "layout plan assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "
+    "layout plan machine assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "
     "training_plan adapter_plan stages cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
     "compress survey results job structure_job hidden_job training_job adapter_job run export pad tables",
     "cli __main__",

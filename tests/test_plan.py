@@ -21,7 +21,8 @@ from tiny_runs import proof_inside, recipe, tensors, write_text
 
 from llmcompress.errors import PlanError
 from llmcompress.layout import find_block_path, is_expert
-from llmcompress.plan import Plan, check_machine, make_plan
+from llmcompress.machine import check_machine
+from llmcompress.plan import Plan, make_plan
 from llmcompress.recipe import Recipe
 from llmcompress.run import run
 from llmcompress.source import open_source

@@ -43,6 +43,32 @@ def test_distillation_of_few_tokens_is_a_divergence_below_the_full_one(k, seed):
     assert float(distillation(p, Taught(*keep_largest(p, k, 1.0), None), 1.0)) == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_losses_is_that_of_their_formulas(dtype):
+    """Over more positions than are taken at once, and not a multiple of these."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 50, 40, generator=generator).to(dtype).requires_grad_()
+    tokens = torch.randint(40, (3, 50), generator=generator)
+    log_p = torch.randn(3, 50, 40, generator=generator).log_softmax(-1)
+    taught = Taught(torch.arange(40).expand(3, 50, 40), log_p, None)
+
+    def plain(rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.kl_div(rows.float().log_softmax(-1), log_p, log_target=True, reduction="none").sum(
+            -1
+        )
+
+    for found, expected in (
+        (distillation(logits, taught, 1.0), plain(logits).mean()),
+        (
+            cross_entropy(logits, tokens),
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()),
+        ),
+    ):
+        wanted = torch.autograd.grad(expected.float(), logits)[0]
+        have = torch.autograd.grad(2 * found, logits)[0]
+        assert float((have - 2 * wanted).norm()) <= 4 * torch.finfo(dtype).eps * float((2 * wanted).norm())
+
+
 def test_cross_entropy_and_hidden_error():
     logits, tokens = random_logits(0), torch.arange(10).reshape(2, 5)
     expected = -sum(logits[i, j].log_softmax(-1)[tokens[i, j + 1]] for i in range(2) for j in range(4)) / 8

@@ -62,7 +62,9 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     accelerator = start(cpu=task.cpu)
     rounded = options.precision == "bfloat16"
     share = share_of_batch(options, accelerator.num_processes)
-    optimizer = torch.optim.AdamW(parameter_groups(trainable(model), options), lr=options.learning_rate, betas=BETAS)
+    groups = parameter_groups(trainable(model), options)
+    fused = True if task.cpu else None  # one pass over memory; on GPUs torch chooses
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=BETAS, fused=fused)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trained = trainable(model)  # only now: sharding replaces parameters
     masks = {name: shared_out(mask, trained[name]) for name, mask in task.masks.items()}

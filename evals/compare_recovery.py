@@ -69,7 +69,7 @@ def measure(loss: str, args: argparse.Namespace) -> dict[str, Any]:
             "calibration": {"data": text, "samples": 128, "length": 512},
             "steps": [
                 {"structure": "mlp_channel", "score": "fluctuation", "ratio": 0.2, "multiple": 128},
-                recover | {"data": {"data": text, "samples": 500, "length": 512}},
+                recover | {"data": {"data": text, "samples": 300, "length": 512}},
                 {"method": "awq", "bits": 4, "group_size": 64},
             ],
             "evaluate": {"suite": str(suite)},

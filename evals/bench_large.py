@@ -3,6 +3,7 @@
     python evals/bench_large.py                                   # Llama-3-8B's shape, 16 GB on disk, max_memory 6GiB
     python evals/bench_large.py --layers 1 --samples 2 --length 64               # a quick look at the same code
     python evals/bench_large.py --shape smollm2-135m --layers 120 --max-memory none --group-size 64 --output deep.json
+    python evals/bench_large.py --structure taylor --max-memory none                  # scoring, and an MLP a fifth less
 
 The model has random weights (normal, standard deviation 0.02, fixed seed; norms are 1) in bfloat16 and a byte-level
 tokenizer trained on the spot on random words, so nothing is downloaded. It is written shard by shard into a new folder
@@ -10,7 +11,7 @@ below `--scratch`, and that folder is removed at the end, after a failure too (u
 
     python -m llmcompress run RECIPE --output DIR --no-eval --json
 
-runs in a fresh process: int4, 8 x 256 calibration tokens, no evaluation. What is measured:
+runs in a fresh process: int4 (or MLPs of fewer channels), 8 x 256 calibration tokens, no evaluation. What is measured:
 - peak of the run: VmHWM of that process, polled until it ends (every mapped page that was resident counts);
 - peak of children: the same for the largest of the processes it starts (the proof of loading is one), apart from the
   run's own, because `max_memory` and `plan` speak of the run; the largest sum of all at one moment stands beside;
@@ -83,6 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, help="decoder blocks, in place of the shape's own number")
     parser.add_argument("--method", choices=["rtn", "hqq", "gptq", "awq"], default="gptq")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--structure", metavar="SCORE", help="in place of a method: narrower MLPs by this score")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--length", type=int, default=256, help="tokens per window")
     parser.add_argument("--max-memory", default="6GiB", help="bound of the run in GiB, such as 6GiB, or none")
@@ -142,7 +144,9 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def recipe_of(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     calibration = {"data": str(folder / "text.txt"), "samples": args.samples, "length": args.length, "seed": 0}
-    step = {"method": args.method, "bits": 4, "group_size": args.group_size}
+    step: dict[str, Any] = {"method": args.method, "bits": 4, "group_size": args.group_size}
+    if args.structure:
+        step = {"structure": "mlp_channel", "score": args.structure, "ratio": 0.2, "of": "group", "multiple": 128}
     recipe = {"model": str(folder / "model"), "dtype": "bfloat16", "calibration": calibration, "steps": [step]}
     return recipe if args.max_memory == "none" else recipe | {"max_memory": args.max_memory}
 

@@ -113,7 +113,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "owl" else name for name in OTHERS]
+)
 def test_other_methods_and_surveys_continue_to_the_same_bytes(name, model, text, inside, tmp_path):
     """Norms that absorbed scales, budgets and gradients of the dense model: all is on disk, or made again."""
     steps, files = OTHERS[name]

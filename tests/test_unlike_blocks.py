@@ -48,7 +48,12 @@ def test_one_ranking_gives_every_block_a_width_of_its_own(kind, run_here):
     assert generates(model)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+SOME = {"llama", "gpt_neox", "gemma2", "opt"}  # the layout of their blocks differs most
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in SOME else pytest.param(kind, marks=pytest.mark.slow) for kind in ARCHITECTURES]
+)
 @pytest.mark.parametrize("step", [NO_ATTENTION, NO_MLP], ids=["attention", "mlp"])
 def test_blocks_without_attention_or_mlp(kind, step, run_here):
     folder, results = run_here(kind, step)

@@ -59,7 +59,9 @@ def recipe_file(tiny_folders: Any, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("steps", "format_name"), [(SPARSE, "sparse24"), (PACKED, "pack-quantized")], ids=["sparse24", "pack-quantized"]
+    ("steps", "format_name"),
+    [pytest.param(SPARSE, "sparse24", marks=pytest.mark.slow), (PACKED, "pack-quantized")],
+    ids=["sparse24", "pack-quantized"],
 )
 def test_compress_prove_score_and_publish(steps, format_name, recipe_file, command, hub, tmp_path):
     done = command("run", str(recipe_file(steps, format_name)), "--output", str(tmp_path / "out"))

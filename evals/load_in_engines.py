@@ -5,8 +5,8 @@
 
 An environment is made on first use below `--cache`: `transformers` holds torch, transformers, accelerate and
 compressed-tensors at the versions of constraints.txt; `vllm` holds vLLM's CPU build, without the dependencies that are
-built for another torch. Nothing of this project is in either. What is shown: that the engine loads the folder, generates with a
-cache, and that the words are those of a language model. What is not: speed, and kernels of GPUs.
+built for another torch. Nothing of this project is in either. What is shown: that the engine loads the folder and
+generates with a cache, and that the words are those of a language model. What is not: speed, and kernels of GPUs.
 """
 
 import argparse

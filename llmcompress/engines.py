@@ -38,13 +38,14 @@ def verdicts(config: Mapping[str, Any], *, adapter: bool = False) -> list[dict[s
 def verdicts_on_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The same of the model alone."""
     quantization = config.get("quantization_config")
-    if "per_layer_config" in config:
+    unlike, own = "per_layer_config" in config, (quantization or {}).get("quant_method") == "llmcompress"
+    if unlike and not own:
         return [asdict(verdict) for verdict in unlike_verdicts(packed=bool(quantization))]
     if not quantization:
         plain = "plain weights, as any engine that knows the architecture reads them"
         return [asdict(Verdict(engine, True, plain)) for engine in ("transformers", "vLLM", "GGUF converters")]
-    if quantization.get("quant_method") == "llmcompress":
-        return [asdict(verdict) for verdict in own_verdicts(quantization.get("format", ""))]
+    if own:
+        return [asdict(verdict) for verdict in own_verdicts(quantization.get("format", ""), unlike=unlike)]
     grids = [group["weights"] for group in quantization["config_groups"].values()]
     vllm = vllm_verdict(grids)
     if vllm.loads and (unlike := unlike_partners(quantization)):
@@ -64,11 +65,17 @@ def unlike_verdicts(*, packed: bool) -> list[Verdict]:
     ]
 
 
-def own_verdicts(name: str) -> list[Verdict]:
-    """A format of this project needs its runtime; every such folder also has a form for stock engines."""
+def own_verdicts(name: str, *, unlike: bool) -> list[Verdict]:
+    """A format of this project needs its runtime; every such folder also has a form for stock engines.
+
+    unlike: blocks differ in width, which needs the code in the folder too.
+    """
+    code = ", with trust_remote_code=True" if unlike else ""
     other = f"not as {name}; write a form that it loads with: llmcompress export DIR --format dense"
     return [
-        Verdict("llmcompress", True, "llmcompress.load(folder), or import llmcompress.runtime before from_pretrained"),
+        Verdict(
+            "llmcompress", True, f"llmcompress.load(folder), or import llmcompress.runtime before from_pretrained{code}"
+        ),
         Verdict("transformers", False, "stops at the shapes unless llmcompress.runtime is imported"),
         Verdict("vLLM", False, other),
         Verdict("GGUF converters", False, other),

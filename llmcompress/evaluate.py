@@ -144,12 +144,13 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trust = trust_remote_code or has_own_code(folder)
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
+    trust = trust_remote_code or has_own_code(folder)  # of the model; its tokenizer could ask for other code
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
             ours = _teach_our_formats(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            options["trust_remote_code"] = trust
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
             model.to(device).eval()
             if ours:

@@ -48,8 +48,8 @@ def verdicts_on_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [asdict(verdict) for verdict in own_verdicts(quantization.get("format", ""), unlike=unlike)]
     grids = [group["weights"] for group in quantization["config_groups"].values()]
     vllm = vllm_verdict(grids)
-    if vllm.loads and (unlike := unlike_partners(quantization)):
-        vllm = Verdict("vLLM", False, unlike)
+    if vllm.loads and (partners := unlike_partners(quantization)):
+        vllm = Verdict("vLLM", False, partners)
     return [asdict(verdict) for verdict in (transformers_verdict(grids), vllm, gguf_verdict(grids))]
 
 

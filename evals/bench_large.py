@@ -223,7 +223,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     lines = [
         f"{in_words(here)}; {report['shape']} with {report['layers']} layers, {report['model_bytes'] / 1e9:.2f} GB, "
-        f"{report['recipe']['steps'][0]['method']}, exit code {report['exit_code']}.",
+        f"{next(iter(report['recipe']['steps'][0].values()))}, exit code {report['exit_code']}.",
         "",
         "| | predicted | measured |",
         "|---|---|---|",

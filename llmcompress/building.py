@@ -21,7 +21,8 @@ def build(source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = 
     from transformers import AutoConfig
 
     with stock_errors(source, "transformers cannot build a model from its config.json"):
-        if trust_remote_code and source.folder:  # the configuration's class may be code in the folder
+        foreign = trust_remote_code and source.needs_remote_code
+        if foreign and source.folder:  # the class of the configuration may be code in the folder
             config = AutoConfig.from_pretrained(
                 str(source.folder), local_files_only=True, trust_remote_code=trust_remote_code
             )

@@ -57,7 +57,10 @@ def unlike_verdicts(*, packed: bool) -> list[Verdict]:
     """Blocks that differ in width need the code that is in the folder."""
     padded = "knows one width for all blocks; llmcompress export DIR --pad-to-uniform writes a dense form that it loads"
     uniform = "knows one width for all blocks; a recipe with uniform widths makes what it loads"
-    code = "with trust_remote_code=True, which runs modeling_llmcompress.py of the folder"
+    code = (
+        "only with trust_remote_code=True, which runs modeling_llmcompress.py of the folder; without, transformers "
+        "stops at the shapes, or warns that it makes up weights of an attention or MLP that is gone"
+    )
     return [
         Verdict("transformers", True, code + (", and the compressed-tensors package" if packed else "")),
         Verdict("vLLM", False, uniform if packed else padded),

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.adapter import adapter_of, attach, unpack
+from llmcompress.arch import per_layer_class
 from llmcompress.calibrate import load_text, tokens_sha256
 from llmcompress.errors import EvaluationError
 from llmcompress.files import read_json, write_text
@@ -43,7 +44,7 @@ from llmcompress.perplexity import (
     text_windows,
 )
 from llmcompress.quiet import quiet
-from llmcompress.source import has_own_code, packaged_file
+from llmcompress.source import packaged_file
 from llmcompress.suite import Suite, TaskEntry, TextEntry, load_suite, suite_from_options, suite_paths
 from llmcompress.tasks import TaskScore, compare_task, run_tasks
 
@@ -142,16 +143,16 @@ def load_model(
     dtype: of weights and arithmetic, whatever the checkpoint stores ("float32", "bfloat16", "float16").
     Raises EvaluationError if the folder cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    trust = trust_remote_code or has_own_code(folder)  # of the model; its tokenizer could ask for other code
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
             ours = _teach_our_formats(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            options["trust_remote_code"] = trust
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+            config = AutoConfig.from_pretrained(folder, **options)
+            made_by = AutoModelForCausalLM if trust_remote_code else per_layer_class(config) or AutoModelForCausalLM
+            model: Any = made_by.from_pretrained(folder, config=config, dtype=getattr(torch, dtype), **options)
             model.to(device).eval()
             if ours:
                 model.dequantize(getattr(torch, dtype))

@@ -4,8 +4,9 @@ The result computes the same, is as large as if every block were as wide as the 
 this project is needed, as config.json says one width for all blocks. It is for engines that know no other models.
 """
 
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,12 @@ from llmcompress.arch import (
     find_couplings,
     skeleton,
 )
-from llmcompress.checkpoint import Checkpoint, read_tensors
-from llmcompress.errors import PlanError
+from llmcompress.checkpoint import Checkpoint, read_tensors, safetensors_header
+from llmcompress.errors import FormatError, PlanError
 from llmcompress.export import finish, opened
 from llmcompress.files import read_json, write_json
 from llmcompress.inspection import read_object, weight_files
-from llmcompress.modeling_llmcompress import PREFIX
-from llmcompress.source import CODE
+from llmcompress.source import CODE, PREFIX
 from llmcompress.structure.groups import KV, MLP, QUERY, find_groups, kept_positions
 from llmcompress.structure.reshape import MLP_KEYS, PER_LAYER
 from llmcompress.structure_budget import resized
@@ -51,17 +51,19 @@ def pad(folder: Path, output: Path) -> dict[str, Any]:
     if results["format"] != "dense":
         raise PlanError(f"{folder}: its weights are stored as {results['format']}; only dense ones can be padded")
     uniform, files = uniform_config(config), weight_files(folder)
-    wide = dict(padded_shapes(config, uniform))
+    stored = [name for path in files for name in safetensors_header(path)]
+    wide = {as_stored(name, stored): where for name, where in padded_shapes(config, uniform)}
+    lacking = {name for name in wide if name not in stored}
+    if odd := [name for name in sorted(lacking) if wide[name][1]]:
+        raise FormatError(f"{folder}: the tensor {odd[0]} is missing")
     checkpoint = Checkpoint(output, len(files), f"pad {results['name']} {results['created']}")
     checkpoint.open(overwrite=True)
     try:
-        left = set(wide)
         for number, path in enumerate(files):
             tensors = {name: widened(name, value, wide) for name, value in read_tensors(path).items()}
-            left -= set(tensors)
             if number == len(files) - 1:  # what blocks lack as a whole
                 dtype = next(iter(tensors.values())).dtype
-                tensors |= {name: torch.zeros(wide[name][0], dtype=dtype) for name in sorted(left)}
+                tensors |= {name: torch.zeros(wide[name][0], dtype=dtype) for name in sorted(lacking)}
             checkpoint.write_shard(number, tensors)
         write_json(checkpoint.partial / "config.json", uniform)
         rows = [row | padded_row(row, wide) for row in results["layers"]]
@@ -73,6 +75,13 @@ def pad(folder: Path, output: Path) -> dict[str, Any]:
     finally:
         checkpoint.close()
     return {"folder": str(output), "format": "dense", "bytes": read_json(output / "results.json")["size"]}
+
+
+def as_stored(name: str, stored: Collection[str]) -> str:
+    """The name in the checkpoint of a module's tensor in a block: old ones lack the prefix of the base model."""
+    short = name.partition(".")[2]
+    blocks = re.split(r"\.\d+\.", short)[0] + "."
+    return short if any(other.startswith(blocks) for other in stored) else name
 
 
 def uniform_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +105,9 @@ def padded_shapes(
         positions = places(blocks[0], found, linears, heads, own)
         for name, shape in shapes.items():
             inside = {key: value for key, value in positions.items() if key[0] == name}
-            if inside or name.partition(".")[0] in own.get("skip", ()):
+            if name.partition(".")[0] in own.get("skip", ()):
+                yield f"{path}.{index}.{name}", (shape, {})
+            elif inside:
                 yield f"{path}.{index}.{name}", (shape, inside)
 
 

@@ -70,6 +70,7 @@ class Story:
     last: str  # name of the last one
     earlier: list[dict[str, Any]]  # records of the others
     training: list[dict[str, Any]]  # loss curves of all that trained
+    seconds: float = 0.0  # of the last stage, its proof included, as the records of the others have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,8 +279,7 @@ def stages_of(outcome: Outcome, output: int) -> list[dict[str, Any]]:
     keys = ("name", "parameters", "bytes", "seconds", "perplexity")
     earlier = [{key: stage[key] for key in keys} for stage in outcome.story.earlier]
     parameters = stored_parameters(result_of(outcome.plan))
-    seconds = sum(record["seconds"] for record in outcome.checkpoint.records())
-    last = {"name": outcome.story.last, "parameters": parameters, "bytes": output, "seconds": seconds}
+    last = {"name": outcome.story.last, "parameters": parameters, "bytes": output, "seconds": outcome.story.seconds}
     return [before, *earlier, last | {"perplexity": texts("compressed")}]
 
 

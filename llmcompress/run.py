@@ -179,8 +179,10 @@ def finish_tensors(job: Job, checkpoint: Checkpoint, clock: Clock) -> tuple[dict
 
 def make_folder(job: Job, checkpoint: Checkpoint, clock: Clock, story: Story, *, evaluate: bool) -> dict[str, Any]:
     """Everything in DIR.partial: compressed, proved, scored and described. Returns the contents of results.json."""
-    plan, origin = job.plan, job.shared.origin
+    start = time.monotonic()
     proof, peak = finish_tensors(job, checkpoint, clock)
+    story = replace(story, seconds=time.monotonic() - start)
+    plan, origin = job.plan, job.shared.origin  # a ranking may have decided otherwise than the plan knew
     if curve := read_json(checkpoint.state / "curve.json"):
         story.training.append(curve)
     peak_device = torch.cuda.max_memory_allocated() if plan.device.type == "cuda" else 0

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 CODE = "modeling_llmcompress.py"  # goes with models whose blocks differ
+PREFIX = "PerLayer"  # of the names of its classes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 CONVERT_PICKLE = (
@@ -128,9 +129,11 @@ def has_own_code(folder: Path | None) -> bool:
 
 
 def is_own_code(auto_map: Any) -> bool:
-    """Whether a config.json asks for no other code than that file; this package runs its own copy then."""
-    asked = auto_map.values() if isinstance(auto_map, dict) else [None]
-    return all(isinstance(value, str) and value.startswith(CODE.removesuffix("py")) for value in asked)
+    """Whether a config.json asks for one class of that file and no other code; this package runs its own copy then."""
+    asked = auto_map if isinstance(auto_map, dict) else {}
+    name = asked.get("AutoModelForCausalLM")
+    own = rf"{CODE.removesuffix('.py')}\.{PREFIX}[A-Za-z0-9]+"
+    return set(asked) == {"AutoModelForCausalLM"} and isinstance(name, str) and bool(re.fullmatch(own, name))
 
 
 def open_source(model: str, *, revision: str | None = None) -> ModelSource:

@@ -51,9 +51,10 @@ class Link:
 
 def plan_stages(recipe: Recipe, source: ModelSource) -> list[tuple[Link, Plan]]:
     """Every stage of a recipe with its plan. Raises PlanError with the first thing that does not fit."""
-    planned: list[tuple[Link, Plan]] = []
+    planned, teacher = list[tuple[Link, Plan]](), source
     check_order(recipe)
     for stage in recipe.stages():
+        check_teacher(stage, teacher, source)
         for link in rounds(stage, source):
             plan = link.plan(source)
             if planned:  # what it starts from is there already
@@ -92,6 +93,19 @@ def check_order(recipe: Recipe) -> None:
             )
 
 
+def check_teacher(stage: Stage, teacher: ModelSource, source: ModelSource) -> None:
+    """Hidden states are compared number by number, so both models must have as many."""
+    step = stage.steps[0]
+    if not isinstance(step, TrainStep) or not isinstance(step.options, Recover) or "hidden" not in step.options.loss:
+        return
+    there, here = (each.config.get("hidden_size", each.config.get("n_embd")) for each in (teacher, source))
+    if there != here:
+        raise PlanError(
+            f"{step.where}.loss: hidden compares hidden states, of which the dense model has {there} and this one "
+            f"{here}; use distillation"
+        )
+
+
 def rounds(stage: Stage, source: ModelSource) -> list[Link]:
     """A stage as one link, or as one for every round of its structure step."""
     step = stage.steps[0]
@@ -105,7 +119,8 @@ def rounds(stage: Stage, source: ModelSource) -> list[Link]:
             + (f", {grain} at a time" if grain > 1 else "")
             + f"; use at most {gone // grain}"
         )
-    return [Link(stage, units - grain * round(gone / grain * i / count)) for i in range(1, count + 1)]
+    between = [grain * round((units - gone * i / count) / grain) for i in range(1, count)]
+    return [Link(stage, keep) for keep in [*between, units - gone]]
 
 
 def plan_units(recipe: Recipe, source: ModelSource, step: StructureStep, keep: int | None = None) -> "StructurePlan":

@@ -106,6 +106,9 @@ class WidthJob(Job):
     def _shrink(self, block: Block) -> BlockResult:
         """Compensate and mask a block; the result holds what is left of its tensors."""
         result, group = BlockResult(), self.plan.groups.get(block.index)
+        for info in self.plan.result.tensors.values():  # biases that a setting brings to every block, for a mean
+            if info.name not in self.source.tensors and info.name.startswith(f"{self.plan.blocks}.{block.index}."):
+                result.tensors[info.name] = torch.zeros(info.shape, dtype=self.plan.dtype)
         if group is None:
             return result
         stays = self.kept[block.index]
@@ -150,18 +153,15 @@ class WidthJob(Job):
         return float((left / quadratic(weight, gram)).sqrt())
 
     def _add_bias(self, block: Block, consumer: str, bias: Tensor, result: BlockResult) -> None:
-        """Add a bias [out] to the consumer, also where it had none; what its setting brings beside it is zero."""
+        """Add a bias [out] to the consumer, also where it had none."""
         linear = block.module.get_submodule(consumer)
         if getattr(linear, "bias", None) is not None:
             linear.bias.data.add_(bias.to(linear.bias.dtype))
             return
         bias = bias.to(self.plan.dtype)
         linear.register_forward_hook(lambda module, inputs, output: output + bias.to(output.device))
-        for info in self.plan.result.tensors.values():
-            if info.name not in self.source.tensors and info.name.startswith(f"{self.plan.blocks}.{block.index}."):
-                own = self.stored[f"{block.name}.{consumer}.weight"][0].removesuffix("weight") + "bias"
-                values = bias.cpu() if info.name == own else torch.zeros(info.shape, dtype=self.plan.dtype)
-                result.tensors[info.name] = values.contiguous()
+        stem = self.stored[f"{block.name}.{consumer}.weight"][0].removesuffix("weight")
+        result.tensors[f"{stem}bias"] = bias.cpu().contiguous()
 
     def _row(
         self, block: Block, name: str, shapes: dict[str, tuple[int, ...]], kept: Any, error: float | None

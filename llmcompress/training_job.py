@@ -24,7 +24,7 @@ from llmcompress.job import Data, Job, build_for, data_from, tensors_by_paramete
 from llmcompress.recipe import matches
 from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
-from llmcompress.training.loop import Task, share_of_batch, train
+from llmcompress.training.loop import Task, drawn_rows, share_of_batch, train
 from llmcompress.training.losses import cross_entropy, distillation, hidden_error
 from llmcompress.training.processes import launched, tell_others
 from llmcompress.training.teacher import Lessons
@@ -77,9 +77,10 @@ class TrainJob(Job):
         model, student, task = self._prepare(state)
         if options.has_teacher:
             windows = self.text.tokens
-            self.progress.stage("asking the dense model", len(windows))
+            rows = drawn_rows(len(windows), options)
+            self.progress.stage("asking the dense model", len(rows))
             lessons = Lessons(options, state / "lessons")
-            lessons.write(self._teacher(), windows, lambda done, total: self.progress.advance(done))
+            lessons.write(self._teacher(), windows, rows, lambda done, total: self.progress.advance(done))
         tell_others({"where": self.plan.step.where, "source": str(self.source.folder), "state": str(state)})
         self.progress.stage(f"training: {self.plan.step.name}", options.steps)
         curve = train(student, options, task, state, self.progress.advance)

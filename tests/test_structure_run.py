@@ -34,12 +34,46 @@ def test_narrower_models_of_every_architecture_are_proved(kind, run_here):
 
 
 @pytest.mark.parametrize("kind", GROUPED)
-def test_fewer_key_value_groups_and_fewer_query_heads(kind, run_here):
+def test_fewer_key_value_groups(kind, run_here):
     step = {"structure": "kv_group", "score": "activation", "ratio": 0.5, "of": "group"}
     folder, _ = run_here(kind, step)
     config = config_of(folder)
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (3, 1)
     assert config["head_dim"] == ARCHITECTURES[kind].get("head_dim", 16)
+
+
+def test_fewer_query_heads_of_every_group(run_here):
+    folder, results = run_here("qwen3", CHANNELS | {"structure": "query_head", "ratio": 0.3})
+    config = config_of(folder)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
+    assert results["proof"]["passed"]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"parameters": 100_000, "of": "decoder"},
+        {"bytes": "220KB", "of": "model"},
+        {"ratio": 0.2, "of": "model"},
+    ],
+)
+def test_a_budget_is_met_to_the_nearest_width(budget, run_here, tiny_folders):
+    """A width more or less would be farther from it."""
+    folder, _ = run_here("llama", CHANNELS | {"ratio": None} | budget)
+    before, after = tensors(Path(tiny_folders("llama"))), tensors(folder)
+
+    def count(found: dict[str, torch.Tensor]) -> int:
+        return sum(x.numel() for name, x in found.items() if budget["of"] == "model" or "layers" in name)
+
+    wanted = {"parameters": 100_000, "bytes": 110_000, "ratio": 0.8 * count(before)}[next(iter(budget))]
+    assert abs(count(after) - wanted) <= 2 * 3 * 96 / 2
+
+
+def test_rounds_end_where_one_round_does(run_here):
+    """Though the multiple does not divide the width that there was."""
+    step = CHANNELS | {"structure": "mlp_channel", "ratio": 0.5, "multiple": 24}
+    once, twice = (config_of(run_here("llama", step | more)[0])["intermediate_size"] for more in ({}, {"rounds": 2}))
+    assert once == twice == 72
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -14,7 +14,7 @@ from llmcompress.errors import CalibrationError, PlanError, RecipeError, ResumeE
 from llmcompress.recipe import parse_step
 from llmcompress.run import run
 from llmcompress.training import Recover
-from llmcompress.training.loop import batch_rows, masked, rate
+from llmcompress.training.loop import batch_rows, drawn_rows, masked, rate
 from llmcompress.training.losses import Taught, cross_entropy, distillation, hidden_error, keep_largest
 
 RECOVER = {"train": "recover", "steps": 6, "batch": 2, "learning_rate": 1e-3, "warmup": 2, "checkpoint_every": 2}
@@ -261,3 +261,16 @@ def test_folders_of_somebody_else_stay(run_here, tmp_path, monkeypatch, tiny_fol
     with proof_inside(monkeypatch), pytest.raises(ResumeError, match="was not made by llmcompress"):
         run(recipe(tiny_folders("llama"), text, NARROW), tmp_path / "out")
     assert mine.exists()
+
+
+def test_the_teacher_reads_what_will_be_learned_from():
+    options = Recover.parse({"steps": 3, "batch": 2}, "")
+    rows = drawn_rows(100, options)
+    assert rows == sorted({int(r) for step in range(3) for r in batch_rows(100, options, step)})
+    assert len(rows) == 6
+
+
+def test_hidden_states_of_unlike_width_are_refused(run_here):
+    narrow = {"structure": "hidden", "score": "random", "ratio": 0.3}
+    with pytest.raises(PlanError, match="hidden compares hidden states, of which the dense model has 96"):
+        run_here("llama", narrow, RECOVER | {"loss": {"hidden": 1, "distillation": 1}})

@@ -2,17 +2,21 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from safetensors.torch import load_file, save_file
 from tiny_runs import logits, reloaded, tensors
 
 from llmcompress.errors import PlanError
+from llmcompress.evaluate import evaluate
 from llmcompress.pad import pad
-from llmcompress.source import CODE, has_own_code
+from llmcompress.source import CODE, has_own_code, is_own_code
+from llmcompress.suite import suite_from_options
 
 RANKED = {"structure": "mlp_channel", "score": "magnitude", "widths": "global", "ratio": 0.3, "of": "group"}
 NO_ATTENTION = {"structure": "attention", "score": "random", "ratio": 0.5, "of": "group"}
@@ -150,3 +154,58 @@ def test_what_cannot_be_padded(run_here, tmp_path):
     with pytest.raises(PlanError, match="all alike, so there is nothing to pad"):
         pad(folder, tmp_path / "padded")
     assert not (tmp_path / "padded").exists()
+
+
+def test_scoring_runs_no_code_of_the_folder(run_here, text):
+    """Not the modelling file, of which this package has its own, nor what transformers imports where it trusts."""
+    folder, _ = run_here("llama", RANKED | {"multiple": 8})
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("raise SystemExit('foreign code ran')\n")
+    suite = suite_from_options(text=text, length=32, windows=2)
+    scores = evaluate(folder, suite)
+    assert scores["perplexity"][0]["compressed"]["value"] > 1
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"AutoModelForCausalLM": "modeling_llmcompress.x--evil.Evil"},
+        {"AutoModelForCausalLM": "modeling_llmcompress.PerLayerA.B"},
+        {"AutoModelForCausalLM": "modeling_llmcompress.PerLayerLlamaForCausalLM", "AutoConfig": "evil.Config"},
+        {"AutoModelForCausalLM": ["modeling_llmcompress.PerLayerLlamaForCausalLM"]},
+        "modeling_llmcompress.PerLayerLlamaForCausalLM",
+        None,
+    ],
+)
+def test_other_names_are_other_code(asked):
+    assert is_own_code({"AutoModelForCausalLM": "modeling_llmcompress.PerLayerLlamaForCausalLM"})
+    assert not is_own_code(asked)
+
+
+def test_a_mean_brings_biases_to_protected_blocks_too(run_here):
+    """The setting holds for all blocks; what is not made smaller has zeros. A second round starts from these."""
+    step = RANKED | {"score": "fluctuation", "compensate": "mean", "multiple": 8}
+    folder, _ = run_here("llama", step | {"protect_first": 1, "widths": "uniform", "ratio": 0.25})
+    biases = {name: value for name, value in tensors(folder).items() if name.endswith(".bias")}
+    assert len(biases) == 2 * 3
+    assert [name for name, value in biases.items() if value.any()] == ["model.layers.1.mlp.down_proj.bias"]
+    assert run_here("llama", step | {"rounds": 2})[1]["proof"]["passed"]
+
+
+def test_checkpoints_without_the_prefix_of_the_base_model_are_padded(run_here, tiny_folders, tmp_path):
+    old = shutil.copytree(tiny_folders("gpt2"), tmp_path / "old")
+    weights = load_file(old / "model.safetensors")
+    save_file({name.removeprefix("transformer."): w for name, w in weights.items()}, old / "model.safetensors")
+    folder, _ = run_here(str(old), RANKED | {"multiple": 8})
+    assert "h.0.mlp.c_fc.weight" in tensors(folder)
+    pad(folder, tmp_path / "padded")
+    model = reloaded(tmp_path / "padded").float()
+    expected = logits(reloaded(folder, trust_remote_code=True).float())
+    assert float((logits(model) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_results_tell_what_the_ranking_decided(run_here):
+    _, results = run_here("llama", RANKED | {"multiple": 8})
+    kept = sum(row["after_bytes"] for row in results["layers"])
+    mlp = next(part for part in results["size"]["parts"] if part["part"] == "mlp")
+    assert mlp["after_bytes"] == kept

@@ -19,6 +19,7 @@ from llmcompress.arch.discovery import (
     ignored_linears,
     layer_config,
     match_names,
+    per_layer_class,
     skeleton,
 )
 from llmcompress.arch.links import Heads, Link, row_factors, scale_consumers, scale_producer
@@ -52,6 +53,7 @@ __all__ = [
     "is_transposed",
     "layer_config",
     "match_names",
+    "per_layer_class",
     "quiet_transformers",
     "row_factors",
     "rows_of",

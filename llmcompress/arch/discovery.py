@@ -11,6 +11,7 @@ from llmcompress.arch.links import Heads, Link
 from llmcompress.arch.modules import Linear, Module, block_linears, find_blocks, quiet_transformers
 from llmcompress.arch.probe import FoundLink, Probe
 from llmcompress.errors import FormatError, PlanError
+from llmcompress.source import is_own_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,10 @@ def per_layer_class(config: Any) -> Any | None:
     """The class for models whose blocks differ, if this configuration is of one that was made here; else None."""
     from llmcompress import modeling_llmcompress
 
-    module, _, name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "").partition(".")
-    return getattr(modeling_llmcompress, name) if module == "modeling_llmcompress" else None
+    asked: Any = getattr(config, "auto_map", None)
+    if not is_own_code(asked):
+        return None
+    return getattr(modeling_llmcompress, asked["AutoModelForCausalLM"].partition(".")[2])
 
 
 def layer_config(config: Any, index: int) -> Any:

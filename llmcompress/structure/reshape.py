@@ -1,7 +1,7 @@
 """config.json of a model that has lost width or depth, in the terms that stock engines read.
 
 Which key holds a size differs between architectures; the class of the config knows (`attribute_map`). Whether the keys
-say enough is not assumed: `check_shapes` builds the smaller model without weights and compares every parameter with
+say enough is not assumed: `build_smaller` builds the smaller model without weights and compares every parameter with
 what was cut out.
 """
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from llmcompress.arch import Heads, Module, layer_config, skeleton
 from llmcompress.errors import PlanError
-from llmcompress.modeling_llmcompress import PREFIX
-from llmcompress.source import CODE
+from llmcompress.source import CODE, PREFIX
 from llmcompress.structure.groups import ATTENTION_LAYER, KV, MLP, MLP_LAYER, QUERY, Group, modules_of
 
 HEADS = (KV, QUERY)
@@ -50,10 +49,15 @@ def new_sizes(config: Any, model: str, group: Group, kept: int) -> dict[str, Any
         return {"num_attention_heads": kept * heads.kv, "num_key_value_heads": heads.kv}
     if group.kind in SUBLAYERS:
         return {} if kept else {"skip": sorted({*getattr(config, "skip", []), *modules_of(group.linears)})}
+    return {mlp_key(config, model): kept}
+
+
+def mlp_key(config: Any, model: str) -> str:
+    """What the width of an MLP is called."""
     key = next((key for key in MLP_KEYS if hasattr(config, key)), None)
     if key is None:
         raise PlanError(f"{model}: its config has none of {', '.join(MLP_KEYS)}, so its MLPs have one width; use block")
-    return {key: kept}
+    return key
 
 
 def own_sizes(config: Mapping[str, Any], index: int) -> dict[str, Any]:

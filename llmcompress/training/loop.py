@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,16 @@ def rate(step: int, options: Train) -> float:
 
 def batch_rows(windows: int, options: Train, step: int) -> Tensor:
     """Windows of a step, [batch] int64: those of shuffled passes over all windows, one pass after another."""
-    rows = []
-    for place in range(step * options.batch, (step + 1) * options.batch):
-        passed, at = divmod(place, windows)
-        rows.append(int(order(windows, options.seed, passed)[at]))
-    return torch.tensor(rows)
+    places = range(step * options.batch, (step + 1) * options.batch)
+    return torch.tensor([int(order(windows, options.seed, at // windows)[at % windows]) for at in places])
 
 
+def drawn_rows(windows: int, options: Train) -> list[int]:
+    """All windows that some step takes, in order."""
+    return sorted({int(row) for step in range(options.steps) for row in batch_rows(windows, options, step)})
+
+
+@lru_cache(maxsize=2)  # a step may take the last windows of one pass and the first of the next
 def order(windows: int, seed: int, passed: int) -> Tensor:
     """A permutation of the windows, another one for each pass."""
     return torch.randperm(windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + passed))

@@ -25,14 +25,14 @@ class Lessons:
         self.options = options
         self.folder = folder
 
-    def write(self, teacher: StreamedModel, windows: Tensor, tell: Callable[[int, int], None]) -> None:
-        """Let the teacher read all windows; those that an earlier run has finished are left as they are."""
+    def write(self, teacher: StreamedModel, windows: Tensor, rows: list[int], tell: Callable[[int, int], None]) -> None:
+        """Let the teacher read those windows that will be learned from; what an earlier run has finished stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(windows), CHUNK):
-            part = windows[start : start + CHUNK]
-            if not all(self._file(start + i).exists() for i in range(len(part))):
-                self._write_part(teacher, start, part)
-            tell(min(start + CHUNK, len(windows)), len(windows))
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            if not all(self._file(row).exists() for row in part):
+                self._write_part(teacher, part, windows[part])
+            tell(min(start + CHUNK, len(rows)), len(rows))
 
     def read(self, rows: Tensor, device: torch.device) -> Taught:
         """Of some windows [n] int64."""
@@ -40,18 +40,18 @@ class Lessons:
         parts = {name: torch.stack([one[name] for one in found]).to(device) for name in found[0]}
         return Taught(parts["tokens"].long(), parts["log_probs"], parts.get("hidden"))
 
-    def _write_part(self, teacher: StreamedModel, start: int, windows: Tensor) -> None:
+    def _write_part(self, teacher: StreamedModel, rows: list[int], windows: Tensor) -> None:
         hidden = teacher.embed(windows)
         for _ in stream_blocks(teacher, hidden):
             pass
         with teacher.head() as logits:
-            for i, row in enumerate(hidden):
+            for number, row in zip(rows, hidden, strict=True):
                 said = logits(row[None].to(teacher.device))[0]
                 tokens, log_probs = keep_largest(said, self.options.top_k, self.options.temperature)
                 kept = {"tokens": tokens.to(torch.int32), "log_probs": log_probs}
                 if "hidden" in self.options.loss:
                     kept["hidden"] = row
-                write_tensors(self._file(start + i), kept)
+                write_tensors(self._file(number), kept)
 
     def _file(self, window: int) -> Path:
         return self.folder / f"{window:06d}.safetensors"

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import prod
 
+from llmcompress.arch import Architecture, Module
 from llmcompress.building import build
 from llmcompress.errors import PlanError
 from llmcompress.layout import block_index
@@ -17,27 +18,47 @@ def plan_depth(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
     """Some unprotected blocks go."""
     options, source = step.options, dense.source
     model, architecture = build(source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)
-    per_block = sum(prod(info.shape) for info in dense.tensors_of(0))
+    inside = sum(prod(info.shape) for info in source.tensors.values() if info.name.startswith(dense.blocks + "."))
+    per_block = inside / dense.count  # on average, should they differ in width
     free = unprotected(dense, step)
     if keep is None:
-        removed = parameters_to_remove(dense, options, step.where, per_block * dense.count)
+        removed = parameters_to_remove(dense, options, step.where, inside)
         keep = uniform_width(dense.count, removed / per_block, 1, step.where)
     drop = dense.count - keep
     if drop >= len(free):
         raise PlanError(
             f"{step.where}: {drop} blocks would go, and {len(free)} are not protected; at least one of these must stay"
         )
-    config = shallower(source.config, model, list(range(dense.count - drop)))
-    gone = tuple(f"{architecture.block(index)}." for index in range(dense.count - drop, dense.count))
-    left = {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith(gone)}
+    return without_blocks(dense, step, model, architecture, list(range(keep, dense.count)))
+
+
+def without_blocks(
+    dense: Plan, step: StructureStep, model: Module, architecture: Architecture, gone: list[int]
+) -> StructurePlan:
+    """The plan in which these blocks go; which ones is known only after the scores, and matters where blocks differ."""
+    source = dense.source
+    config = shallower(source.config, model, [index for index in range(dense.count) if index not in gone])
+    paths = {f"{architecture.block(index)}.": index for index in range(dense.count)}
+    left = {}
+    for name, parameter in model.named_parameters():
+        old = next((index for path, index in paths.items() if name.startswith(path)), None)
+        if old not in gone:
+            left[renumbered(name, architecture.blocks, old, gone)] = tuple(parameter.shape)
     build_smaller(config, left, source.name, heads=False)
-    tensors = {name: info for name, info in source.tensors.items() if not dropped(name, dense, drop)}
-    note = f"block: {dense.count} -> {dense.count - drop} removes " + shares(
-        dense, drop * per_block, per_block * dense.count
-    )
-    return extended(dense, step, {}, {}, drop, replace(source, config=config, tensors=tensors), note)
+    tensors = {}
+    for name, info in source.tensors.items():
+        old = block_index(name, dense.blocks) if name.startswith(dense.blocks + ".") else None
+        if old not in gone:
+            tensors[renumbered(name, dense.blocks, old, gone)] = info
+    removed = sum(prod(i.shape) for i in source.tensors.values()) - sum(prod(i.shape) for i in tensors.values())
+    inside = sum(prod(info.shape) for info in source.tensors.values() if info.name.startswith(dense.blocks + "."))
+    note = f"block: {dense.count} -> {dense.count - len(gone)} removes {shares(dense, removed, inside)}"
+    return extended(dense, step, {}, {}, len(gone), replace(source, config=config, tensors=tensors), note)
 
 
-def dropped(name: str, plan: Plan, count: int) -> bool:
-    """Whether a tensor is in one of the last `count` blocks."""
-    return name.startswith(plan.blocks + ".") and block_index(name, plan.blocks) >= plan.count - count
+def renumbered(name: str, blocks: str, old: int | None, gone: list[int]) -> str:
+    """The name of a tensor or parameter of block `old` after the blocks `gone` have gone."""
+    if old is None:
+        return name
+    new = old - sum(index < old for index in gone)
+    return f"{blocks}.{new}." + name.removeprefix(f"{blocks}.{old}.")

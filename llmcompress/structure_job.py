@@ -19,6 +19,7 @@ from torch import Tensor
 from llmcompress.arch import is_transposed
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
 from llmcompress.compress import BlockResult, weight_of
+from llmcompress.depth_plan import without_blocks
 from llmcompress.errors import CalibrationError
 from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
@@ -29,7 +30,6 @@ from llmcompress.stream import Block, collect, oriented, stream_blocks
 from llmcompress.structure import Depth, Sublayer, Width
 from llmcompress.structure.compensation import least_squares, mean_bias
 from llmcompress.structure.groups import Group, cut, kept_positions, mask_units
-from llmcompress.structure.reshape import shallower
 from llmcompress.structure.scores import Seen
 from llmcompress.structure.selection import check_scores, global_widths, keep_highest, standardized
 from llmcompress.structure_budget import StructurePlan, unprotected
@@ -212,7 +212,8 @@ class DepthJob(Job):
 
     def compress(self, checkpoint: Checkpoint) -> None:
         """Choose blocks, then copy the tensors of the others, then all else."""
-        dropped = self._choose(checkpoint)
+        dropped, plan = self._choose(checkpoint), self.plan
+        self.plan = without_blocks(plan, plan.step, self.model, self.architecture, dropped)
         self.numbers = [i for i in range(self.plan.count) if i not in dropped]
         self.proof_blocks = min(self.proof_blocks, len(self.numbers))
         self._carry_over(checkpoint, self.numbers)
@@ -242,7 +243,7 @@ class DepthJob(Job):
         return blocks
 
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._dense_config(shallower(self.source.config, self.model, self.numbers))
+        return self._dense_config(self.plan.result.config)
 
     def _check_against_plan(self) -> None:
         """No linear changes."""

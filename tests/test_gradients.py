@@ -6,23 +6,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
+from tiny_runs import streamed
 
-from llmcompress.arch import discover, is_transposed, skeleton
+from llmcompress.arch import is_transposed
 from llmcompress.errors import CalibrationError
 from llmcompress.gradients import stream_gradients
 from llmcompress.stats import GradientMean, GradientSquare
-from llmcompress.stream import StreamedModel
-
-
-def streamed(model: Any) -> StreamedModel:
-    """A float32 stream of a model that is in memory."""
-    shell = skeleton(model.config, torch.float32)
-    parameters = dict(model.named_parameters())
-
-    def read(names: Any) -> dict[str, torch.Tensor]:
-        return {name: parameters[name].detach().clone() for name in names}
-
-    return StreamedModel(shell, discover(shell), read, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def whole_model(model: Any, tokens: torch.Tensor, name: str, kind: type[GradientMean]) -> torch.Tensor:

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from llmcompress import proof, reload
+from llmcompress.arch import discover, skeleton
 from llmcompress.recipe import Recipe, parse_recipe
+from llmcompress.stream import StreamedModel
 
 
 def write_text(path: Path, characters: int = 6000) -> Path:
@@ -137,3 +139,14 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def streamed(model: Any) -> StreamedModel:
+    """A float32 stream of a model that is in memory."""
+    shell = skeleton(model.config, torch.float32)
+    parameters = dict(model.named_parameters())
+
+    def read(names: Any) -> dict[str, torch.Tensor]:
+        return {name: parameters[name].detach().clone() for name in names}
+
+    return StreamedModel(shell, discover(shell), read, dtype=torch.float32, device=torch.device("cpu"))

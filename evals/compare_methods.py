@@ -65,7 +65,7 @@ ORDERS = [  # from the best to the worst
     ["sparsegpt-row50", "wanda-row50", "magnitude-row50", "random-row50"],
     ["joint-2to4-int4", "wanda-then-rtn"],
     ["gptq-int4", "awq-int4", "rtn-int4"],
-    ["width-taylor", "width-random"],  # random: the mean of its seeds
+    ["width-taylor", "width-random", "width-magnitude"],  # random: the mean of its seeds
     ["width-fluctuation", "width-random"],
     ["width-taylor-least-squares", "width-taylor"],
     ["width-fluctuation-least-squares", "width-fluctuation"],

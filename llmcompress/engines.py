@@ -42,8 +42,7 @@ def verdicts_on_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if unlike and not own:
         return [asdict(verdict) for verdict in unlike_verdicts(packed=bool(quantization))]
     if not quantization:
-        plain = "plain weights, as any engine that knows the architecture reads them"
-        return [asdict(Verdict(engine, True, plain)) for engine in ("transformers", "vLLM", "GGUF converters")]
+        return [asdict(verdict) for verdict in dense_verdicts(config)]
     if own:
         return [asdict(verdict) for verdict in own_verdicts(quantization.get("format", ""), unlike=unlike)]
     grids = [group["weights"] for group in quantization["config_groups"].values()]
@@ -51,6 +50,20 @@ def verdicts_on_weights(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     if vllm.loads and (partners := unlike_partners(quantization)):
         vllm = Verdict("vLLM", False, partners)
     return [asdict(verdict) for verdict in (transformers_verdict(grids), vllm, gguf_verdict(grids))]
+
+
+def dense_verdicts(config: Mapping[str, Any]) -> list[Verdict]:
+    """Plain weights load where the engine reads every size from config.json; some sizes have engines that do not."""
+    plain = "plain weights, as any engine that knows the architecture reads them"
+    kind, heads, head_dim = (config.get(key) for key in ("model_type", "num_attention_heads", "head_dim"))
+    vllm, gguf = Verdict("vLLM", True, plain), Verdict("GGUF converters", True, plain)
+    if kind == "qwen2" and heads and head_dim and heads * head_dim != config.get("hidden_size"):
+        vllm = Verdict("vLLM", False, "its Qwen2 computes the size of a head from the hidden size, and heads have gone")
+    layers = config.get("layer_types") or []
+    full = [i for i, layer in enumerate(layers) if layer == "full_attention"]
+    if kind == "gemma3_text" and full != list(range(5, len(layers), 6)):
+        gguf = Verdict("GGUF converters", False, "llama.cpp takes every sixth block for one with full attention")
+    return [Verdict("transformers", True, plain), vllm, gguf]
 
 
 def unlike_verdicts(*, packed: bool) -> list[Verdict]:

@@ -177,3 +177,22 @@ def test_vllm_needs_one_scheme_for_what_it_fuses(targets, ignore, loads):
     row = next(row for row in verdicts(fused_config(targets, ignore)) if row["engine"] == "vLLM")
     assert row["loads"] is loads
     assert loads or "it fuses" in row["why"]
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    ("config", "refusing"),
+    [
+        ({"model_type": "llama", "num_attention_heads": 6, "head_dim": 64, "hidden_size": 576}, set()),
+        ({"model_type": "qwen2", "num_attention_heads": 9, "hidden_size": 576}, set()),
+        ({"model_type": "qwen2", "num_attention_heads": 6, "head_dim": 64, "hidden_size": 576}, {"vLLM"}),
+        ({"model_type": "gemma3_text", "layer_types": [*[SLIDING] * 5, FULL, SLIDING]}, set()),
+        ({"model_type": "gemma3_text", "layer_types": [*[SLIDING] * 4, FULL, SLIDING]}, {"GGUF converters"}),
+        ({"model_type": "llama", "per_layer_config": {"0": {"skip": ["mlp"]}}}, {"vLLM", "GGUF converters"}),
+    ],
+    ids=["heads", "qwen2", "qwen2-heads", "gemma3", "gemma3-blocks", "unlike"],
+)
+def test_smaller_dense_models_load_where_every_size_is_read(config, refusing):
+    assert {row["engine"] for row in verdicts(config) if not row["loads"]} == refusing

@@ -36,6 +36,7 @@ from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.hidden_job import HiddenJob
 from llmcompress.hidden_plan import HiddenPlan
 from llmcompress.job import Data, Job, Shared, build_for, data_from
+from llmcompress.machine import device_of
 from llmcompress.packed_source import opened
 from llmcompress.plan import Plan
 from llmcompress.progress import Progress, Silent
@@ -69,7 +70,7 @@ def run(
     Continues a killed run of the same recipe. evaluate=False skips the recipe's scores.
     Raises a subclass of LLMCompressError for everything the user can mend; then nothing has the name `output`.
     """
-    with leading(), full_disk_explained(partial_folder(output)), full_device_explained():
+    with leading(cpu=device_of(recipe) == "cpu"), full_disk_explained(partial_folder(output)), full_device_explained():
         check_output(output, overwrite)
         return run_stages(recipe, output, overwrite=overwrite, evaluate=evaluate, progress=progress or Silent())
 
@@ -112,7 +113,7 @@ def run_stages(recipe: Recipe, output: Path, *, overwrite: bool, evaluate: bool,
 
 def join(recipe: Recipe) -> None:
     """For every process of an `accelerate launch` but the first: take part when that one trains, until it ends."""
-    for task in tasks():
+    for task in tasks(cpu=device_of(recipe) == "cpu"):
         first = open_source(recipe.model, revision=recipe.revision).fetch()
         origin = Origin(recipe, first, parameters=0, fetched_bytes=0)
         data, tokenizer = load_data(recipe, first, needed=recipe.calibration is not None)

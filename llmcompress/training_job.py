@@ -22,6 +22,7 @@ from llmcompress.errors import PlanError
 from llmcompress.files import write_json
 from llmcompress.job import Data, Job, build_for, data_from, tensors_by_parameter
 from llmcompress.recipe import matches
+from llmcompress.results import version
 from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
 from llmcompress.training.loop import Task, drawn_rows, share_of_batch, train
@@ -112,8 +113,9 @@ class TrainJob(Job):
         return options
 
     def fingerprint(self) -> str:
-        """Also of the text that is learned from, and of the teacher."""
+        """Also of the text that is learned from, of the teacher, and of how sums are shared out over processes."""
         parts = [super().fingerprint(), tokens_sha256(self.text.tokens), self.shared.origin.source.fingerprint]
+        parts += [str(launched()), *(version(name) or "" for name in ("accelerate", "peft"))]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     @cached_property

@@ -29,13 +29,13 @@ def is_first() -> bool:
 
 
 @contextmanager
-def leading() -> Iterator[None]:
-    """For the first process: the others end when this is left, whatever happened.
+def leading(*, cpu: bool) -> Iterator[None]:
+    """For the first process: the others end when this is left, whatever happened; cpu: where training will be.
 
     Raises PlanError for a launch that training does not work with.
     """
     if launched() > 1:
-        connect()
+        connect(cpu=cpu)
     try:
         yield
     finally:
@@ -48,23 +48,21 @@ def tell_others(task: dict[str, Any] | None) -> None:
         exchange(task)
 
 
-def tasks() -> Iterator[dict[str, Any]]:
+def tasks(*, cpu: bool) -> Iterator[dict[str, Any]]:
     """For every other process: what the first one asks for, one after another, until it ends."""
     try:
-        connect()
+        connect(cpu=cpu)
     except PlanError:
         return  # the first process says it
     while (task := exchange(None)) is not None:
         yield task
 
 
-def connect() -> None:
+def connect(*, cpu: bool) -> None:
     """Join the group of processes; raises PlanError for a launch that training does not work with."""
-    import torch
-
     from llmcompress.training.sharding import start
 
-    start(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    start(cpu=cpu, timeout=PATIENCE)
 
 
 def exchange(task: dict[str, Any] | None) -> dict[str, Any] | None:

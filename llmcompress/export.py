@@ -9,7 +9,8 @@ Scores and errors of the run stand, as the values are the same; size, format and
 """
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,7 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
     files = weight_files(folder)
     headers(files)
     transposed = read_object(folder / "config.json").get("model_type") in CONV1D_MODELS
-    checkpoint = Checkpoint(output, len(files), shown)
-    checkpoint.open(overwrite=True)
-    try:
+    with new_folder(output, len(files), shown) as checkpoint:
         names: set[str] = set()
         for number, path in enumerate(files):
             names |= export_shard(checkpoint, number, path, old, format_name, kinds, rows, transposed)
@@ -61,13 +60,25 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
             raise FormatError(f"{folder}: the weight of {missing[0]} is missing")
         write_json(checkpoint.partial / "config.json", config_of(folder, format_name, kinds, names))
         finish(folder, checkpoint, results | {"format": format_name, "layers": list(rows.values())})
+    return {"folder": str(output), "format": format_name, "bytes": read_json(output / "results.json")["size"]}
+
+
+@contextmanager
+def new_folder(output: Path, shards: int, shown: str) -> Iterator[Checkpoint]:
+    """A folder that gets its name when this is left, and of which nothing stays if that is by an error.
+
+    shown: what is being made, by which the folder is known meanwhile.
+    """
+    checkpoint = Checkpoint(output, shards, shown)
+    checkpoint.open(overwrite=True)
+    try:
+        yield checkpoint
         checkpoint.complete(overwrite=False)
     except BaseException:
         shutil.rmtree(checkpoint.partial, ignore_errors=True)
         raise
     finally:
         checkpoint.close()
-    return {"folder": str(output), "format": format_name, "bytes": read_json(output / "results.json")["size"]}
 
 
 def opened(folder: Path, output: Path) -> dict[str, Any]:

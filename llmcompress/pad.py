@@ -5,7 +5,6 @@ this project is needed, as config.json says one width for all blocks. It is for 
 """
 
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -24,9 +23,9 @@ from llmcompress.arch import (
     find_couplings,
     skeleton,
 )
-from llmcompress.checkpoint import Checkpoint, read_tensors, safetensors_header
+from llmcompress.checkpoint import read_tensors, safetensors_header
 from llmcompress.errors import FormatError, PlanError
-from llmcompress.export import finish, opened
+from llmcompress.export import finish, new_folder, opened
 from llmcompress.files import read_json, write_json
 from llmcompress.inspection import read_object, weight_files
 from llmcompress.source import CODE, PREFIX
@@ -56,9 +55,7 @@ def pad(folder: Path, output: Path) -> dict[str, Any]:
     lacking = {name for name in wide if name not in stored}
     if odd := [name for name in sorted(lacking) if wide[name][1]]:
         raise FormatError(f"{folder}: the tensor {odd[0]} is missing")
-    checkpoint = Checkpoint(output, len(files), f"pad {results['name']} {results['created']}")
-    checkpoint.open(overwrite=True)
-    try:
+    with new_folder(output, len(files), f"pad {results['name']} {results['created']}") as checkpoint:
         for number, path in enumerate(files):
             tensors = {name: widened(name, value, wide) for name, value in read_tensors(path).items()}
             if number == len(files) - 1:  # what blocks lack as a whole
@@ -68,12 +65,6 @@ def pad(folder: Path, output: Path) -> dict[str, Any]:
         write_json(checkpoint.partial / "config.json", uniform)
         rows = [row | padded_row(row, wide) for row in results["layers"]]
         finish(folder, checkpoint, results | {"layers": rows, "code": None}, without={CODE})
-        checkpoint.complete(overwrite=False)
-    except BaseException:
-        shutil.rmtree(checkpoint.partial, ignore_errors=True)
-        raise
-    finally:
-        checkpoint.close()
     return {"folder": str(output), "format": "dense", "bytes": read_json(output / "results.json")["size"]}
 
 

@@ -142,20 +142,15 @@ def with_widths(
         size = prod(shape) * weight.bytes // prod(weight.shape)
         tensors[f"{stem}bias"] = replace(weight, name=f"{stem}bias", shape=shape, bytes=size)
     smaller = replace(source, config=config, tensors=tensors)
-    return extended(dense, step, groups, widths, 0, smaller, describe(dense, step, model, architecture, groups, widths))
+    note = describe(dense, step, groups, widths, unit_costs(model, architecture, groups))
+    return extended(dense, step, groups, widths, 0, smaller, note)
 
 
 def describe(
-    dense: Plan,
-    step: StructureStep,
-    model: Module,
-    architecture: Architecture,
-    groups: Mapping[int, Group],
-    widths: Mapping[int, int],
+    dense: Plan, step: StructureStep, groups: Mapping[int, Group], widths: Mapping[int, int], costs: Mapping[int, int]
 ) -> str:
-    """What goes, in words."""
+    """What goes, in words; costs: parameters of one unit of every block."""
     units, kept = sum(group.units for group in groups.values()), sum(widths[index] for index in groups)
-    costs = unit_costs(model, architecture, groups)
     whole = sum(group.units * costs[index] for index, group in groups.items())
     gone = sum((group.units - widths[index]) * costs[index] for index, group in groups.items())
     changed = {groups[index].units: widths[index] for index in groups if widths[index] < groups[index].units}

@@ -3,15 +3,21 @@
     python kernels/tools/resources.py            # writes kernels/resources.json
     python kernels/tools/resources.py --check    # compares with it; exit code 1 and the differences if it is another
 
-For each configuration of `launch.py` x group size x grid x dtype and each of four architectures, ptxas makes a cubin, and
-cuobjdump of the triton wheel reads from it: registers, stack bytes, shared memory, and from the machine code (SASS) counts
-of the instructions that decide the speed. Loads of weights are those with an evict-first hint or, where the pipeline
-copies them to shared memory, the 128-bit asynchronous copies; conversions are I2F, the tensor-core instructions HMMA
-(sm_80, sm_89), HGMMA (sm_90) and UTC*MMA (sm_100). `loop_per_weight` is the number of instructions in the main loop, per
-thread, over the weights that the thread makes there: the issue slots that bound a kernel once memory does not.
+For each configuration of `launch.py` x group size x grid x dtype and each of four architectures, ptxas makes a cubin.
+From it, cuobjdump of the triton wheel reads registers, stack bytes and the machine code (SASS), where the instructions
+that decide the speed are counted:
 
-Kernels are compiled with a bias and with the result in the dtype of x. A split launch stores float32 and skips the bias;
-its loop is the same. Nothing here is a measurement of time.
+    spills               loads and stores of a thread's own stack
+    weight_loads_128     loads of 16 bytes per thread with an evict-first hint; in int4_gemm asynchronous copies of 16
+                         bytes, which show no hint, and among which are those of x where BM is 64
+    weight_loads_narrow  narrower loads with the hint; no other tensor has it
+    conversions          between integers and floats
+    tensor_core          HMMA (sm_80, sm_89), HGMMA (sm_90), UTC*MMA (sm_100)
+    loop_per_weight      instructions in the main loop, per thread, over the weights which the thread makes there: what
+                         bounds a kernel that memory does not bound
+
+Kernels are compiled with a bias and a result in the dtype of x. A split launch stores float32 and skips the bias; its
+loop is the same. Nothing here is a measurement of time.
 """
 
 import argparse
@@ -23,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +39,11 @@ KERNELS = Path(__file__).parents[1]
 TABLE = KERNELS / "resources.json"
 ARCHITECTURES = (80, 89, 90, 100)
 DTYPES = ("bf16", "fp16")
+CONSTANTS: dict[str, Callable[[int], dict[str, Any]]] = {  # further constexpr arguments, given the tokens per program
+    "int4_dequantize": lambda tokens: {},
+    "int4_gemv": lambda tokens: {"SPLIT": False},
+    "int4_gemm": lambda tokens: {"SPLIT": False, "INTERPRETED": False, "BM": tokens},
+}
 ALIGNED = ("N", "K", "stride")  # multiples of 16 in any model, which the launcher finds out
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", re.MULTILINE)
 
@@ -53,12 +64,10 @@ class Case:
     def name(self) -> str:
         """A key for the table, readable and sorted by kernel."""
         values = dict(self.constants)
-        zero = " symmetric" if "zero_ptr" in values else ""
-        shown = " ".join(f"{key}={value}" for key, value in values.items() if key.isupper() and key in SHOWN)
-        return f"{self.kernel} sm_{self.architecture} {self.dtype} {shown}{zero} warps={self.warps} stages={self.stages}"
-
-
-SHOWN = ("GROUP", "BN", "BM", "BLOCK")
+        zero = ["symmetric"] if "zero_ptr" in values else []
+        shown = [f"{key}={values[key]}" for key in ("GROUP", "BN", "BM", "BLOCK") if key in values]
+        options = [f"warps={self.warps}", f"stages={self.stages}"]
+        return " ".join([self.kernel, f"sm_{self.architecture}", self.dtype, *shown, *zero, *options])
 
 
 def cases() -> Iterator[Case]:
@@ -70,16 +79,14 @@ def cases() -> Iterator[Case]:
         block = (("BLOCK", launch.REDUCE_BLOCK),)
         yield Case("reduce_splits", architecture, dtype, block, 4, 3)
         for group, symmetric in itertools.product(GROUPS, (True, False)):
-            grid: tuple[tuple[str, Any], ...] = (("GROUP", group), *((("zero_ptr", None),) if symmetric else ()))
-
-            def case(kernel: str, tiles: launch.Tiles, *more: tuple[str, Any], grid: Any = grid) -> Case:
-                constants = (*grid, ("BN", tiles.rows), *more)
-                return Case(kernel, architecture, dtype, constants, tiles.warps, tiles.stages)  # noqa: B023
-
-            yield case("int4_dequantize", launch.DEQUANTIZE)
-            yield case("int4_gemv", launch.GEMV, ("SPLIT", False))
-            for tiles in launch.GEMM:
-                yield case("int4_gemm", tiles, ("SPLIT", False), ("INTERPRETED", False), ("BM", tiles.tokens))
+            grid = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
+            for kernel, tiles in [
+                ("int4_dequantize", launch.DEQUANTIZE),
+                ("int4_gemv", launch.GEMV),
+                *(("int4_gemm", tiles) for tiles in launch.GEMM),
+            ]:
+                constants = grid | {"BN": tiles.rows} | CONSTANTS[kernel](tiles.tokens)
+                yield Case(kernel, architecture, dtype, tuple(constants.items()), tiles.warps, tiles.stages)
 
 
 def compile_case(case: Case) -> Any:

@@ -1,4 +1,4 @@
-"""What operators refuse, before anything runs: one sentence with operator, argument, what was found, what is expected."""
+"""What operators refuse, before anything runs: operator, argument, what was found, what is expected."""
 
 from collections.abc import Sequence
 

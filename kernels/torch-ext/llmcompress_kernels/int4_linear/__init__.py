@@ -24,9 +24,9 @@ def int4_linear(
     bias   [out]                       dtype of x, or None
     returns [..., out]                 dtype of x, contiguous
 
-    All tensors are on one device, and all but x contiguous. Sums are in float32; the product (code - zero) * scale is not
-    rounded, except above 256 tokens on a GPU, where the weight is unpacked to the dtype of x for the BLAS. The same inputs
-    give the same bits. Gradients are not computed.
+    All tensors are on one device, and all but x contiguous. Sums are in float32; the product (code - zero) * scale is
+    not rounded, except above 256 tokens on a GPU, where the weight is unpacked to the dtype of x for the BLAS. The
+    packed kernels give the same bits for the same inputs. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
@@ -60,14 +60,10 @@ def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Te
 def _int4_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, words, scale, zero, bias)
-    if x.numel() == 0:
-        return empty_result(x, words)
     from .launch import int4_linear_triton
 
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return int4_linear_triton(rows, Int4Weight(words, scale, zero), bias, processors).view(*x.shape[:-1], -1)
+    return int4_linear_triton(x, Int4Weight(words, scale, zero), bias, processors)
 
 
 @_int4_linear.register_kernel("cpu")
@@ -77,6 +73,6 @@ def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor
 
 
 @_int4_linear.register_fake
-def empty_result(x: Tensor, words: Tensor, *_: Tensor | None) -> Tensor:
-    """An uninitialized result: its shape is all that a tracer needs."""
+def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    check(x, words, scale, zero, bias)
     return x.new_empty(*x.shape[:-1], words.shape[1])

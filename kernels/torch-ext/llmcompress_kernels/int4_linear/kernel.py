@@ -2,10 +2,11 @@
 
 Layout of `words` and `zero`: layout.py. A tile is 128 input columns of one row: 16 words with 8 planes of 16 columns.
 
-Dequantization without conversions. A float32 whose exponent is 23 - s counts in steps of 1 from bit s of its mantissa
-on, so masking a nibble where it stands and setting that exponent gives 2^(23 - s) + code, and one exact subtraction
-gives code - zero. Planes 0 to 4 lie inside the 23 bits of the mantissa; planes 5 to 7 after one shift by 12 bits. Per
-weight that is one logic operation and one addition; an integer-to-float conversion runs at a quarter of their rate.
+Dequantization without conversions. In a float32 of exponent 23 - s, bit s of the mantissa counts for 1: masking a
+nibble where it stands and setting that exponent gives 2^(23 - s) + code, and one exact subtraction gives code - zero.
+Planes 0 to 4 lie inside the 23 bits of the mantissa, planes 5 to 7 do after one shift by 12. Per weight that is one
+logic operation and one addition; integer-to-float conversions run at a fraction of their rate. Factors of a tensor core
+are made in 16 bits in the same way: bfloat16 counts in steps of 1 from 128 on, float16 from 1024 on.
 
 Scales multiply float32 sums of a group, not single weights: fewer operations, and no rounding of the products.
 
@@ -26,7 +27,7 @@ WIDTH = tl.constexpr(16)  # columns of a plane, words of a tile row
 
 @triton.jit
 def plane(words, zero, index: tl.constexpr):
-    """Codes of one plane minus their zeros, made in float32: int32 [BN, 16], float32 [BN, 1] or 8.0 -> float32 [BN, 16]."""
+    """Codes of one plane minus their zeros: int32 [BN, 16], float32 [BN, 1] or 8.0 -> float32 [BN, 16]."""
     shift: tl.constexpr = 4 * index if index < 5 else 4 * index - 12
     if index >= 5:
         words = words >> 12
@@ -36,9 +37,9 @@ def plane(words, zero, index: tl.constexpr):
 
 @triton.jit
 def plane16(words, zero, index: tl.constexpr, dtype: tl.constexpr):
-    """The same for a factor of a dot, made in `dtype`, bfloat16 or float16, whose steps are 1 from 128 or 1024 on.
+    """The same as a factor of a dot, in `dtype`: bfloat16 or float16.
 
-    Written as a float32 subtraction, which is what the interpreter can do; compiled, it is one in `dtype`.
+    Written as a float32 subtraction, since the interpreter's in bfloat16 is wrong; compiled, it is one in `dtype`.
     """
     base: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
     bits = ((words >> (4 * index)) & 0xF) | (0x4300 if dtype == tl.bfloat16 else 0x6400)

@@ -3,10 +3,10 @@
     tokens M     kernel             why
     1            int4_gemv          a tensor core would do nothing in 15 of its 16 columns
     2 .. 256     int4_gemm          the packed weight is read once per BM tokens
-    above        int4_dequantize    the weight is unpacked once and the BLAS, which reads it from the cache, does the rest
+    above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
 
-The tiles are chosen from what the compiler reports (kernels/resources.json): no spills, weight loads of 128 bits, room for
-two programs per processor. BLAS_TOKENS, PROGRAMS_PER_PROCESSOR and TILES_PER_SPLIT are declared, not measured.
+Tiles are chosen by what the compiler reports (kernels/resources.json): no spills, weight loads of 128 bits, few
+instructions per weight. BLAS_TOKENS, PROGRAMS_PER_PROCESSOR and TILES_PER_SPLIT are declared, not measured.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -47,15 +47,23 @@ DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
 
 def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [M, in], M > 0, columns contiguous -> [M, out]. processors: streaming multiprocessors of the GPU."""
+    """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
+    columns, rows = x.shape[-1], weight.words.shape[1]
+    if x.numel() == 0 or rows == 0:
+        return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
+    tokens = x.reshape(-1, columns)
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
     with device_of(x):
-        if x.shape[0] > BLAS_TOKENS:
-            return torch.nn.functional.linear(x, dequantize(weight, x.shape[1], x.dtype), bias)
-        return product(x, weight, bias, processors)
+        if tokens.shape[0] > BLAS_TOKENS:
+            y = torch.nn.functional.linear(tokens, dequantize(weight, columns, x.dtype), bias)
+        else:
+            y = product(tokens, weight, bias, processors)
+    return y.view(*x.shape[:-1], rows)
 
 
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """The packed product by one kernel, or by one kernel and the reduce of its splits."""
+    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
     (tokens, columns), rows = x.shape, weight.words.shape[1]
     tiles = GEMV if tokens == 1 else next((t for t in GEMM if tokens <= t.tokens), GEMM[-1])
     grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, tiles.tokens))
@@ -102,7 +110,7 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What kernels store: `dtype`, but float32 in the interpreter, which cuts bfloat16 off where a GPU rounds to nearest."""
+    """What kernels store: `dtype`, but float32 in the interpreter, which cuts bfloat16 off where GPUs round."""
     return torch.float32 if interpreted() else dtype
 
 

@@ -1,8 +1,8 @@
 """Where the bits of an int4 weight lie: from the words of `pack-quantized` to those of the kernels, and back exactly.
 
-Stored (compressed-tensors): a word of row n holds the codes of eight neighbouring columns, lowest nibble first. A kernel
-that reads such words has to shuffle either weights or activations before it can multiply. So the kernels' words hold
-columns that are 16 apart. For a weight [out, in] with groups of g columns:
+Stored (compressed-tensors): a word of row n holds the codes of eight neighbouring columns, lowest nibble first. A
+kernel that reads such words has to shuffle either weights or activations before it can multiply. So the kernels' words
+hold columns that are 16 apart. For a weight [out, in] with groups of g columns:
 
     words  int32  [ceil(in / 128), out, 16]   tile t of row n is 128 columns, in 16 words that lie together (64 bytes);
                                               nibble i of word j is the code of column 128 t + 16 i + j

@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -343,7 +344,14 @@ def test_kernels_folder_does_not_shadow_hugging_face_kernels():
 
 @pytest.mark.slow
 def test_wheel_has_the_package_and_not_the_folder(tmp_path):
-    build = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path]
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"  # a build writes into its folder
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("llmcompress", "kernels", "evals", "recipes"):
+        shutil.copytree(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", tmp_path]
     subprocess.run(build, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "llmcompress_kernels/int4_linear/kernel.py" in names

@@ -2,8 +2,8 @@
 
 Its own process, because TRITON_INTERPRET must be set before triton is first imported. Standard input: a JSON list of
 cases, as test_kernels_int4_linear.py makes them; standard output: a JSON list with, for each, the relative errors of
-the kernel and of torch in the same dtype. Uninitialized memory is filled with NaN, and x lies inside a larger NaN
-buffer, so that outputs which are not written and inputs which must not be read both show.
+the kernel and of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and
+follows the scales: outputs which are not written and inputs which must not be read both show.
 """
 
 import json
@@ -33,7 +33,13 @@ def weight_and_bias(case: dict[str, Any], generator: torch.Generator) -> tuple[I
     scale = ((torch.rand(size, generator=generator) + 0.5) / (8 * columns**0.5)).to(dtype)
     zero = torch.randint(0, 16, size, generator=generator, dtype=torch.uint8) if case["zero"] else None
     bias = torch.randn(rows, generator=generator).to(dtype) if case["bias"] else None
-    return Int4Weight(to_tiles(codes), scale, zero), bias
+    return Int4Weight(to_tiles(codes), followed_by_nan(scale), zero), bias
+
+
+def followed_by_nan(tensor: Tensor) -> Tensor:
+    """The same contiguous tensor in a memory block that goes on with NaN."""
+    block = torch.cat([tensor.flatten(), torch.full((1024,), torch.nan, dtype=tensor.dtype)])
+    return block[: tensor.numel()].view(tensor.shape)
 
 
 def guarded(x: Tensor, transposed: bool) -> Tensor:

@@ -65,7 +65,7 @@ class Case:
         """A key for the table, readable and sorted by kernel."""
         values = dict(self.constants)
         zero = ["symmetric"] if "zero_ptr" in values else []
-        shown = [f"{key}={values[key]}" for key in ("GROUP", "BN", "BM", "BLOCK") if key in values]
+        shown = [f"{key}={values[key]}" for key in ("GROUP", "BN", "BM") if key in values]
         options = [f"warps={self.warps}", f"stages={self.stages}"]
         return " ".join([self.kernel, f"sm_{self.architecture}", self.dtype, *shown, *zero, *options])
 
@@ -76,8 +76,8 @@ def cases() -> Iterator[Case]:
     from llmcompress_kernels.int4_linear.layout import GROUPS
 
     for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES):
-        block = (("BLOCK", launch.REDUCE_BLOCK),)
-        yield Case("reduce_splits", architecture, dtype, block, 4, 3)
+        tiles = launch.REDUCE
+        yield Case("reduce_splits", architecture, dtype, (("BN", tiles.rows),), tiles.warps, tiles.stages)
         for group, symmetric in itertools.product(GROUPS, (True, False)):
             grid = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
             for kernel, tiles in [

@@ -47,6 +47,12 @@ def plane16(words, zero, index: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def group_of(tile, index, K, GROUP: tl.constexpr):
+    """Group of a plane. Planes beyond K, whose x is zero, take the last one: it can be read, and they add nothing."""
+    return min(tile * TILE + index * WIDTH, K - GROUP) // GROUP
+
+
+@triton.jit
 def group_zero(zero_ptr, at, mask):
     """Zeros of a group as float32, read from uint8 by the same construction: [BN] pointers' offsets -> [BN]."""
     code = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.int32)
@@ -67,7 +73,7 @@ def int4_gemv(
 ):  # fmt: skip
     """One token, no tensor cores: y[n] = sum_k x[k] W[n, k]. Grid (ceil(N / BN), 1, splits), `span` tiles per program.
 
-    Bound by memory: about three instructions per weight, and each word is read once.
+    Each word is read once. Three instructions per weight are the product itself: mask, subtract, multiply and add.
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
@@ -77,16 +83,14 @@ def int4_gemv(
     for tile in range(split * span, min((split + 1) * span, tl.cdiv(K, TILE))):
         words = tile_words(words_ptr, tile, n, N)
         for first in tl.static_range(0, PLANES, planes_of_group):
-            column = tile * TILE + first * WIDTH
-            inside = (n < N) & (column < K)
-            at = (column // GROUP) * N + n
-            zero = 8.0 if zero_ptr is None else group_zero(zero_ptr, at, inside)[:, None]
+            at = group_of(tile, first, K, GROUP) * N + n
+            zero = 8.0 if zero_ptr is None else group_zero(zero_ptr, at, n < N)[:, None]
             part = tl.zeros((BN, WIDTH), dtype=tl.float32)
             for index in tl.static_range(first, first + planes_of_group):
                 at_k = tile * TILE + index * WIDTH + k
                 x = tl.load(x_ptr + at_k, mask=at_k < K, other=0.0).to(tl.float32)
                 part += x[None, :] * plane(words, zero, index)
-            scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[:, None]
     y = tl.sum(total, axis=1)
     if bias_ptr is not None and not SPLIT:
@@ -113,10 +117,8 @@ def int4_gemm(
     for tile in range(split * span, min((split + 1) * span, tl.cdiv(K, TILE))):
         words = tile_words(words_ptr, tile, n, N)
         for first in tl.static_range(0, PLANES, planes_of_group):
-            column = tile * TILE + first * WIDTH
-            inside = (n < N) & (column < K)
-            at = (column // GROUP) * N + n
-            zero = 8.0 if zero_ptr is None else group_zero(zero_ptr, at, inside)[:, None]
+            at = group_of(tile, first, K, GROUP) * N + n
+            zero = 8.0 if zero_ptr is None else group_zero(zero_ptr, at, n < N)[:, None]
             part = tl.zeros((BN, BM), dtype=tl.float32)
             for index in tl.static_range(first, first + planes_of_group):
                 at_k = tile * TILE + index * WIDTH + k
@@ -126,7 +128,7 @@ def int4_gemm(
                     part = tl.dot(w.to(tl.float32), x.to(tl.float32), part)
                 else:
                     part = tl.dot(w, x, part)
-            scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[:, None]
     if bias_ptr is not None and not SPLIT:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -135,15 +137,16 @@ def int4_gemm(
 
 
 @triton.jit
-def reduce_splits(parts_ptr, bias_ptr, y_ptr, count, N, splits, BLOCK: tl.constexpr):
-    """y = sum over splits of parts [splits, count] + bias, always in the same order. Grid (ceil(count / BLOCK),)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+def reduce_splits(parts_ptr, bias_ptr, y_ptr, M, N, splits, BN: tl.constexpr):
+    """y [M, N] = sum over splits of parts [splits, M, N] + bias, always in the same order. Grid (ceil(N / BN), M)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1)
+    total = tl.zeros((BN,), dtype=tl.float32)
     for split in range(splits):
-        total += tl.load(parts_ptr + split * count + at, mask=at < count, other=0.0)
+        total += tl.load(parts_ptr + (split * M + m).to(tl.int64) * N + n, mask=n < N, other=0.0)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + at % N, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=at < count)
+        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64) * N + n, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -153,12 +156,10 @@ def int4_dequantize(words_ptr, scale_ptr, zero_ptr, w_ptr, N, K, GROUP: tl.const
     tile = tl.program_id(1)
     words = tile_words(words_ptr, tile, n, N)
     for index in tl.static_range(PLANES):
-        column = tile * TILE + index * WIDTH
-        inside = (n < N) & (column < K)
-        at = (column // GROUP) * N + n
-        zero = 8.0 if zero_ptr is None else group_zero(zero_ptr, at, inside)[:, None]
-        scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        at = group_of(tile, index, K, GROUP) * N + n
+        zero = 8.0 if zero_ptr is None else group_zero(zero_ptr, at, n < N)[:, None]
+        scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
         w = plane(words, zero, index) * scale[:, None]
-        k = column + tl.arange(0, WIDTH)
+        k = tile * TILE + index * WIDTH + tl.arange(0, WIDTH)
         at_w = n.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(w_ptr + at_w, w.to(w_ptr.dtype.element_ty), mask=inside[:, None] & (k < K)[None, :])
+        tl.store(w_ptr + at_w, w.to(w_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])

@@ -24,7 +24,6 @@ BLAS_TOKENS = 256  # above this M the weight is dequantized
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
 TILES_PER_SPLIT = 4  # fewer would cost more in the reduce than they gain
 MAX_SPLITS = 16
-REDUCE_BLOCK = 512  # outputs per program of the reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,7 @@ GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
+REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
 
 
 def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
@@ -81,8 +81,8 @@ def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int)
         sizes = (tokens, rows, columns, x.stride(0), span)
         int4_gemm[(*grid, splits)](*pointers, *sizes, BM=tiles.tokens, INTERPRETED=interpreted(), **shared)
     if splits > 1:
-        blocks = triton.cdiv(y.numel(), REDUCE_BLOCK)
-        reduce_splits[(blocks,)](target, bias, y, y.numel(), rows, splits, BLOCK=REDUCE_BLOCK)
+        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
+        reduce_splits[grid](target, bias, y, tokens, rows, splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
     return y.to(x.dtype)
 
 

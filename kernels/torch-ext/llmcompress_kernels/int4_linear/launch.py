@@ -1,0 +1,119 @@
+"""Tiles, splits and launches of `int4_linear` on a GPU. Imports triton through kernel.py, so it is imported late.
+
+    tokens M     kernel             why
+    1            int4_gemv          a tensor core would do nothing in 15 of its 16 columns
+    2 .. 256     int4_gemm          the packed weight is read once per BM tokens
+    above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
+
+Tiles are chosen by what the compiler reports (kernels/resources.json): no spills, weight loads of 128 bits, few
+instructions per weight. BLAS_TOKENS, PROGRAMS_PER_PROCESSOR and TILES_PER_SPLIT are declared, not measured.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .kernel import int4_dequantize, int4_gemm, int4_gemv, reduce_splits
+from .layout import TILE, Int4Weight
+
+BLAS_TOKENS = 256  # above this M the weight is dequantized
+PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
+TILES_PER_SPLIT = 4  # fewer would cost more in the reduce than they gain
+MAX_SPLITS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline."""
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
+GEMM = (  # by rising tokens; the last one serves all that is larger
+    Tiles(rows=128, tokens=16, warps=4, stages=3),
+    Tiles(rows=64, tokens=32, warps=4, stages=3),
+    Tiles(rows=64, tokens=64, warps=4, stages=3),
+)
+DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
+REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
+
+
+def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
+    """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
+    columns, rows = x.shape[-1], weight.words.shape[1]
+    if x.numel() == 0 or rows == 0:
+        return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
+    tokens = x.reshape(-1, columns)
+    if tokens.stride(1) != 1:
+        tokens = tokens.contiguous()
+    with device_of(x):
+        if tokens.shape[0] > BLAS_TOKENS:
+            y = torch.nn.functional.linear(tokens, dequantize(weight, columns, x.dtype), bias)
+        else:
+            y = product(tokens, weight, bias, processors)
+    return y.view(*x.shape[:-1], rows)
+
+
+def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
+    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
+    (tokens, columns), rows = x.shape, weight.words.shape[1]
+    tiles = GEMV if tokens == 1 else next((t for t in GEMM if tokens <= t.tokens), GEMM[-1])
+    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+    span, splits = spans(triton.cdiv(columns, TILE), grid[0] * grid[1], processors)
+    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
+    pointers = (x, weight.words, weight.scale, weight.zero, bias, target)
+    shared: dict[str, Any] = {
+        "GROUP": columns // weight.scale.shape[0], "BN": tiles.rows, "SPLIT": splits > 1,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    if tokens == 1:
+        int4_gemv[(*grid, splits)](*pointers, rows, columns, span, **shared)
+    else:
+        sizes = (tokens, rows, columns, x.stride(0), span)
+        int4_gemm[(*grid, splits)](*pointers, *sizes, BM=tiles.tokens, INTERPRETED=interpreted(), **shared)
+    if splits > 1:
+        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
+        reduce_splits[grid](target, bias, y, tokens, rows, splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
+    return y.to(x.dtype)
+
+
+def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in], each product rounded to `dtype` once: the values that unpacking the stored file gives."""
+    tiles, rows, _ = weight.words.shape
+    values = torch.empty(rows, columns, dtype=result_dtype(dtype), device=weight.words.device)
+    int4_dequantize[(triton.cdiv(rows, DEQUANTIZE.rows), tiles)](
+        weight.words, weight.scale, weight.zero, values, rows, columns, GROUP=columns // weight.scale.shape[0],
+        BN=DEQUANTIZE.rows, num_warps=DEQUANTIZE.warps, num_stages=DEQUANTIZE.stages,
+    )  # fmt: skip
+    return values.to(dtype)
+
+
+def spans(tiles: int, programs: int, processors: int) -> tuple[int, int]:
+    """Tiles per split and number of splits, none of them empty: enough programs for the GPU, but few."""
+    wanted = min(processors * PROGRAMS_PER_PROCESSOR // programs, tiles // TILES_PER_SPLIT, MAX_SPLITS)
+    span = triton.cdiv(tiles, max(wanted, 1))
+    return span, triton.cdiv(tiles, span)
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What kernels store: `dtype`, but float32 in the interpreter, which cuts bfloat16 off where GPUs round."""
+    return torch.float32 if interpreted() else dtype
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    return bool(triton.knobs.runtime.interpret)

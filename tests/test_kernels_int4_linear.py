@@ -1,0 +1,359 @@
+"""`int4_linear`: layouts come back bit for bit, kernels are as exact as torch, compiled code is as recorded."""
+
+import ast
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import llmcompress_kernels
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llmcompress_kernels.int4_linear import from_pack_quantized, int4_linear, to_pack_quantized
+from llmcompress_kernels.int4_linear.layout import PLANES, TILE, WIDTH, from_tiles, to_tiles
+from llmcompress_kernels.int4_linear.reference import dequantize_reference
+from torch import Tensor
+
+from llmcompress.formats.pack_quantized import PackQuantized
+from llmcompress.grid import IntGrid
+from llmcompress.weight import CompressedWeight
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(llmcompress_kernels.__file__).parent
+RESOURCES = ROOT / "kernels/tools/resources.py"
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def quantized(rows: int, columns: int, group: int, symmetric: bool, dtype: torch.dtype = BF16) -> CompressedWeight:
+    """A weight on a random grid, with every code used."""
+    generator = torch.Generator().manual_seed(rows * columns + group)
+    size = (rows, columns // group)
+    scale = ((torch.rand(size, generator=generator) + 0.5) / (8 * columns**0.5)).to(dtype)
+    zero = torch.full(size, 8) if symmetric else torch.randint(0, 16, size, generator=generator)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    return CompressedWeight.on_grid(codes, IntGrid(4, group, symmetric, scale, zero.to(torch.int32)))
+
+
+def stored(weight: CompressedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its tensors as a checkpoint has them: packed, scale, zero point."""
+    tensors = PackQuantized().pack(weight, False)
+    return tensors["weight_packed"], tensors["weight_scale"], tensors.get("weight_zero_point")
+
+
+def arguments(
+    tokens: int = 3, rows: int = 24, columns: int = 96, group: int = 32, symmetric: bool = False, **kind: Any
+) -> tuple[dict[str, Any], CompressedWeight]:
+    """Arguments of `int4_linear` by name, and the weight that they hold."""
+    weight = quantized(rows, columns, group, symmetric, **kind)
+    words, scale, zero = from_pack_quantized(*stored(weight), columns)
+    x, bias = torch.randn(tokens, columns).to(scale.dtype), torch.randn(rows).to(scale.dtype)
+    return {"x": x, "words": words, "scale": scale, "zero": zero, "bias": bias}, weight
+
+
+def exact(weight: CompressedWeight) -> Tensor:
+    """(code - zero) * scale in float64."""
+    assert weight.grid is not None
+    assert weight.codes is not None
+    group = weight.grid.group
+    zero, scale = (t.double().repeat_interleave(group, 1) for t in (weight.grid.zero, weight.grid.scale))
+    return (weight.codes.double() - zero) * scale
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+# layout
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.integers(9, 40),
+    groups=st.integers(1, 9),
+    group=st.sampled_from([32, 64, 128]),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([BF16, F16]),
+)
+def test_repacking_is_exact_in_both_directions(rows, groups, group, symmetric, dtype):
+    weight = quantized(rows, groups * group, group, symmetric, dtype)
+    before = stored(weight)
+    packed = from_pack_quantized(*before, groups * group)
+    for old, new in zip(before, to_pack_quantized(packed, groups * group), strict=True):
+        assert (old is None and new is None) or torch.equal(old, new)
+    assert torch.equal(dequantize_reference(packed, groups * group, dtype), weight.values)
+
+
+def test_nibbles_lie_where_the_docstring_says():
+    codes = torch.randint(0, 16, (5, 200), dtype=torch.uint8)
+    words = to_tiles(codes)
+    assert words.shape == (2, 5, WIDTH)
+    assert words.is_contiguous()
+    for n, k in itertools.product(range(5), range(2 * TILE)):
+        word = int(words[k // TILE, n, k % WIDTH])
+        code = word >> (4 * (k % TILE // WIDTH)) & 0xF
+        assert code == (codes[n, k] if k < 200 else 0)
+    assert torch.equal(from_tiles(words, 200), codes)
+    assert TILE == PLANES * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_features": 192}, r"packed is \[24, 12\], expected \[24, 24\]"),
+        ({"in_features": 95}, "scale"),
+        ({"packed": torch.zeros(24, 12)}, "packed is torch.float32"),
+        ({"packed": torch.zeros(24, 13, dtype=torch.int32)}, r"packed is \[24, 13\], expected \[24, 12\]"),
+        ({"packed": torch.zeros(96 * 3, dtype=torch.int32)}, "two matrices"),
+        ({"scale": torch.zeros(24, 2, dtype=BF16)}, "2 groups for 96 columns"),
+        ({"scale": torch.zeros(24, 0, dtype=BF16)}, "0 groups"),
+        ({"scale": torch.zeros(24, 3)}, "scale is torch.float32"),
+        ({"zero_point": torch.zeros(3, 2, dtype=torch.int32)}, "zero_point"),
+        ({"zero_point": torch.zeros(3, 3)}, "zero_point is torch.float32"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_refused(change, message):
+    packed, scale, zero_point = stored(quantized(24, 96, 32, False))
+    given_ = {"packed": packed, "scale": scale, "zero_point": zero_point, "in_features": 96} | change
+    with pytest.raises(ValueError, match=f"from_pack_quantized: .*{message}"):
+        from_pack_quantized(**given_)
+
+
+# the operator
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("tokens", "columns", "group"), [(1, 576, 64), (3, 96, 32), (17, 256, 128)])
+def test_operator_on_cpu_is_as_exact_as_torch(tokens, columns, group, symmetric, dtype):
+    given_, weight = arguments(tokens, 70, columns, group, symmetric, dtype=dtype)
+    x, bias = given_["x"], given_["bias"]
+    truth = x.double() @ exact(weight).T + bias.double()
+    torch_error = relative_error(torch.nn.functional.linear(x, weight.values, bias), truth)
+    y = int4_linear(**given_)
+    assert y.dtype == dtype
+    assert relative_error(y, truth) <= 2 * torch_error
+
+
+def test_any_strides_and_leading_dimensions():
+    given_, _ = arguments(tokens=12)
+    x = given_["x"]
+    y = int4_linear(**given_)
+    for other in (x.view(2, 6, 96), x.view(2, 6, 96).transpose(0, 1), x.T.contiguous().T, x[::5], x[0], x[:0]):
+        found = int4_linear(**(given_ | {"x": other}))
+        rows = int4_linear(**(given_ | {"x": other.reshape(-1, 96).contiguous()}))
+        assert found.shape == (*other.shape[:-1], 24)
+        assert found.is_contiguous()
+        assert torch.equal(found.reshape(-1, 24), rows)
+    assert torch.equal(int4_linear(**(given_ | {"x": x.view(2, 6, 96)})), y.view(2, 6, 24))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_opcheck(symmetric):
+    given_, _ = arguments(symmetric=symmetric)
+    operator = torch.ops.llmcompress.int4_linear.default
+    torch.library.opcheck(operator, tuple(given_.values()))
+    shuffled = given_["x"].expand(2, 3, 96).transpose(0, 1)
+    torch.library.opcheck(operator, (shuffled, *list(given_.values())[1:4], None))
+
+
+def test_fake_and_real_agree_on_every_shape():
+    given_, _ = arguments()
+    meta = {name: tensor.to("meta") for name, tensor in given_.items()}
+    for shape in ((96,), (0, 96), (2, 3, 96)):
+        real, fake = (int4_linear(**(a | {"x": a["x"].new_zeros(shape)})) for a in (given_, meta))
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("x", torch.zeros(3, 96), "x is torch.float32"),
+    ("x", torch.zeros(3, 64, dtype=BF16), "3 groups of 64 columns"),
+    ("x", torch.zeros(3, 192, dtype=BF16), r"words is \[1, 24, 16\], expected \[2, 24, 16\]"),
+    ("x", torch.zeros((), dtype=BF16), "x is a scalar"),
+    ("words", torch.zeros(1, 24, 16, dtype=torch.int64), "words is torch.int64"),
+    ("words", torch.zeros(24, 16, dtype=torch.int32), "words is"),
+    ("words", torch.zeros(1, 24, 12, dtype=torch.int32), "words is"),
+    ("words", torch.zeros(1, 16, 24, dtype=torch.int32).mT, "words is strided"),
+    ("words", torch.zeros(1, 24, 16, dtype=torch.int32, device="meta"), "words is on meta, expected on cpu"),
+    ("scale", torch.zeros(3, 24, dtype=F16), "scale is torch.float16, expected torch.bfloat16"),
+    ("scale", torch.zeros(3, 25, dtype=BF16), r"scale is \[3, 25\]"),
+    ("scale", torch.zeros(24, dtype=BF16), "scale is"),
+    ("scale", torch.zeros(0, 24, dtype=BF16), "0 groups"),
+    ("scale", torch.zeros(24, 3, dtype=BF16).T, "scale is strided"),
+    ("zero", torch.zeros(3, 24, dtype=torch.int8), "zero is torch.int8"),
+    ("zero", torch.zeros(2, 24, dtype=torch.uint8), "zero is"),
+    ("bias", torch.zeros(24), "bias is torch.float32"),
+    ("bias", torch.zeros(3, dtype=BF16), "bias is"),
+]
+
+
+@pytest.mark.parametrize(("argument", "value", "message"), BAD)
+def test_bad_arguments_are_refused(argument, value, message):
+    """By the function and by the registered operator, which others may call."""
+    given_ = arguments()[0] | {argument: value}
+    with pytest.raises(ValueError, match=f"int4_linear: .*{message}"):
+        int4_linear(**given_)
+    if value.is_meta:
+        return  # torch itself sends such a call to the operator for meta tensors
+    with pytest.raises(ValueError, match=f"int4_linear: .*{message}"):
+        torch.ops.llmcompress.int4_linear(*given_.values())
+
+
+# the Triton kernels, in Triton's interpreter
+
+
+def case(tokens: int, rows: int, columns: int, group: int, dtype: str = "bfloat16", **more: bool) -> dict[str, Any]:
+    """Input of interpreted_program.py."""
+    kind = {"zero": True, "bias": True, "transposed": False} | more
+    return {"tokens": tokens, "rows": rows, "columns": columns, "group": group, "dtype": dtype} | kind
+
+
+CASES = {
+    "one token, two splits, last tile of 32 columns": case(1, 70, 1056, 32),
+    "one token, symmetric": case(1, 70, 576, 64, "float16", zero=False, bias=False),
+    "three tokens": case(3, 70, 576, 64),
+    "17 tokens, two splits": case(17, 65, 1056, 32, "float16"),
+    "17 tokens, transposed, symmetric": case(17, 33, 256, 128, zero=False, transposed=True),
+    "two programs of tokens": case(70, 40, 192, 64, bias=False),
+    "unpacked for the BLAS": case(257, 40, 160, 32, "float16"),
+    "no tokens": case(0, 40, 160, 32),
+}
+GRID = [
+    case(tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero)
+    for (tokens, rows), group, dtype, zero in itertools.product(
+        [(1, 130), (3, 65), (17, 129), (33, 64), (65, 20)], (32, 64, 128), ("bfloat16", "float16"), (True, False)
+    )
+]
+
+
+def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of interpreted_program.py, one for each case."""
+    paths = [str(ROOT), str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, str(ROOT / "tests/interpreted_program.py")]
+    ran = subprocess.run(
+        program, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """At most twice the error of torch, and unpacked to the same bits. A NaN anywhere fails the comparison."""
+    assert found["kernel"] <= 2 * found["torch"], asked
+    assert found["unpacked"], asked
+    assert found["dtype"] == f"torch.{asked['dtype']}"
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    return dict(zip(CASES, interpreted(list(CASES.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_are_as_exact_as_torch(name, results):
+    is_exact(results[name], CASES[name])
+
+
+@pytest.mark.slow
+def test_kernels_are_as_exact_as_torch_on_all_grids():
+    for found, asked in zip(interpreted(GRID), GRID, strict=True):
+        is_exact(found, asked)
+
+
+@given(tiles=st.integers(1, 300), programs=st.integers(1, 2000), processors=st.integers(1, 200))
+def test_splits_cover_all_tiles_and_none_is_empty(tiles, programs, processors):
+    from llmcompress_kernels.int4_linear.launch import MAX_SPLITS, spans
+
+    span, splits = spans(tiles, programs, processors)
+    assert (splits - 1) * span < tiles <= splits * span
+    assert 1 <= splits <= MAX_SPLITS
+
+
+# what the compiler made of them
+
+
+def table() -> dict[str, Any]:
+    return json.loads((ROOT / "kernels/resources.json").read_text(encoding="utf-8"))["kernels"]
+
+
+def resources() -> Any:
+    """kernels/tools/resources.py as a module."""
+    spec = importlib.util.spec_from_file_location("kernel_resources", RESOURCES)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_has_every_configuration():
+    assert {case.name() for case in resources().cases()} == table().keys()
+
+
+def test_compiled_kernels_keep_their_promises():
+    """In registers, weights by wide loads and without conversions; tensor cores where they are meant to be."""
+    for name, row in table().items():
+        kernel = name.split()[0]
+        assert row["spills"] == row["stack_bytes"] == row["conversions"] == row["weight_loads_narrow"] == 0, name
+        assert row["shared_bytes"] <= 99 * 1024, name  # what a block may have on every one of these architectures
+        assert (row["weight_loads_128"] > 0) == (kernel != "reduce_splits"), name
+        assert (row["tensor_core"] > 0) == (kernel == "int4_gemm"), name
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_compiler_makes_now():
+    triton = pytest.importorskip("triton")
+    recorded = json.loads((ROOT / "kernels/resources.json").read_text(encoding="utf-8"))["triton"]
+    if triton.__version__ != recorded:
+        pytest.skip(f"the table is of triton {recorded}, this is {triton.__version__}")
+    ran = subprocess.run([sys.executable, str(RESOURCES), "--check"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+# the package
+
+
+def test_package_stands_alone():
+    """The Hub loads it without llmcompress, and under another name; triton waits until a kernel runs."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert str(node.module).split(".")[0] in {"torch", "typing", "collections", "contextlib", "dataclasses"}
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "triton"}, path
+    code = "import sys, llmcompress_kernels; print({'triton', 'llmcompress', 'transformers'} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "set()"
+
+
+def test_kernels_folder_does_not_shadow_hugging_face_kernels():
+    """transformers imports `kernels`: ours must not be a package of that name, even from the repository's root."""
+    assert not list((ROOT / "kernels").glob("*.py"))
+    assert not (ROOT / "kernels.py").exists()
+
+
+@pytest.mark.slow
+def test_wheel_has_the_package_and_not_the_folder(tmp_path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"  # a build writes into its folder
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("llmcompress", "kernels", "evals", "recipes"):
+        shutil.copytree(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    subprocess.run(build, check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert "llmcompress_kernels/int4_linear/kernel.py" in names
+    assert "llmcompress/cli.py" in names
+    assert not [name for name in names if name.startswith("kernels/")]

@@ -10,20 +10,28 @@ from llmcompress.layout import block_index
 from llmcompress.plan import Plan
 from llmcompress.recipe import StructureStep
 from llmcompress.structure.reshape import build_smaller, shallower
-from llmcompress.structure.selection import uniform_width
-from llmcompress.structure_budget import StructurePlan, extended, parameters_to_remove, shares, unprotected
+from llmcompress.structure.selection import Share, uniform_width
+from llmcompress.structure_budget import (
+    StructurePlan,
+    denominators,
+    extended,
+    parameters_to_remove,
+    shares,
+    unprotected,
+)
 
 
 def plan_depth(dense: Plan, step: StructureStep, keep: int | None) -> StructurePlan:
     """Some unprotected blocks go."""
     options, source = step.options, dense.source
     model, architecture = build(source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)
-    inside = sum(prod(info.shape) for info in source.tensors.values() if info.name.startswith(dense.blocks + "."))
-    per_block = inside / dense.count  # on average, should they differ in width
+    totals = totals_of(model, architecture)
+    per_block = totals["decoder"] / dense.count  # on average, should they differ in width
     free = unprotected(dense, step)
     if keep is None:
-        removed = parameters_to_remove(dense, options, step.where, inside)
-        keep = uniform_width(dense.count, removed / per_block, 1, step.where)
+        removed = parameters_to_remove(totals, options, step.where, dense.itemsize)
+        share = Share(options.of, per_block / totals[options.of])
+        keep = uniform_width(dense.count, removed / per_block, 1, step.where, share)
     drop = dense.count - keep
     if drop >= len(free):
         raise PlanError(
@@ -50,10 +58,16 @@ def without_blocks(
         old = block_index(name, dense.blocks) if name.startswith(dense.blocks + ".") else None
         if old not in gone:
             tensors[renumbered(name, dense.blocks, old, gone)] = info
-    removed = sum(prod(i.shape) for i in source.tensors.values()) - sum(prod(i.shape) for i in tensors.values())
-    inside = sum(prod(info.shape) for info in source.tensors.values() if info.name.startswith(dense.blocks + "."))
-    note = f"block: {dense.count} -> {dense.count - len(gone)} removes {shares(dense, removed, inside)}"
+    totals = totals_of(model, architecture)
+    removed = totals["model"] - sum(prod(shape) for shape in left.values())
+    note = f"block: {dense.count} -> {dense.count - len(gone)} removes {shares(totals, removed)}"
     return extended(dense, step, {}, {}, len(gone), replace(source, config=config, tensors=tensors), note)
+
+
+def totals_of(model: Module, architecture: Architecture) -> dict[str, int]:
+    """Parameters of everything that a budget can be a share of; the blocks are this kind of group."""
+    totals = denominators(model, architecture.blocks, 0)
+    return totals | {"group": totals["decoder"]}
 
 
 def renumbered(name: str, blocks: str, old: int | None, gone: list[int]) -> str:

@@ -21,7 +21,7 @@ from llmcompress.structure import Hidden
 from llmcompress.structure.rescaling import find_rescaling
 from llmcompress.structure.reshape import build_smaller
 from llmcompress.structure.residual import Residual, find_residual, grain
-from llmcompress.structure.selection import uniform_width
+from llmcompress.structure.selection import Share, uniform_width
 from llmcompress.structure_budget import (
     WORDS,
     StructurePlan,
@@ -74,24 +74,28 @@ def plan_hidden(recipe: Recipe, source: ModelSource, step: StructureStep, keep: 
     inside = {name: shape for name, shape in shapes.items() if name.startswith(architecture.blocks + ".")}
     each = {"model": residual.parameters_per_channel(shapes), "decoder": residual.parameters_per_channel(inside)}
     each["group"] = each["model"]
-    kept = channels_that_stay(dense, step, width, each, wanted) if keep is None else keep
+    totals = denominators(model, architecture.blocks, each["group"] * width)
+    kept = channels_that_stay(dense, step, width, each, totals, wanted) if keep is None else keep
     left = {n: resized(s, residual.dims[n], kept) if n in residual.dims else s for n, s in shapes.items()}
     config = residual.config(source.config, model, kept)
     build_smaller(config, left, source.name, heads=False)
     smaller = replace(source, config=config, tensors=cut_tensors(source, stored, residual, kept))
-    note = describe(dense, width, kept, each) + advice(model, wanted)
+    note = describe(width, kept, each, totals) + advice(model, wanted)
     removal = extended(dense, step, {}, {}, 0, smaller, note)
     values: dict[str, Any] = {field.name: getattr(removal, field.name) for field in fields(removal)}
     plan = HiddenPlan(**values, residual=residual, channels=kept, grain=wanted)
     return replace(plan, predicted=predict(plan))
 
 
-def channels_that_stay(dense: Plan, step: StructureStep, width: int, each: Mapping[str, int], wanted: int) -> int:
+def channels_that_stay(
+    dense: Plan, step: StructureStep, width: int, each: Mapping[str, int], totals: Mapping[str, int], wanted: int
+) -> int:
     """How many channels the budget leaves; each: parameters of a channel, by what the budget is a share of."""
     options = step.options
     assert isinstance(options, Hidden)
-    removed = parameters_to_remove(dense, options, step.where, each["group"] * width)
-    return uniform_width(width, removed / each[options.of], lcm(options.multiple, wanted), step.where)
+    removed = parameters_to_remove(totals, options, step.where, dense.itemsize)
+    share = Share(options.of, each[options.of] / totals[options.of])
+    return uniform_width(width, removed / each[options.of], lcm(options.multiple, wanted), step.where, share)
 
 
 def check_members(
@@ -125,9 +129,9 @@ def cut_tensors(source: ModelSource, stored: Mapping[str, list[str]], residual: 
     return tensors
 
 
-def describe(dense: Plan, width: int, kept: int, each: Mapping[str, int]) -> str:
+def describe(width: int, kept: int, each: Mapping[str, int], totals: Mapping[str, int]) -> str:
     """How much goes, of every denominator, in words."""
-    totals, gone = denominators(dense, each["group"] * width), width - kept
+    gone = width - kept
     parts = [f"{gone * each[key] / totals[key]:.1%} of {words}" for key, words in WORDS.items()]
     what = f"{width} -> {kept} in the whole model removes {gone * each['model']:,} parameters"
     return f"hidden: {what}: {', '.join(parts)}"

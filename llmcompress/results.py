@@ -186,7 +186,11 @@ class Clock:
         """Time what happens inside."""
         start = time.monotonic()
         yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.monotonic() - start
+        self.add(name, time.monotonic() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Also what an earlier try has spent, where its work is not done again."""
+        self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
 def parts(origin: Origin, plan: Plan, layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -144,7 +144,14 @@ def run_stage(
     """Carry out a stage that is not the last; its record. Nothing is done again for a folder that has its name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     job, found = job_for(plan, shared, folder), read_json(folder / MANIFEST)
+    suite = text_suite(shared.origin.recipe) if evaluate else None
     if found.get("fingerprint") == job.fingerprint():
+        clock.add("compress", found["stage"]["seconds"])
+        if found.get("suite") != suite:  # of another try, that scored something else
+            with clock.stage("evaluate"):
+                scores = job.text_scores(folder) if suite else []
+            found |= {"suite": suite, "stage": found["stage"] | {"perplexity": scores}}
+            write_json(folder / MANIFEST, found)
         return dict(found["stage"])
     if folder.exists() and not overwrite:
         raise ResumeError(
@@ -156,15 +163,23 @@ def run_stage(
             start = time.monotonic()
             proof, peak = finish_tensors(job, checkpoint, clock)
             seconds = time.monotonic() - start
-            suite = shared.origin.recipe.evaluate
             with clock.stage("evaluate"):
-                scores = job.text_scores(checkpoint.partial) if evaluate and suite else []
+                scores = job.text_scores(checkpoint.partial) if suite else []
             record = stage_record(job.plan, checkpoint, name, proof, peak, scores) | {"seconds": seconds}
             layers = [row for block in checkpoint.records() for row in block["layers"]]
-            written = {"fingerprint": checkpoint.fingerprint, "stage": record, "layers": layers}
+            written = {"fingerprint": checkpoint.fingerprint, "suite": suite, "stage": record, "layers": layers}
             write_json(checkpoint.partial / MANIFEST, written)
         checkpoint.complete(overwrite=True)
     return dict(read_json(folder / MANIFEST)["stage"])
+
+
+def text_suite(recipe: Recipe) -> dict[str, Any] | None:
+    """What a stage is scored on: the texts of the recipe's suite, and what else decides their perplexity."""
+    from llmcompress.suite import load_suite
+
+    if recipe.evaluate is None:
+        return None
+    return load_suite(recipe.evaluate.suite).model_dump(mode="json", include={"dtype", "perplexity"})
 
 
 def finish_tensors(job: Job, checkpoint: Checkpoint, clock: Clock) -> tuple[dict[str, Any], int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from llmcompress.arch import Module
 from llmcompress.errors import PlanError
 from llmcompress.layout import block_index, block_linears
 from llmcompress.plan import Plan, PlannedLinear
@@ -81,10 +82,9 @@ def unprotected(dense: Plan, step: StructureStep) -> set[int]:
     return free
 
 
-def parameters_to_remove(dense: Plan, options: Structure, where: str, group: int) -> float:
-    """How many parameters the budget takes away; group: those of all units in the model."""
-    totals = denominators(dense, group)
-    total, item = totals[options.of], dense.itemsize
+def parameters_to_remove(totals: Mapping[str, int], options: Structure, where: str, item: int) -> float:
+    """How many parameters the budget takes away; totals: see `denominators`.  item: bytes of one parameter."""
+    total = totals[options.of]
     if options.ratio is not None:
         return options.ratio * total
     stays = options.parameters if options.parameters is not None else (options.bytes or 0) / item
@@ -93,10 +93,14 @@ def parameters_to_remove(dense: Plan, options: Structure, where: str, group: int
     return total - stays
 
 
-def denominators(dense: Plan, group: int) -> dict[str, int]:
-    """Parameters of everything that a budget can be a share of."""
-    decoder = sum(prod(i.shape) for i in dense.source.tensors.values() if i.name.startswith(dense.blocks + "."))
-    return {"model": sum(prod(i.shape) for i in dense.source.tensors.values()), "decoder": decoder, "group": group}
+def denominators(model: Module, blocks: str, group: int) -> dict[str, int]:
+    """Parameters of everything that a budget can be a share of; group: those of all units in the model.
+
+    Counted in the model, as files may hold a tied table twice, and buffers such as the causal masks of old ones.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    decoder = sum(size for name, size in sizes.items() if name.startswith(f"{blocks}."))
+    return {"model": sum(sizes.values()), "decoder": decoder, "group": group}
 
 
 def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
@@ -104,9 +108,8 @@ def resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
     return (*shape[:dim], size, *shape[dim + 1 :])
 
 
-def shares(dense: Plan, gone: int, group: int) -> str:
+def shares(totals: Mapping[str, int], gone: int) -> str:
     """How much goes, of every denominator, in words."""
-    totals = denominators(dense, group)
     parts = [f"{gone / totals[key]:.1%} of {words}" for key, words in WORDS.items()]
     return f"{gone:,} parameters: {', '.join(parts)}"
 

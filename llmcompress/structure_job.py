@@ -18,9 +18,9 @@ from torch import Tensor
 
 from llmcompress.arch import is_transposed
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
-from llmcompress.compress import BlockResult, weight_of
+from llmcompress.compress import ZEROS, BlockResult, weight_of
 from llmcompress.depth_plan import without_blocks
-from llmcompress.errors import CalibrationError
+from llmcompress.errors import CalibrationError, PlanError
 from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
 from llmcompress.job import Job
@@ -142,6 +142,7 @@ class WidthJob(Job):
             return None
         weight, gram = weight_of(block, name), collect(block, {(name,): InputGram})[name].mean
         if how == "least_squares":
+            self._check_no_zeros(name, block, weight)
             changed = least_squares(weight, gram, columns)
             oriented(block, name).copy_(changed)
             return relative_error(weight, changed, gram)
@@ -151,6 +152,15 @@ class WidthJob(Job):
         self._add_bias(block, name, mean_bias(weight, mean, columns), result)
         left = quadratic(changed - weight, gram - torch.outer(mean, mean)).clamp(min=0)
         return float((left / quadratic(weight, gram)).sqrt())
+
+    def _check_no_zeros(self, name: str, block: Block, weight: Tensor) -> None:
+        """Raises PlanError for a weight that was pruned, in this run or elsewhere: its zeros are meant to stay."""
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if zeros >= ZEROS * weight.numel():
+            raise PlanError(
+                f"{self.plan.step.where}.compensate: {block.name}.{name} has {zeros / weight.numel():.0%} of zeros, "
+                "which least_squares would fill; use none, or start from the model before it was pruned"
+            )
 
     def _add_bias(self, block: Block, consumer: str, bias: Tensor, result: BlockResult) -> None:
         """Add a bias [out] to the consumer, also where it had none."""

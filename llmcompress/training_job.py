@@ -27,7 +27,7 @@ from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover
 from llmcompress.training.loop import Task, drawn_rows, share_of_batch, train
 from llmcompress.training.losses import cross_entropy, distillation, hidden_error
-from llmcompress.training.processes import launched, tell_others
+from llmcompress.training.processes import launched, tell_others, training_together
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
 
@@ -84,7 +84,8 @@ class TrainJob(Job):
             lessons.write(self._teacher(), windows, rows, lambda done, total: self.progress.advance(done))
         tell_others({"where": self.plan.step.where, "source": str(self.source.folder), "state": str(state)})
         self.progress.stage(f"training: {self.plan.step.name}", options.steps)
-        curve = train(student, options, task, state, self.progress.advance)
+        with training_together():
+            curve = train(student, options, task, state, self.progress.advance)
         record: dict[str, Any] = {"name": self.plan.step.name, "loss": options.loss, "losses": curve.losses}
         record |= {"tokens": curve.tokens, "seconds": curve.seconds, "data": self.text.record}
         write_json(state / "curve.json", record)

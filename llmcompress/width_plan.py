@@ -1,6 +1,7 @@
 """The plan of a step that makes blocks narrower, or takes their attention or MLP away."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -21,9 +22,17 @@ from llmcompress.plan import Plan
 from llmcompress.recipe import StructureStep, matches
 from llmcompress.structure import Sublayer, Width
 from llmcompress.structure.groups import Group, find_groups, kept_positions
-from llmcompress.structure.reshape import bias_key, build_smaller, narrower, with_biases
-from llmcompress.structure.selection import total_width, uniform_width
-from llmcompress.structure_budget import StructurePlan, extended, parameters_to_remove, resized, shares, unprotected
+from llmcompress.structure.reshape import HEADS, bias_key, build_smaller, narrower, with_biases
+from llmcompress.structure.selection import Share, total_width, uniform_width
+from llmcompress.structure_budget import (
+    StructurePlan,
+    denominators,
+    extended,
+    parameters_to_remove,
+    resized,
+    shares,
+    unprotected,
+)
 
 NO_GROUP = {
     "mlp_channel": "no linear of its blocks has inputs that come channel by channel from other linears",
@@ -50,18 +59,20 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
     if options.compensate == "mean":
         check_bias(model, architecture, free, step)
     costs = unit_costs(model, architecture, groups)
-    whole = sum(group.units * costs[index] for index, group in groups.items())
+    totals = totals_of(model, architecture, groups, costs)
     per_unit = sum(free[i].units * costs[i] for i in free) / sum(group.units for group in free.values())
-    remove = 0.0 if keep is not None else parameters_to_remove(dense, options, step.where, whole) / per_unit
+    remove = 0.0 if keep is not None else parameters_to_remove(totals, options, step.where, dense.itemsize) / per_unit
     if options.widths == "global":
         units = {index: group.units for index, group in free.items()}
-        total = keep or total_width(units, remove, options.multiple, options.fewest, step.where)
+        share = Share(options.of, per_unit / totals[options.of])
+        total = keep or total_width(units, remove, options.multiple, options.fewest, step.where, share)
         narrow = spread_evenly(units, total, options.multiple)
     else:
         if len({group.units for group in free.values()}) > 1:
             raise PlanError(f"{step.where}.widths: blocks of {dense.source.name} have unlike widths; use global")
         units_each = next(iter(free.values())).units
-        width = keep or uniform_width(units_each, remove / len(free), options.multiple, step.where)
+        share = Share(options.of, len(free) * per_unit / totals[options.of])
+        width = keep or uniform_width(units_each, remove / len(free), options.multiple, step.where, share)
         narrow = dict.fromkeys(free, width)
     widths = {index: narrow.get(index, group.units) for index, group in groups.items()}
     return with_widths(dense, step, model, architecture, groups, widths)
@@ -86,6 +97,14 @@ def unit_costs(model: Module, architecture: Architecture, groups: Mapping[int, G
     """Parameters of one unit of every block; they differ only for sub-layers of blocks that differ in width."""
     blocks = {index: model.get_submodule(architecture.block(index)) for index in groups}
     return {index: group.parameters_per_unit(shapes_of(blocks[index])) for index, group in groups.items()}
+
+
+def totals_of(
+    model: Module, architecture: Architecture, groups: Mapping[int, Group], costs: Mapping[int, int]
+) -> dict[str, int]:
+    """Parameters of everything that a budget can be a share of; costs: see `unit_costs`."""
+    units = sum(group.units * costs[index] for index, group in groups.items())
+    return denominators(model, architecture.blocks, units)
 
 
 def shapes_of(module: Module) -> Shapes:
@@ -129,7 +148,8 @@ def with_widths(
     if getattr(step.options, "compensate", "none") == "mean" and bias_key(model, step.name):
         config, biases = with_biases(config, model, step.name, left)
     left |= biases
-    build_smaller(config, left, source.name, heads=step.name in ("kv_group", "query_head"))
+    with heads_that_exist(source.config, model, step.name, groups):
+        build_smaller(config, left, source.name, heads=step.name in HEADS)
     tensors = dict(source.tensors)
     for name, found in stored.items():
         info = tensors.pop(found[0])
@@ -142,16 +162,50 @@ def with_widths(
         size = prod(shape) * weight.bytes // prod(weight.shape)
         tensors[f"{stem}bias"] = replace(weight, name=f"{stem}bias", shape=shape, bytes=size)
     smaller = replace(source, config=config, tensors=tensors)
-    note = describe(dense, step, groups, widths, unit_costs(model, architecture, groups))
+    costs = unit_costs(model, architecture, groups)
+    note = describe(step, groups, widths, costs, totals_of(model, architecture, groups, costs))
     return extended(dense, step, groups, widths, 0, smaller, note)
 
 
+@contextmanager
+def heads_that_exist(
+    config: Mapping[str, Any], model: Module, kind: str, groups: Mapping[int, Group]
+) -> Iterator[None]:
+    """Add to a refusal how many heads the model's config would take, where that differs from number to number."""
+    try:
+        yield
+    except PlanError as exc:
+        if kind not in HEADS:
+            raise
+        units = min(group.units for group in groups.values())
+        allowed = [
+            n for n in range(1, units) if allows(narrower(config, model, kind, groups, dict.fromkeys(groups, n)))
+        ]
+        if 0 < len(allowed) < units - 1:
+            raise PlanError(f"{exc}; it takes {', '.join(map(str, allowed))} of the {units} units of {kind}") from None
+        raise
+
+
+def allows(config: Mapping[str, Any]) -> bool:
+    """Whether stock code takes a config.json for its own, whatever shapes it makes of it."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(**config)
+    except Exception:  # configs are validated in many ways, and any of them is a no
+        return False
+    return True
+
+
 def describe(
-    dense: Plan, step: StructureStep, groups: Mapping[int, Group], widths: Mapping[int, int], costs: Mapping[int, int]
+    step: StructureStep,
+    groups: Mapping[int, Group],
+    widths: Mapping[int, int],
+    costs: Mapping[int, int],
+    totals: Mapping[str, int],
 ) -> str:
-    """What goes, in words; costs: parameters of one unit of every block."""
+    """What goes, in words; costs: parameters of one unit of every block.  totals: what that is a share of."""
     units, kept = sum(group.units for group in groups.values()), sum(widths[index] for index in groups)
-    whole = sum(group.units * costs[index] for index, group in groups.items())
     gone = sum((group.units - widths[index]) * costs[index] for index, group in groups.items())
     changed = {groups[index].units: widths[index] for index in groups if widths[index] < groups[index].units}
     if step.options.widths == "global":  # type: ignore[attr-defined]  # only structures with groups are described
@@ -160,7 +214,7 @@ def describe(
         before, after = next(iter(changed.items()))
         count = sum(widths[index] < groups[index].units for index in groups)
         what = f"{before} -> {after} in each of {count} blocks"
-    return f"{step.name}: {what} removes " + shares(dense, gone, whole)
+    return f"{step.name}: {what} removes " + shares(totals, gone)
 
 
 def check_kept(dense: Plan, architecture: Architecture, groups: Mapping[int, Group], step: StructureStep) -> None:

@@ -87,6 +87,20 @@ def learn_all(folder: Path) -> None:
                 write_json(state / "seen.json", seen)
 
 
+def first_fails(folder: Path) -> None:
+    """The first process ends in the middle of a step, by an error that the others do not have."""
+    from llmcompress.training.processes import leading, tasks, tell_others, training_together
+
+    if first():
+        with leading(cpu=True):
+            tell_others({})
+            with training_together():
+                learn("tied", folder, stop_at=2)
+    else:
+        for _ in tasks(cpu=True):
+            learn("tied", folder)
+
+
 def whole_run(recipe_values: dict[str, Any], folder: Path, die: str | None) -> None:
     """A run as the command line does it, proved in this process; the first dies when it has made the file `die`."""
     from llmcompress.run import join, run
@@ -122,5 +136,7 @@ if __name__ == "__main__":
     shard_on_cpu()
     if what == "learn":
         learn_all(Path(arguments["folder"]))
+    elif what == "first_fails":
+        first_fails(Path(arguments["folder"]))
     else:
         whole_run(arguments["recipe"], Path(arguments["folder"]), arguments["die"])

@@ -209,7 +209,7 @@ def test_a_killed_run_continues_with_the_same_channels(run_here, monkeypatch, tm
 @pytest.mark.parametrize(
     ("step", "more", "message"),
     [
-        ({"ratio": 0.01}, {}, "rounds to none; shares of the group that exist: 0.0625 .keeps 90."),
+        ({"ratio": 0.01}, {}, "rounds to none; ratios of the group that exist: 0.0625 .keeps 90."),
         ({"multiple": 64, "ratio": 0.01}, {}, "192 leaves no smaller width of the 96 units"),
         ({"ratio": None, "parameters": 10**9, "of": "model"}, {}, "is small enough"),
         ({"score": "activation"}, {"calibration": None}, "needs `calibration` data"),

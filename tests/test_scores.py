@@ -13,7 +13,7 @@ from llmcompress.stats import GradientMoments, InputMoments
 from llmcompress.structure.compensation import least_squares, mean_bias
 from llmcompress.structure.groups import Group
 from llmcompress.structure.scores import UNIT_SCORES, Seen
-from llmcompress.structure.selection import keep_highest, uniform_width
+from llmcompress.structure.selection import Share, keep_highest, uniform_width
 
 # Three units of two columns each; "up" has one row per unit and "v" two. The order is no one's natural order.
 COLUMNS = torch.tensor([[4, 5], [0, 1], [2, 3]])
@@ -120,18 +120,19 @@ def test_the_highest_stay_in_order(units, kept, tied, seed):
 def test_a_width_is_the_nearest_multiple_or_an_error(units, share, multiple):
     """All multiples are compared, that of keeping everything too; it is the error."""
     wanted = units - units * share
+    whole = Share("group", 1 / units)
     distance = {width: abs(width - wanted) for width in [units, *range(multiple, units, multiple)]}
     nearest = {width for width in distance if distance[width] == min(distance.values())}
     if units in nearest or multiple >= units:
         with pytest.raises(PlanError, match=r"steps\[0\]"):
-            uniform_width(units, units * share, multiple, "steps[0]")
+            uniform_width(units, units * share, multiple, "steps[0]", whole)
     else:
-        assert uniform_width(units, units * share, multiple, "steps[0]") in nearest
+        assert uniform_width(units, units * share, multiple, "steps[0]", whole) in nearest
 
 
 def test_three_groups_cannot_lose_a_fifth():
-    with pytest.raises(PlanError, match=r"rounds to none; shares of the group that exist: 0.333 \(keeps 2\), 0.667"):
-        uniform_width(3, 0.4, 1, "steps[0]")
+    with pytest.raises(PlanError, match=r"rounds to none; ratios of the group that exist: 0.333 \(keeps 2\), 0.667"):
+        uniform_width(3, 0.4, 1, "steps[0]", Share("group", 1 / 3))
 
 
 @pytest.mark.parametrize("kept", [[0, 2, 3, 5], [1], [0, 1, 2, 3, 4]])

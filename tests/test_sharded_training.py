@@ -113,6 +113,15 @@ def test_a_whole_run_of_two_processes_that_share_the_weights(tiny_folders, text,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [PLAIN, FSDP], ids=["plain", "sharded"])
+def test_nobody_waits_for_a_first_process_that_failed(launcher, tmp_path):
+    """Were they to wait, the launch would run into its time limit."""
+    done = program(launcher, "first_fails", folder=str(tmp_path))
+    assert done.returncode != 0
+    assert "Killed" in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "changes", "message"),
     [

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
-from tiny_runs import reloaded, tensors
+from conftest import ARCHITECTURES, write_tiny
+from tiny_runs import proof_inside, recipe, reloaded, tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmcompress import run as run_module
 from llmcompress.errors import PlanError
 from llmcompress.export import export
-from llmcompress.run import stages_folder
+from llmcompress.run import run, stages_folder
 
 CHANNELS = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group"}
 BLOCKS = {"structure": "block", "score": "block_influence", "ratio": 0.5, "of": "decoder"}
@@ -102,19 +104,62 @@ def test_stages_are_shown_and_their_folders_go(run_here):
     assert results["size"]["before_bytes"] > results["size"]["after_bytes"]
 
 
-def test_compensation_lowers_the_error_of_the_layer(run_here, tiny_folders):
-    plain = run_here("llama", CHANNELS | {"ratio": 0.5, "compensate": "none"})[0]
-    better = run_here("llama", CHANNELS | {"ratio": 0.5})[0]
-    dense = tensors(Path(tiny_folders("llama")))
-    name = "model.layers.0.mlp.down_proj.weight"
-    assert tensors(plain)[name].shape == tensors(better)[name].shape != dense[name].shape
-    assert not torch.equal(tensors(plain)[name], tensors(better)[name])
+def test_a_stage_is_scored_again_when_the_suite_is_another(run_here, tmp_path, text, tiny_folders, monkeypatch):
+    """The first try ends after its first stage; the second asks for shorter windows, and tells their perplexity."""
+
+    def scored(length: int, folder: Path) -> list[float]:
+        suite = tmp_path / f"{length}.yaml"
+        texts = [{"name": "text", "source": str(text), "length": length, "windows": 4}]
+        suite.write_text(json.dumps({"name": "test", "version": 1, "perplexity": texts}))
+        steps = [CHANNELS, {"method": "rtn", "group_size": 32}]
+        with proof_inside(monkeypatch):
+            made = run(recipe(tiny_folders("llama"), text, *steps, evaluate={"suite": str(suite)}), folder)
+        return [stage["perplexity"][0]["value"] for stage in made["stages"]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "make_folder", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scored(32, tmp_path / "out")
+    assert len(list(stages_folder(tmp_path / "out").iterdir())) == 1
+    assert scored(16, tmp_path / "out") == scored(16, tmp_path / "other") != scored(32, tmp_path / "third")
+
+
+def test_compensation_lowers_the_error_of_the_layer(run_here, tiny_folders, text):
+    """Of what the first block's MLP adds to the calibration tokens that it sees in the dense model."""
+    name = "model.layers.0.mlp"
+    outputs = {"dense": mlp_output(Path(tiny_folders("llama")), name, text)}
+    for how in ("none", "least_squares"):
+        outputs[how] = mlp_output(run_here("llama", CHANNELS | {"ratio": 0.5, "compensate": how})[0], name, text)
+    errors = {how: float((outputs[how] - outputs["dense"]).norm() / outputs["dense"].norm()) for how in outputs}
+    assert 0 < errors["least_squares"] < 0.95 * errors["none"]
+
+
+def mlp_output(folder: Path, name: str, text: Path) -> torch.Tensor:
+    """What an MLP of a model computes from some tokens of a text, [tokens, width]; what is before it is dense."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)(text.read_text()[:4000], return_tensors="pt").input_ids[:, :128]
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(tokens)
+    return seen[0]
+
+
+def test_least_squares_does_not_fill_the_zeros_of_a_pruned_model(run_here):
+    pruned = run_here("llama", {"method": "magnitude", "sparsity": 0.5})[0]
+    exported = pruned.parent / "dense"
+    export(pruned, exported, "dense")
+    before = set(pruned.parent.iterdir())
+    with pytest.raises(PlanError, match=r"mlp.down_proj has 50% of zeros, which least_squares would fill; use none"):
+        run_here(str(exported), CHANNELS)
+    assert {path.name for path in set(pruned.parent.iterdir()) - before} <= {"out2.partial"}
+    run_here(str(exported), CHANNELS | {"compensate": "none"})
 
 
 @pytest.mark.parametrize(
     ("kind", "step", "message"),
     [
-        ("llama", CHANNELS | {"structure": "kv_group", "ratio": 0.2}, "shares of the group that exist: 0.5 .keeps 1."),
+        ("llama", CHANNELS | {"structure": "kv_group", "ratio": 0.2}, "ratios of the group that exist: 0.5 .keeps 1."),
         (
             "gpt2",
             CHANNELS | {"structure": "kv_group", "ratio": 0.5},
@@ -133,6 +178,13 @@ def test_what_cannot_be_removed_is_a_plan_error(kind, step, message, run_here, t
     with pytest.raises(PlanError, match=message):
         run_here(kind, step)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_names_the_numbers_of_heads_that_the_config_takes(run_here, tmp_path):
+    """Llama wants its width to be a multiple of the number of heads, though their size is given."""
+    model = write_tiny(tmp_path / "eight", "llama", num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
+    with pytest.raises(PlanError, match=r"it takes 1, 2, 3, 4, 6 of the 8 units of kv_group"):
+        run_here(str(model), CHANNELS | {"structure": "kv_group", "ratio": 0.1})
 
 
 def test_what_is_kept_is_not_made_smaller(run_here):

@@ -6,6 +6,7 @@ or the units of all blocks are ranked together, and some blocks keep more than o
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +14,19 @@ from torch import Tensor
 from llmcompress.errors import PlanError
 
 
-def uniform_width(units: int, remove: float, multiple: int, where: str) -> int:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one unit is of a budget's denominator, so that a refusal can name budgets that exist."""
+
+    of: str  # model, decoder or group
+    unit: float
+
+
+def uniform_width(units: int, remove: float, multiple: int, where: str, share: Share) -> int:
     """Units that stay of `units`, when `remove` of them (not rounded) should go; a multiple of `multiple`.
 
     The nearest multiple, the larger of two equally near. Raises PlanError if keeping all of them is nearer, or none.
+    share: of one unit in every block that loses some.
     """
     wanted = units - remove
     possible = list(range(multiple, units, multiple))
@@ -24,19 +34,20 @@ def uniform_width(units: int, remove: float, multiple: int, where: str) -> int:
         raise PlanError(f"{where}.multiple: {multiple} leaves no smaller width of the {units} units there are")
     best = min([units, *reversed(possible)], key=lambda width: abs(width - wanted))
     if best == units or wanted <= 0:
-        shares = ", ".join(f"{1 - width / units:.3g} (keeps {width})" for width in possible[-4:][::-1])
+        shown = possible[-4:] if best == units else possible[:4]
+        ratios = ", ".join(f"{(units - width) * share.unit:.3g} (keeps {width})" for width in reversed(shown))
         raise PlanError(
             f"{where}: removing {remove:.3g} of {units} units rounds to {'none' if best == units else 'all'}; "
-            + (f"shares of the group that exist: {shares}" if possible else "there is nothing smaller")
+            + f"ratios of the {share.of} that exist: {ratios}"
         )
     return best
 
 
-def total_width(units: Mapping[int, int], remove: float, multiple: int, fewest: int, where: str) -> int:
+def total_width(units: Mapping[int, int], remove: float, multiple: int, fewest: int, where: str, share: Share) -> int:
     """Units that stay in all blocks together, when `remove` of them (not rounded) should go.
 
     units: of every block that may lose some.  fewest: of them that stay in every block, in steps of `multiple`.
-    Raises PlanError if that rounds to none, or leaves less than the fewest.
+    Raises PlanError if that rounds to none, or leaves less than the fewest.  share: of one unit.
     """
     have = sum(units.values())
     steps = round(remove / multiple)
@@ -45,8 +56,8 @@ def total_width(units: Mapping[int, int], remove: float, multiple: int, fewest: 
         most = (have - least) // multiple
         raise PlanError(
             f"{where}: removing {remove:.3g} of {have} units rounds to {steps * multiple}; from {multiple} to "
-            f"{most * multiple} can go, in steps of {multiple}, which are shares of the group of {multiple / have:.3g} "
-            f"to {most * multiple / have:.3g}"
+            f"{most * multiple} can go, in steps of {multiple}, which are ratios of the {share.of} of "
+            f"{multiple * share.unit:.3g} to {most * multiple * share.unit:.3g}"
         )
     return have - steps * multiple
 

@@ -2,7 +2,7 @@
 
     cross entropy   - log q(next token)                                    q: the smaller model's probabilities
     distillation    T² KL(p || q) at temperature T, Hinton et al. 2015     p: the dense model's, arXiv:1503.02531
-    hidden          mean (h_q - h_p)² / mean h_p²                          h: last hidden states
+    hidden          mean over windows of |h_q - h_p|² / |h_p|²             h: last hidden states of a window
 
 Of p only the k largest are kept for each position. All other tokens together are one more outcome, whose probability
 both models have; so the loss stays a divergence, is zero where the models agree, and never exceeds the full one.
@@ -93,11 +93,14 @@ class _Summed(torch.autograd.Function):
 
 
 def hidden_error(found: Tensor, taught: Taught) -> Tensor:
-    """Mean squared difference of hidden states [n, length, width], relative to their size."""
+    """Squared difference of hidden states [n, length, width] relative to their size, of each window; the mean.
+
+    Relative to that of its own window, so that it does not matter which windows share a pass.
+    """
     if taught.hidden is None:
         raise ValueError("hidden states were not kept")
     wanted = taught.hidden.float()
-    return (found.float() - wanted).square().mean() / wanted.square().mean()
+    return ((found.float() - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))).mean()
 
 
 def keep_largest(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from llmcompress.errors import PlanError
+from llmcompress.errors import LLMCompressError, PlanError
 
 PATIENCE = timedelta(days=7)  # other processes wait while the first one compresses
 
@@ -42,9 +42,28 @@ def leading(*, cpu: bool) -> Iterator[None]:
         tell_others(None)
 
 
+@contextmanager
+def training_together() -> Iterator[None]:
+    """For the first process while all of them train: an error of its own parts it from the others.
+
+    They are in the middle of a step and could not be told anything; without it their next exchange fails, and the
+    launcher ends them. An LLMCompressError is one that all of them have come to, and the others wait for a task.
+    """
+    try:
+        yield
+    except LLMCompressError:
+        raise
+    except BaseException:
+        if launched() > 1:
+            import torch
+
+            torch.distributed.destroy_process_group()
+        raise
+
+
 def tell_others(task: dict[str, Any] | None) -> None:
     """Let the other processes join `task`, or end."""
-    if launched() > 1:
+    if launched() > 1 and connected():
         exchange(task)
 
 
@@ -63,6 +82,13 @@ def connect(*, cpu: bool) -> None:
     from llmcompress.training.sharding import start
 
     start(cpu=cpu, timeout=PATIENCE)
+
+
+def connected() -> bool:
+    """Whether this process can still reach the others."""
+    import torch
+
+    return torch.distributed.is_initialized()
 
 
 def exchange(task: dict[str, Any] | None) -> dict[str, Any] | None:

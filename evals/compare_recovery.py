@@ -80,6 +80,7 @@ def measure(loss: str, args: argparse.Namespace) -> dict[str, Any]:
         "batch": 4,
         "micro_batch": 4,
         "learning_rate": args.learning_rate,
+        "compile": True,
     }
     with tempfile.TemporaryDirectory() as scratch:
         suite = Path(scratch) / "suite.yaml"

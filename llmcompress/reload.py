@@ -1,4 +1,4 @@
-"""Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS [trust]`.
+"""Proof of loading, run as a script in a clean process: `python -I reload.py FOLDER EXPECTED BLOCKS TOLERANCE [trust]`.
 
 Imports transformers and compressed-tensors, and nothing of llmcompress unless the folder is in one of its own formats,
 which `llmcompress.runtime` loads. Loads FOLDER with its first BLOCKS decoder blocks as any user would, FOLDER/adapter
@@ -8,7 +8,9 @@ through peft if there is one, and compares with what the run decided (EXPECTED, 
     metadata, in JSON: "blocks": module path of the blocks; "digests": module path -> sha256 of the weight's bytes;
     "adapter": peft's name of a LoRA matrix -> sha256 of its bytes
 
-Weights of later blocks are unpacked one by one with the compressed-tensors library. Prints one JSON object.
+Weights of later blocks are unpacked one by one with the compressed-tensors library. If the logits differ by more than
+TOLERANCE (relative RMS), it is measured how much rounding changes those of this very model: they are computed in
+float32 too, which takes twice the memory. Prints one JSON object.
 """
 
 import hashlib
@@ -27,7 +29,7 @@ from safetensors import safe_open
 ADAPTER = "adapter"  # folder of LoRA weights
 
 
-def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]:
+def main(folder: str, expected: str, blocks: int, tolerance: float, trust: bool) -> dict[str, Any]:
     """Load, run, compare; `trust` lets the folder's own Python code run, as the recipe asked."""
     torch.set_grad_enabled(False)
     with safe_open(expected, "pt") as file:
@@ -35,7 +37,7 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
         names = {key: json.loads(value) for key, value in file.metadata().items()}
     digests, path = names["digests"], names["blocks"] + "."
     model = load(folder, blocks, wanted.dtype, trust)
-    found = torch.cat([model(row[None], use_cache=False).logits[:, positions] for row in tokens])
+    found = logits(model, tokens, positions)
     different, rest = [], {}
     for name, digest in digests.items():
         if block_of(name, path) >= blocks:
@@ -46,6 +48,7 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
     if names["adapter"]:
         different += adapted_differently(model, Path(folder) / ADAPTER, names["adapter"], path, blocks)
     difference = found.float() - wanted.float()
+    rms = relative_rms(found, wanted)
     return {
         "engine": f"transformers {transformers.__version__}",
         "compressed_tensors": version("compressed_tensors"),
@@ -53,7 +56,8 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
         "blocks": blocks,
         "tokens": found.shape[0] * found.shape[1],
         "max_abs_difference": float(difference.abs().max()),
-        "relative_rms": float(difference.norm() / wanted.float().norm()),
+        "relative_rms": rms,
+        "rounding_rms": None if rms <= tolerance else relative_rms(found, logits(model.float(), tokens, positions)),
         "top1_agreement": float((found.argmax(-1) == wanted.argmax(-1)).float().mean()),
         "weights": len(digests),
         "adapter_matrices": len(names["adapter"]),
@@ -61,6 +65,16 @@ def main(folder: str, expected: str, blocks: int, trust: bool) -> dict[str, Any]
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         "imported_llmcompress": "llmcompress" in sys.modules,
     }
+
+
+def logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Of tokens [n, length] at some positions [m], [n, m, vocabulary]."""
+    return torch.cat([model(row[None], use_cache=False).logits[:, positions] for row in tokens])
+
+
+def relative_rms(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Root mean square of the difference, relative to that of what is wanted."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def load(folder: str, blocks: int, dtype: torch.dtype, trust: bool) -> Any:
@@ -164,4 +178,5 @@ def version(module: str) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), "trust" in sys.argv[4:])) + "\n")
+    record = main(sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), "trust" in sys.argv[5:])
+    sys.stdout.write(json.dumps(record) + "\n")

@@ -188,11 +188,13 @@ class RecoverLoss:
         """For windows [n] int64, with its graph."""
         tokens, weights = self.windows[rows].to(next(model.parameters()).device), self.options.loss
         seen: list[Tensor] = []
-        hook = last_block(model).register_forward_hook(lambda m, a, o: seen.append(first(o)))
+        wanted = "hidden" in weights
+        hook = last_block(model).register_forward_hook(lambda m, a, o: seen.append(first(o))) if wanted else None
         try:
             logits = model(tokens, use_cache=False).logits
         finally:
-            hook.remove()
+            if hook:
+                hook.remove()
         total = torch.zeros((), device=logits.device)
         if "cross_entropy" in weights:
             total = total + weights["cross_entropy"] * cross_entropy(logits, tokens)
@@ -226,6 +228,8 @@ def prepared(model: Any, options: Recover, keep: list[str]) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(options.parameters == "all" and not kept(name, keep))
+    if options.compile:
+        compile_blocks(model, all_but_last="hidden" in options.loss)
     if options.parameters == "all":
         return model
     from peft import LoraConfig, get_peft_model
@@ -243,6 +247,18 @@ def prepared(model: Any, options: Recover, keep: list[str]) -> Any:
     )
     torch.manual_seed(options.seed)
     return get_peft_model(model, config)
+
+
+def compile_blocks(model: Any, *, all_but_last: bool) -> None:
+    """Compile every block by itself: all are alike, so it takes as long as one.
+
+    all_but_last: hidden states are read behind the last block by a hook, for which it would be compiled at each step.
+    """
+    from llmcompress.arch import find_blocks
+
+    blocks: Any = find_blocks(model)[1]
+    for block in blocks[: len(blocks) - all_but_last]:
+        block.compile(dynamic=False)
 
 
 def load_all(model: Any, source: Any, stored: dict[str, list[str]]) -> None:

@@ -1,5 +1,7 @@
 """The plan of a train step: what it needs, and what it costs."""
 
+import os
+import shutil
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -45,6 +47,7 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
             "`parameters: all`, which keeps them"
         )
     dense = dense_plan(recipe, source)
+    check_compiler(dense, step)
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__}
     plan = TrainPlan(**values, step=step)
     return replace(plan, predicted=predict(plan), notes=[describe(plan)])
@@ -59,6 +62,13 @@ def check_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> None
         check_length(options.data.length, source, f"{step.where}.data")
     if any(is_expert(name) for name in source.tensors):
         raise PlanError(f"{source.name}: a mixture of experts cannot be trained yet; leave {step.where} out")
+
+
+def check_compiler(dense: Plan, step: TrainStep) -> None:
+    """torch.compile writes C++ for a CPU, and something must turn that into a program."""
+    compiler = os.environ.get("CXX", "g++")
+    if step.options.compile and dense.on_cpu and shutil.which(compiler) is None:
+        raise PlanError(f"{step.where}.compile: there is no {compiler} on this machine; install it, or set it to false")
 
 
 def describe(plan: TrainPlan) -> str:

@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, write_tiny
+from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, write_tiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_runs import proof_inside, recipe, reloaded, tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmcompress import proof
 from llmcompress import run as run_module
-from llmcompress.errors import PlanError
+from llmcompress.errors import FormatError, PlanError
 from llmcompress.export import export
 from llmcompress.run import run, stages_folder
 
 CHANNELS = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group"}
+HIDDEN = {"structure": "hidden", "score": "magnitude", "ratio": 0.25, "of": "group"}
 BLOCKS = {"structure": "block", "score": "block_influence", "ratio": 0.5, "of": "decoder"}
 GROUPED = [kind for kind in ARCHITECTURES if kind not in ("gpt2", "gpt_neox", "opt")]
 
@@ -111,7 +115,7 @@ def test_a_stage_is_scored_again_when_the_suite_is_another(run_here, tmp_path, t
         suite = tmp_path / f"{length}.yaml"
         texts = [{"name": "text", "source": str(text), "length": length, "windows": 4}]
         suite.write_text(json.dumps({"name": "test", "version": 1, "perplexity": texts}))
-        steps = [CHANNELS, {"method": "rtn", "group_size": 32}]
+        steps = [CHANNELS | {"ratio": 0.2}, {"method": "rtn", "group_size": 32}]
         with proof_inside(monkeypatch):
             made = run(recipe(tiny_folders("llama"), text, *steps, evaluate={"suite": str(suite)}), folder)
         return [stage["perplexity"][0]["value"] for stage in made["stages"]]
@@ -128,32 +132,54 @@ def test_compensation_lowers_the_error_of_the_layer(run_here, tiny_folders, text
     """Of what the first block's MLP adds to the calibration tokens that it sees in the dense model."""
     name = "model.layers.0.mlp"
     outputs = {"dense": mlp_output(Path(tiny_folders("llama")), name, text)}
+    calibration = {"data": str(text), "samples": 128, "length": 32}  # many more tokens than channels
     for how in ("none", "least_squares"):
-        outputs[how] = mlp_output(run_here("llama", CHANNELS | {"ratio": 0.5, "compensate": how})[0], name, text)
+        folder, _ = run_here("llama", CHANNELS | {"ratio": 0.5, "compensate": how}, calibration=calibration)
+        outputs[how] = mlp_output(folder, name, text)
     errors = {how: float((outputs[how] - outputs["dense"]).norm() / outputs["dense"].norm()) for how in outputs}
     assert 0 < errors["least_squares"] < 0.95 * errors["none"]
 
 
 def mlp_output(folder: Path, name: str, text: Path) -> torch.Tensor:
-    """What an MLP of a model computes from some tokens of a text, [tokens, width]; what is before it is dense."""
+    """What an MLP of a model adds for windows of a text [n, 32, width]; what is before it is dense."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = AutoTokenizer.from_pretrained(folder)(text.read_text()[:4000], return_tensors="pt").input_ids[:, :128]
+    tokens = AutoTokenizer.from_pretrained(folder)(text.read_text(), return_tensors="pt").input_ids[:, :4096]
     seen: list[torch.Tensor] = []
-    model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    model.get_submodule(name).register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
-        model(tokens)
+        model(tokens.view(-1, 32))
     return seen[0]
 
 
-def test_least_squares_does_not_fill_the_zeros_of_a_pruned_model(run_here):
-    pruned = run_here("llama", {"method": "magnitude", "sparsity": 0.5})[0]
-    exported = pruned.parent / "dense"
-    export(pruned, exported, "dense")
-    before = set(pruned.parent.iterdir())
+def test_least_squares_does_not_fill_the_zeros_of_a_model_that_was_pruned_elsewhere(run_here, tmp_path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    for block in model.model.layers:
+        block.mlp.down_proj.weight.data[:, ::2] = 0
+    model.save_pretrained(tmp_path / "pruned")
+    tiny_tokenizer().save_pretrained(tmp_path / "pruned")
     with pytest.raises(PlanError, match=r"mlp.down_proj has 50% of zeros, which least_squares would fill; use none"):
-        run_here(str(exported), CHANNELS)
-    assert {path.name for path in set(pruned.parent.iterdir()) - before} <= {"out2.partial"}
-    run_here(str(exported), CHANNELS | {"compensate": "none"})
+        run_here(str(tmp_path / "pruned"), CHANNELS)
+    run_here(str(tmp_path / "pruned"), CHANNELS | {"compensate": "none"})
+
+
+def test_rounding_is_measured_where_its_estimate_does_not_suffice(run_here, monkeypatch):
+    """An estimate of next to nothing stands for a model that amplifies errors; another result is still refused."""
+    monkeypatch.setattr(proof, "tolerance_of", lambda plan, blocks: 1e-9)
+    found = run_here("llama", HIDDEN)[1]["proof"]
+    assert 0 < found["relative_rms"] <= found["tolerance"] == 2 * found["rounding_rms"] < 0.1
+
+    def damaged(plan: Any, folder: Path, expected: Path, blocks: int) -> dict[str, Any]:
+        with safe_open(expected, "pt") as file:
+            metadata = file.metadata()
+        stored = load_file(expected)
+        noise = torch.randn(stored["logits"].shape, generator=torch.Generator().manual_seed(0))
+        stored["logits"] += 0.1 * stored["logits"].float().std() * noise
+        save_file(stored, expected, metadata)
+        return proof.prove(plan, folder, expected, blocks)
+
+    monkeypatch.setattr(run_module, "prove", damaged)
+    with pytest.raises(FormatError, match=r"logits after reloading .* differ by 0.1 .*rounding to bfloat16 explains"):
+        run_here("llama", HIDDEN)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,24 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(run_here):
     assert other == pytest.approx(plain, rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["distillation", {"distillation": 1, "hidden": 1}])
+def test_compiled_blocks_learn_the_same(loss, run_here):
+    changed = {"loss": loss, "precision": "float32"}
+    losses = []
+    for compiled in (False, True):
+        results = run_here("llama", NARROW, RECOVER | changed | {"compile": compiled})[1]
+        losses.append(results["training"][0]["losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(run_here, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(PlanError, match=r"compile: there is no no-such-compiler on this machine"):
+        run_here("llama", RECOVER | {"loss": "cross_entropy", "compile": True})
+    assert not list(tmp_path.iterdir())
+
+
 def test_pruned_weights_stay_zero_while_others_learn(run_here):
     prune = {"method": "magnitude", "pattern": "2:4"}
     before, _ = run_here("llama", prune, output={"format": "dense"})

@@ -30,6 +30,7 @@ class Train(Options):
     clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     precision: Literal["bfloat16", "float32"] = Field("bfloat16", description="of products; weights are in float32")
     gradient_checkpointing: bool = Field(False, description="recompute blocks on the way back, to save memory")
+    compile: bool = Field(False, description="fuse what blocks compute by torch.compile; on a CPU it needs g++")
     checkpoint_every: int = Field(50, ge=1, description="steps between states from which a killed run continues")
     seed: int = Field(0, ge=0, description="of the order of the windows")
 

@@ -5,36 +5,24 @@
     2 .. 256     int4_gemm          the packed weight is read once per BM tokens
     above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
 
-Tiles are chosen by what the compiler reports (kernels/resources.json): no spills, weight loads of 128 bits, few
-instructions per weight. BLAS_TOKENS, PROGRAMS_PER_PROCESSOR and TILES_PER_SPLIT are declared, not measured.
+Tiles are chosen by what the compiler reports (kernels/resources/int4_linear.json): no spills, weight loads of 128 bits,
+few instructions per weight. BLAS_TOKENS is declared, not measured.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..configuration import Configuration
+from ..launching import Tiles, device_of, interpreted, result_dtype, rows_of_tokens, spans
 from .kernel import int4_dequantize, int4_gemm, int4_gemv, reduce_splits
-from .layout import TILE, Int4Weight
+from .layout import GROUPS, TILE, Int4Weight
 
 BLAS_TOKENS = 256  # above this M the weight is dequantized
-PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
-TILES_PER_SPLIT = 4  # fewer would cost more in the reduce than they gain
-MAX_SPLITS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger
@@ -51,9 +39,7 @@ def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, proce
     columns, rows = x.shape[-1], weight.words.shape[1]
     if x.numel() == 0 or rows == 0:
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
-    tokens = x.reshape(-1, columns)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
+    tokens = rows_of_tokens(x)
     with device_of(x):
         if tokens.shape[0] > BLAS_TOKENS:
             y = torch.nn.functional.linear(tokens, dequantize(weight, columns, x.dtype), bias)
@@ -97,23 +83,15 @@ def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def spans(tiles: int, programs: int, processors: int) -> tuple[int, int]:
-    """Tiles per split and number of splits, none of them empty: enough programs for the GPU, but few."""
-    wanted = min(processors * PROGRAMS_PER_PROCESSOR // programs, tiles // TILES_PER_SPLIT, MAX_SPLITS)
-    span = triton.cdiv(tiles, max(wanted, 1))
-    return span, triton.cdiv(tiles, span)
-
-
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What kernels store: `dtype`, but float32 in the interpreter, which cuts bfloat16 off where GPUs round."""
-    return torch.float32 if interpreted() else dtype
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+def configurations() -> Iterator[Configuration]:
+    """All that may run, with a bias and in one span: a split launch stores float32 without a bias, in the same loop."""
+    yield Configuration("reduce_splits", {"BN": REDUCE.rows}, REDUCE.warps, REDUCE.stages)
+    for group, symmetric in itertools.product(GROUPS, (False, True)):
+        given = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
+        for kernel, tiles, more in [
+            ("int4_dequantize", DEQUANTIZE, {}),
+            ("int4_gemv", GEMV, {"SPLIT": False}),
+            *(("int4_gemm", t, {"SPLIT": False, "INTERPRETED": False, "BM": t.tokens}) for t in GEMM),
+        ]:
+            constants = given | {"BN": tiles.rows} | more
+            yield Configuration(kernel, constants, tiles.warps, tiles.stages, weights=tiles.rows * TILE)

@@ -92,14 +92,14 @@ def cases(operator: str) -> Iterator[Case]:
 def compile_case(case: Case) -> Any:
     """Triton's compiled kernel, with its `asm` and `metadata`; nothing is loaded on a device."""
     import triton
-    from llmcompress_kernels.configuration import ALIGNED, POINTERS
+    from llmcompress_kernels.configuration import ALIGNED, TYPES
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     made = case.configuration
     function = getattr(importlib.import_module(f"llmcompress_kernels.{case.operator}.kernel"), made.kernel)
     names = function.arg_names
-    kinds = {name: POINTERS.get(name, f"*{case.dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    kinds = {name: TYPES.get(name, f"*{case.dtype}" if name.endswith("_ptr") else "i32") for name in names}
     signature = {name: "constexpr" if name in made.constants else kinds[name] for name in names}
     aligned = [name for name in names if name not in made.constants and (kinds[name][0] == "*" or name in ALIGNED)]
     source = ASTSource(

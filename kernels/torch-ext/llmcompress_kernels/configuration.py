@@ -7,7 +7,8 @@ that chooses something else than it yields runs machine code that nobody has loo
 from dataclasses import dataclass
 from typing import Any
 
-POINTERS = {  # arguments that do not point to the dtype of x; a name means the same in every operator
+TYPES = {  # of kernel arguments that are neither int32 nor a pointer to the dtype of x; the same in every operator
+    "scaling": "fp32",
     "words_ptr": "*i32",
     "gate_words_ptr": "*i32",
     "up_words_ptr": "*i32",

@@ -12,5 +12,20 @@ since the Hugging Face Hub loads kernels under names of its own.
 """
 
 from .int4_linear import Int4Weight, from_pack_quantized, int4_linear, to_pack_quantized
+from .sparse24_int4_linear import Sparse24Int4Weight, from_sparse24_int4, sparse24_int4_linear, to_sparse24_int4
+from .sparse24_linear import Sparse24Weight, from_sparse24, sparse24_linear, to_sparse24
 
-__all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "to_pack_quantized"]
+__all__ = [
+    "Int4Weight",
+    "Sparse24Int4Weight",
+    "Sparse24Weight",
+    "from_pack_quantized",
+    "from_sparse24",
+    "from_sparse24_int4",
+    "int4_linear",
+    "sparse24_int4_linear",
+    "sparse24_linear",
+    "to_pack_quantized",
+    "to_sparse24",
+    "to_sparse24_int4",
+]

@@ -1,7 +1,7 @@
 """The inline assembly of `sparse24_int4_gemm_sp`, as text: what Triton's language has no words for.
 
-Operands are `$0`, `$1`, ... in the order in which `tl.inline_asm_elementwise` numbers them: outputs first, and of a tensor
-[threads, 4] the four elements of a thread. tests/ptx_fragments.py executes this text on NumPy arrays.
+Operands are `$0`, `$1`, ... in the order in which `tl.inline_asm_elementwise` numbers them: outputs first, and of a
+tensor [threads, 4] the four elements of a thread. tests/ptx_fragments.py executes this text on NumPy arrays.
 """
 
 import triton

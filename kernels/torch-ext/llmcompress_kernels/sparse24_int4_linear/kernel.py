@@ -2,16 +2,16 @@
 
 Layout of `words` and `metadata`: layout.py. There are two forms of the product:
 
-- `sparse24_int4_gemm_sp` multiplies on sparse tensor cores, by inline assembly (assembly.py). Its tensors are [threads, 4]
-  in the order of registers: row i is thread i, since Triton gives every thread 16 bytes of a load that is contiguous
-  along 4 elements, and tests hold that it does. It computes W xᵀ, because the sparse operand is the left one, and
-  `token_fragments` brings x into the order of the right one first.
+- `sparse24_int4_gemm_sp` multiplies on sparse tensor cores, by inline assembly (assembly.py). Its tensors are
+  [threads, 4] in the order of registers: row i is thread i, since Triton gives every thread 16 bytes of a load that is
+  contiguous along 4 elements, and tests hold that it does. It computes W xᵀ, because the sparse operand is the left
+  one, and `token_fragments` brings x into the order of the right one first.
 - `sparse24_int4_gemv` and `sparse24_int4_gemm` use nothing but Triton's language, and expand the weights in registers
-  (two_of_four.py). They read the words by pairs of rows n, n + 8: word j = 4 t + s of a pair has columns 32 s + 16 q + 4 t
-  and up of a block, nibbles h + 2 q and h + 2 q + 4 those of row n + 8 h.
+  (two_of_four.py). They read the words by pairs of rows n, n + 8: word j = 4 t + s of a pair has columns 32 s + 16 q +
+  4 t and up of a block, nibbles h + 2 q and h + 2 q + 4 those of row n + 8 h.
 
-Codes become numbers without conversions, as in words.py; here they are stored as code ^ 8, and one exclusive or with the
-exponent and 8 restores the code where it stands. Scales multiply float32 sums of a group.
+Codes become numbers without conversions, as in words.py; here they are stored as code ^ 8, and one exclusive or with
+the exponent and 8 restores the code where it stands. Scales multiply float32 sums of a group.
 
 Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program.
 """
@@ -175,8 +175,8 @@ def sparse24_int4_gemm(
 ):  # fmt: skip
     """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits).
 
-    A dot has 16 fours of columns, which are of several groups where these are narrower than a block. Then it is computed
-    for each of them, with x of the others set to zero.
+    A dot has 16 fours of columns, which are of several groups where these are narrower than a block. Then it is
+    computed for each of them, with x of the others set to zero.
     """
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
     pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
@@ -248,8 +248,8 @@ def sparse24_int4_dequantize(
 def token_fragments(x_ptr, fragments_ptr, M, K, stride, BM: tl.constexpr):
     """x [M, K], M <= BM, as right operands: int32 [blocks, 4, BM / 8, 32, 4], zeros beyond M and K. Grid (blocks,).
 
-    Register b of lane 4 g + t, for the product s of a block and tokens 8 i and up: columns 32 s + 8 b + 2 t and the next
-    of token 8 i + g.
+    Register b of lane 4 g + t, for the product s of a block and tokens 8 i and up: columns 32 s + 8 b + 2 t and the
+    next of token 8 i + g.
     """
     block = tl.program_id(0)
     at = tl.arange(0, 64 * BM)

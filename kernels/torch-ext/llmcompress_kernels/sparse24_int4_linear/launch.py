@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.layout import GROUPS
 from ..int4_linear.launch import BLAS_TOKENS
+from ..int4_linear.layout import GROUPS
 from ..launching import Plan, Tiles, configured, device_of, interpreted, planned
 from ..sparse24_linear.launch import aligned_rows, summed
 from .kernel import (
@@ -108,7 +108,7 @@ def product_of_fragments(x: Tensor, weight: Sparse24Int4Weight, bias: Tensor | N
 
 
 def dequantize(weight: Sparse24Int4Weight, columns: int) -> Tensor:
-    """The weight [out, in], each product rounded to the dtype of the scale once: what unpacking the stored file gives."""
+    """The weight [out, in], each product rounded to the dtype of the scale once: what unpacking the file gives."""
     rows = weight.scale.shape[1]
     values = torch.empty(rows, columns, dtype=weight.scale.dtype, device=weight.scale.device)
     sparse24_int4_dequantize[(triton.cdiv(rows, DEQUANTIZE.rows), triton.cdiv(columns, BLOCK))](

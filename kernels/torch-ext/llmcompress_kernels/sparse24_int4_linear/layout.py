@@ -1,27 +1,30 @@
 """Where the bits of a 2:4 weight of 4-bit codes lie: in the order in which sparse tensor cores take them.
 
-The instruction `mma.sp.m16n8k32` multiplies a *strip* of 16 rows and 32 columns, of which 16 are stored, by 8 tokens. It
-wants its operands in registers of the 32 lanes of a warp; lane 4 g + t has
+The instruction `mma.sp.m16n8k32` multiplies a *strip* of 16 rows and 32 columns, half of them stored, by 8 tokens. It
+wants its operands in registers of the 32 lanes of a warp. Lane 4 g + t has
 
-    A: four registers of two kept weights each, r = h + 2 q: those of row g + 8 h and columns 16 q + 4 t .. 16 q + 4 t + 3
-    E: the positions of 16 columns of rows g (low half) and g + 8 (high half). The lanes t = 2 u and 2 u + 1 give columns
-       0 .. 15 and 16 .. 31, where u is the selector of the instruction; the other two lanes may hold E for another one
+    A  four registers of two kept weights, r = h + 2 q: those of row g + 8 h, columns 16 q + 4 t .. 16 q + 4 t + 3
+    E  the positions of 16 columns of row g (low half) and of row g + 8 (high half). The lanes t = 2 u and 2 u + 1 give
+       columns 0 .. 15 and 16 .. 31, where u is the selector of the instruction; the other lanes may hold another E
 
-So that a lane gets all of that by loads of 16 bytes and needs no shuffle, a weight [out, in] with groups of g columns is
+So that a lane gets all of that by loads of 16 bytes and without shuffles, a weight [out, in] with groups of g is
 
-    words     int32  [ceil(in / 128), ceil(out / 16), 32, 4]  word s of a lane: A of columns 32 s .. 32 s + 31 of a block of
-                                                              128; nibble r + 4 v is kept weight v of register r
-    metadata  int32  [ceil(in / 256), ceil(out / 16), 32, 4]  word p of a lane: E of columns 64 p + 32 u .. of a tile of
-                                                              256, u = t // 2; nibble i + 4 h is first | second << 2
+    words     int32  [ceil(in / 128), ceil(out / 16), 32, 4]
+              word s of a lane is A of columns 32 s .. 32 s + 31 of a block of 128; nibble r + 4 v is kept weight v of
+              register r
+    metadata  int32  [ceil(in / 256), ceil(out / 16), 32, 4]
+              word p of a lane is E of columns 64 p + 32 u .. 64 p + 32 u + 31 of a tile of 256, u = t // 2; nibble
+              i + 4 h is first | second << 2
     scale     bf16 or fp16  [in / g, out]
 
     weight[n, k] = (code - 8) * scale[k // g, n] where a code is stored, 0 elsewhere
 
 A nibble is code ^ 8, which is code - 8 in two's complement: so words of zeros are weights of zero. Rows and columns
-beyond the weight's have code 8 and positions 0 and 1. That is 3 bits per weight and the scales: 3.125 with groups of 128.
+beyond those of the weight have code 8 and positions 0 and 1. That is 3 bits per weight and the scales, 3.125 in all
+with groups of 128.
 
-Other kernels read the same words row by row: the words of a block that belong to rows n and n + 8 of a strip, n the g-th
-row, are 16 that lie together.
+Other kernels read the same words row by row: the words of a block that belong to row g of a strip, and to row g + 8,
+are 16 that lie together.
 """
 
 from typing import NamedTuple

@@ -3,10 +3,10 @@
 Stored: kept weights [out, in / 2] in the order of their columns, and their positions, four a byte [out, in / 8]. For
 the kernels of a weight [out, in]:
 
-    values  bf16 or fp16  [ceil(in / 64), out, 32]   plane p of row n is 64 columns: kept weights 2j and 2j + 1 belong to
-                                                     columns 64 p + 4 j .. 64 p + 4 j + 3 (64 bytes)
-    index   int16         [ceil(in / 256), out, 16]  nibble i of word j of tile t has the positions, first | second << 2,
-                                                     for columns 256 t + 64 i + 4 j .. 256 t + 64 i + 4 j + 3
+    values  bf16 or fp16  [ceil(in / 64), out, 32]   plane p of row n is 64 columns (64 bytes): kept weights 2 j and
+                                                     2 j + 1 belong to columns 64 p + 4 j .. 64 p + 4 j + 3
+    index   int16         [ceil(in / 256), out, 16]  nibble i of word j of tile t has first | second << 2 of columns
+                                                     256 t + 64 i + 4 j .. 256 t + 64 i + 4 j + 3
 
 So one thread that reads 16 bytes of a plane has four fours of columns, and the words of the index that it has for them
 serve it in the next three planes too. Rows of a plane follow each other: a program that makes 64 outputs reads one run

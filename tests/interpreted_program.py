@@ -3,7 +3,8 @@
 Its own process, because TRITON_INTERPRET must be set before triton is first imported. Standard input: a JSON list of
 cases, as kernel_cases.py makes them; standard output: a JSON list with, for each, the relative errors of the kernel and
 of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and follows the scales
-and the factors of LoRA: outputs which are not written and inputs which must not be read both show. Inline assembly is executed by ptx_fragments.py.
+and the factors of LoRA: outputs which are not written and inputs which must not be read both show.
+Inline assembly is executed by ptx_fragments.py.
 """
 
 import json

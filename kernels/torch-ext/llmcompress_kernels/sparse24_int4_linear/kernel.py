@@ -80,7 +80,8 @@ def code_float(words, nibble: tl.constexpr):
 @triton.jit
 def code_fours(words, nibbles, register: tl.constexpr):
     """Stored nibbles at their columns, zeros elsewhere: int64 fours."""
-    first, second = (words >> (4 * register)) & 0xF, (words >> (4 * register + 16)) & 0xF
+    first = (words >> (4 * register)) & 0xF
+    second = (words >> (4 * register + 16)) & 0xF
     return spread(first, second, nibbles >> (16 * (register % 2)))
 
 
@@ -106,10 +107,12 @@ def group_scale(scale_ptr, column, n, N, K, GROUP: tl.constexpr):
 def word_scales(scale_ptr, block, n, N, K, GROUP: tl.constexpr):
     """Scales for the words of rows n: [pairs, 1], or [pairs, 16] where a block has several groups."""
     if GROUP == BLOCK:
-        return group_scale(scale_ptr, block * BLOCK, n, N, K, GROUP)[:, None]
-    column = block * BLOCK + tl.arange(0, WIDTH) % 4 * 32
-    at = tl.minimum(column, K - GROUP) // GROUP * N
-    return tl.load(scale_ptr + at[None, :] + n[:, None], mask=(n < N)[:, None], other=0.0).to(tl.float32)
+        scales = group_scale(scale_ptr, block * BLOCK, n, N, K, GROUP)[:, None]
+    else:
+        column = block * BLOCK + tl.arange(0, WIDTH) % 4 * 32
+        at = tl.minimum(column, K - GROUP) // GROUP * N
+        scales = tl.load(scale_ptr + at[None, :] + n[:, None], mask=(n < N)[:, None], other=0.0).to(tl.float32)
+    return scales
 
 
 @triton.jit
@@ -191,14 +194,13 @@ def sparse24_int4_gemm(
         words = pair_words(words_ptr, block, pair, N)
         nibbles0 = pair_nibbles(metadata_ptr, block, 0, pair, N)
         nibbles1 = pair_nibbles(metadata_ptr, block, 1, pair, N)
-        at0, at1 = four_of(block, 0), four_of(block, 1)
+        at0 = four_of(block, 0)
+        at1 = four_of(block, 1)
         x0 = tl.load(rows + at0[:, None], mask=(m < M)[None, :] & (at0 * 4 < K)[:, None], other=0)
         x1 = tl.load(rows + at1[:, None], mask=(m < M)[None, :] & (at1 * 4 < K)[:, None], other=0)
         for group in tl.static_range(BLOCK // GROUP):
-            own0, own1 = x0, x1
-            if GROUP < BLOCK:
-                own0 = tl.where((group_of_word == group)[:, None], x0, 0)
-                own1 = tl.where((group_of_word == group)[:, None], x1, 0)
+            own0 = x0 if GROUP == BLOCK else tl.where((group_of_word == group)[:, None], x0, 0)
+            own1 = x1 if GROUP == BLOCK else tl.where((group_of_word == group)[:, None], x1, 0)
             part = tl.zeros((BN // 2, BM), dtype=tl.float32)
             part = register_sum(words, nibbles0, own0, part, 0, dtype, INTERPRETED)
             part = register_sum(words, nibbles1, own1, part, 2, dtype, INTERPRETED)
@@ -246,18 +248,19 @@ def sparse24_int4_dequantize(
 
 @triton.jit
 def token_fragments(x_ptr, fragments_ptr, M, K, stride, BM: tl.constexpr):
-    """x [M, K], M <= BM, as right operands: int32 [blocks, 4, BM / 8, 32, 4], zeros beyond M and K. Grid (blocks,).
+    """x [M, K] as right operands: int32 [ceil(M / BM), blocks, 4, BM / 8, 32, 4], zeros beyond M and K.
 
     Register b of lane 4 g + t, for the product s of a block and tokens 8 i and up: columns 32 s + 8 b + 2 t and the
-    next of token 8 i + g.
+    next of token 8 i + g. Grid (blocks, ceil(M / BM)).
     """
     block = tl.program_id(0)
     at = tl.arange(0, 64 * BM)
     lane = at // 4 % 32
     k = block * BLOCK + at // (16 * BM) * 32 + at % 4 * 8 + lane % 4 * 2
-    m = at // 128 % (BM // 8) * 8 + lane // 4
-    columns = x_ptr.to(tl.pointer_type(tl.int32)) + (m * stride + k) // 2
-    tl.store(fragments_ptr + block * (64 * BM) + at, tl.load(columns, mask=(m < M) & (k < K), other=0))
+    m = tl.program_id(1) * BM + at // 128 % (BM // 8) * 8 + lane // 4
+    columns = x_ptr.to(tl.pointer_type(tl.int32)) + (m.to(tl.int64) * stride + k) // 2
+    place = (tl.program_id(1) * tl.num_programs(0) + block) * (64 * BM) + at
+    tl.store(fragments_ptr + place, tl.load(columns, mask=(m < M) & (k < K), other=0))
 
 
 @triton.jit
@@ -268,21 +271,18 @@ def register_of(words, register: tl.constexpr, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def block_fragments(fragments_ptr, block, tokens: tl.constexpr, s: tl.constexpr, at, BM: tl.constexpr):
-    """The right operand of product s of a block with the eight tokens of that number: int32 [threads, 4]."""
-    return tl.load(fragments_ptr + ((block * 4 + s) * (BM // 8) + tokens) * 128 + at)
-
-
-@triton.jit
 def block_sum(
-    total, fragments_ptr, block, at, a0, a1, a2, a3, metadata, scale_ptr, n, N, K,
+    total, fragments_ptr, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K,
     half: tl.constexpr, tokens: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BFLOAT16: tl.constexpr,
 ):  # fmt: skip
-    """total + the product of a block, half 0 or 1 of its tile, with eight tokens: float32 [threads, 4]."""
-    b0 = block_fragments(fragments_ptr, block, tokens, 0, at, BM)
-    b1 = block_fragments(fragments_ptr, block, tokens, 1, at, BM)
-    b2 = block_fragments(fragments_ptr, block, tokens, 2, at, BM)
-    b3 = block_fragments(fragments_ptr, block, tokens, 3, at, BM)
+    """total + the product of a block, half 0 or 1 of its tile, with eight tokens: float32 [threads, 4].
+
+    fragments_ptr: [threads, 4], to the right operand of the block's first product with the first eight tokens.
+    """
+    b0 = tl.load(fragments_ptr + tokens * 128)
+    b1 = tl.load(fragments_ptr + (BM // 8 + tokens) * 128)
+    b2 = tl.load(fragments_ptr + (2 * (BM // 8) + tokens) * 128)
+    b3 = tl.load(fragments_ptr + (3 * (BM // 8) + tokens) * 128)
     lower = (tl.arange(0, 4) >= 2)[None, :]
     for group in tl.static_range(BLOCK // GROUP):
         part = tl.inline_asm_elementwise(
@@ -305,10 +305,10 @@ def sparse24_int4_gemm_sp(
     fragments_ptr, words_ptr, metadata_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, span,
     GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], by sparse tensor cores. Grid (ceil(N / BN), 1, splits), M <= BM (8 or 16).
+    """y[m, n], or parts [splits, m, n], by sparse tensor cores. Grid (ceil(N / BN), ceil(M / BM), splits).
 
-    A warp has the 16 rows of a strip, `span` tiles per program. No smem and no shuffles: all operands are loaded as the
-    instruction takes them.
+    A warp has the 16 rows of a strip, and BM is 8, 16 or 32. No operand passes through shared memory: all are loaded as
+    the instruction takes them.
     """
     BFLOAT16: tl.constexpr = scale_ptr.dtype.element_ty == tl.bfloat16
     thread = tl.arange(0, 2 * BN)
@@ -316,12 +316,16 @@ def sparse24_int4_gemm_sp(
     strip = tl.program_id(0) * (BN // STRIP) + thread // 32
     strips = tl.cdiv(N, STRIP)
     split = tl.program_id(2)
+    tiles = tl.cdiv(K, 2 * BLOCK)
     n = strip * STRIP + lane // 4
     at = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     mine = strip.to(tl.int64)[:, None] * 128 + at
+    fragments = fragments_ptr + tl.program_id(1) * tiles * (128 * BM) + at
     total0 = tl.zeros((2 * BN, 4), dtype=tl.float32)
     total1 = tl.zeros((2 * BN, 4), dtype=tl.float32)
-    for tile in range(split * span, min((split + 1) * span, tl.cdiv(K, 2 * BLOCK))):
+    total2 = tl.zeros((2 * BN, 4), dtype=tl.float32)
+    total3 = tl.zeros((2 * BN, 4), dtype=tl.float32)
+    for tile in range(split * span, min((split + 1) * span, tiles)):
         metadata = tl.load(
             metadata_ptr + (tile * strips * 128 + mine),
             mask=(strip < strips)[:, None], other=0x44444444, eviction_policy="evict_first",
@@ -332,20 +336,31 @@ def sparse24_int4_gemm_sp(
                 words_ptr + (block * strips * 128 + mine),
                 mask=(strip < strips)[:, None] & (block * BLOCK < K), other=0, eviction_policy="evict_first",
             )  # fmt: skip
-            a0, a1 = register_of(words, 0, BFLOAT16), register_of(words, 1, BFLOAT16)
-            a2, a3 = register_of(words, 2, BFLOAT16), register_of(words, 3, BFLOAT16)
+            a0 = register_of(words, 0, BFLOAT16)
+            a1 = register_of(words, 1, BFLOAT16)
+            a2 = register_of(words, 2, BFLOAT16)
+            a3 = register_of(words, 3, BFLOAT16)
+            b = fragments + block * (64 * BM)
             total0 = block_sum(
-                total0, fragments_ptr, block, at, a0, a1, a2, a3, metadata, scale_ptr, n, N, K,
-                half, 0, GROUP, BM, BFLOAT16,
+                total0, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 0, GROUP, BM, BFLOAT16
             )  # fmt: skip
-            if BM == 16:
+            if BM >= 16:
                 total1 = block_sum(
-                    total1, fragments_ptr, block, at, a0, a1, a2, a3, metadata, scale_ptr, n, N, K,
-                    half, 1, GROUP, BM, BFLOAT16,
+                    total1, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 1, GROUP, BM, BFLOAT16
+                )  # fmt: skip
+            if BM >= 32:
+                total2 = block_sum(
+                    total2, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 2, GROUP, BM, BFLOAT16
+                )  # fmt: skip
+                total3 = block_sum(
+                    total3, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 3, GROUP, BM, BFLOAT16
                 )  # fmt: skip
     element = tl.arange(0, 4)[None, :]
     row = n[:, None] + element // 2 * 8
-    token = (lane % 4 * 2)[:, None] + element % 2
+    token = tl.program_id(1) * BM + (lane % 4 * 2)[:, None] + element % 2
     store_tokens(y_ptr, bias_ptr, total0, row, token, split, M, N)
-    if BM == 16:
+    if BM >= 16:
         store_tokens(y_ptr, bias_ptr, total1, row, token + 8, split, M, N)
+    if BM >= 32:
+        store_tokens(y_ptr, bias_ptr, total2, row, token + 16, split, M, N)
+        store_tokens(y_ptr, bias_ptr, total3, row, token + 24, split, M, N)

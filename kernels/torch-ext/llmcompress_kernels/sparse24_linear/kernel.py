@@ -64,8 +64,8 @@ def sparse24_gemv(x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, N, K, span, BN:
 @triton.jit
 def as_products(pairs, x, nibble, dtype: tl.constexpr):
     """The sum of the two products of every four columns: pairs [BN, 16], x int64 [1, 16] -> float32 [BN, 16]."""
-    first, second = as_float(pairs, dtype), as_float(pairs >> 16, dtype)
-    return first * picked(x, nibble, dtype) + second * picked(x, nibble >> 2, dtype)
+    first = as_float(pairs, dtype) * picked(x, nibble, dtype)
+    return first + as_float(pairs >> 16, dtype) * picked(x, nibble >> 2, dtype)
 
 
 @triton.jit

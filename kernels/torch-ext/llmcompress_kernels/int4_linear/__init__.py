@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
 from .layout import GROUPS, TILE, WIDTH, Int4Weight, from_pack_quantized, to_pack_quantized
 from .reference import int4_linear_reference
@@ -56,7 +57,7 @@ def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Te
         check_shape(NAME, "bias", bias, out)
 
 
-@torch.library.custom_op("llmcompress::int4_linear", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
 def _int4_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, words, scale, zero, bias)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import cases
 import gpu
+import llmcompress_kernels
 import measuring
 import pytest
 import timing
@@ -17,6 +19,8 @@ from summary import in_words, lines, verdict
 
 TINY = gpu.plan(torch.device("cpu"), quick=True)
 INT4 = OPERATORS[0]
+PACKAGE = Path(llmcompress_kernels.__file__).parent
+README = Path(gpu.__file__).parents[1] / "README.md"
 QUICK = ["--device", "cpu", "--quick"]
 
 
@@ -41,6 +45,18 @@ def test_every_target_can_be_measured(target):
             assert any(cases.int4_bytes(s.rows, s.columns) >= target.int4_bytes for s in operator.shapes())
 
 
+def test_the_readme_has_all_targets():
+    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.endswith("x |") and "`" in line]
+    assert len(rows) == len(TARGETS)
+    for row, target in zip(rows, TARGETS, strict=True):
+        assert row.startswith(f"| `{target.operator}` |")
+        assert row.endswith(f" {target.at_least}x |")
+
+
+def test_every_operator_has_a_row():
+    assert {path.parent.name for path in PACKAGE.glob("*/launch.py")} == {operator.name for operator in OPERATORS}
+
+
 def test_layers_come_by_importance():
     sizes = [shape.rows * shape.columns for _, shape in measuring.units(Plan(torch.device("cpu"), 1))]
     assert sizes[0] == max(sizes)
@@ -59,9 +75,12 @@ def test_dense_weights_are_what_the_codes_say():
 # correctness
 
 
-def test_operators_and_baselines_are_right_on_cpu():
-    rows = list(measuring.check(INT4, TINY))
-    assert {row["name"] for row in rows} == {"int4_linear", "bf16", "torch int4"}
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_operators_and_baselines_are_right_on_cpu(operator):
+    rows = list(measuring.check(operator, TINY))
+    assert {row["name"] for row in rows} == {
+        made.name for made in measuring.usable((operator.ours, *operator.baselines), TINY)
+    }
     assert measuring.wrong(rows) == set()
     assert {(row["symmetric"], row["tokens"]) for row in rows} == {(False, 1), (False, 3), (True, 1), (True, 3)}
 
@@ -106,10 +125,15 @@ def test_a_tiny_run_writes_everything(tmp_path, capsys):
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["missing"]) == {"gemlite", "marlin"}
     assert found["failures"] == found["left_out"] == []
-    assert [(r["rows"], r["columns"], r["tokens"]) for r in found["results"]] == [
-        (192, 128, 1), (192, 128, 4), (128, 128, 1), (128, 128, 4),
-    ]  # fmt: skip
-    for result in found["results"]:
+    measured = [(r["operator"], r["rows"], r["columns"], r["tokens"]) for r in found["results"]]
+    assert measured == [
+        (operator.name, shape.rows, shape.columns, tokens)
+        for operator, shape in measuring.units(TINY)
+        for tokens in (1, 4)
+    ]
+    assert {operator for operator, *_ in measured} == {operator.name for operator in OPERATORS}
+    assert all(r["peers"].keys() >= {"bf16"} for r in found["results"])
+    for result in [r for r in found["results"] if r["operator"] == "int4_linear"]:
         rows, columns, tokens = result["rows"], result["columns"], result["tokens"]
         assert result["packed_bytes"] == cases.int4_bytes(rows, columns)
         assert result["bytes"] == result["packed_bytes"] + 2 * tokens * (rows + columns)
@@ -130,8 +154,9 @@ def test_what_the_time_does_not_allow_is_left_out(tmp_path, capsys):
     assert gpu.main([*QUICK, "--minutes", "0", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["results"] == []
-    assert len(found["left_out"]) == 4
-    assert "4 cases did not fit in 0 minutes" in capsys.readouterr().out
+    cases_ = 2 * len(list(measuring.units(TINY)))
+    assert len(found["left_out"]) == cases_
+    assert f"{cases_} cases did not fit in 0 minutes" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
@@ -149,7 +174,7 @@ def test_on_a_gpu_a_tiny_run_is_right(tmp_path):
     assert gpu.main(["--quick", "--output", str(tmp_path / "gpu.json")]) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["failures"] == []
-    assert len(found["results"]) == 4
+    assert len(found["results"]) == 2 * len(list(measuring.units(TINY)))
 
 
 # time

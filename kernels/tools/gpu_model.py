@@ -113,3 +113,8 @@ def blas(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
     traffic = 2 * (rows * columns + tokens * (rows + columns))
     flops = 2.0 * tokens * rows * columns
     return LAUNCH + max(traffic / (gpu.bandwidth * COPY_SHARE), flops / (gpu.flops * BLAS_SHARE))
+
+
+def stream(gpu: Gpu, kernels: int, traffic: float) -> float:
+    """Seconds of some kernels that do nothing but read and write so many bytes altogether."""
+    return kernels * LAUNCH + traffic / (gpu.bandwidth * COPY_SHARE)

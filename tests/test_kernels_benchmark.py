@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import cases
@@ -46,7 +47,7 @@ def test_every_target_can_be_measured(target):
 
 
 def test_the_readme_has_all_targets():
-    rows = [line for line in README.read_text(encoding="utf-8").splitlines() if line.endswith("x |") and "`" in line]
+    rows = re.findall(r"^\| `.*\| [\d.]+x \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) == len(TARGETS)
     for row, target in zip(rows, TARGETS, strict=True):
         assert row.startswith(f"| `{target.operator}` |")
@@ -82,7 +83,8 @@ def test_operators_and_baselines_are_right_on_cpu(operator):
         made.name for made in measuring.usable((operator.ours, *operator.baselines), TINY)
     }
     assert measuring.wrong(rows) == set()
-    assert {(row["symmetric"], row["tokens"]) for row in rows} == {(False, 1), (False, 3), (True, 1), (True, 3)}
+    assert {row["tokens"] for row in rows} == {1, 3}
+    assert {row["symmetric"] for row in rows} == ({False, True} if operator.zeros else {True})
 
 
 @pytest.mark.parametrize("spoil", [lambda y: 1.1 * y, lambda y: y * torch.nan], ids=["another scale", "NaN"])

@@ -3,12 +3,15 @@
 import dataclasses
 
 import gpu_model
+import launches
 import pytest
+import resources
 import roofline
 from gpu_model import COPY_SHARE, LATENCY, LAUNCH, Code, Launch, duration, limits, occupancy, waves
 from gpus import GPUS, SCHEDULERS
 from hypothesis import given
 from hypothesis import strategies as st
+from launches import MODELS
 
 A100, ADA, H100, B200 = GPUS
 SMALL = Code(registers=32, shared_bytes=0, warps=4, stages=1, instructions=100, loop_per_weight=0.0, weights=8192)
@@ -115,31 +118,35 @@ def test_clocks_and_peaks_of_the_datasheets_fit_each_other(gpu, products):
 
 @pytest.mark.parametrize("tokens", roofline.TOKENS)
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize("operator", roofline.MODELS)
+@pytest.mark.parametrize("operator", MODELS)
 def test_no_prediction_is_better_than_the_bytes_allow(operator, gpu, tokens):
-    most = 16 / (4 + 16 / roofline.GROUP) * (1.3 if operator == "int4_gated_mlp" else 1)  # it also saves launches
     for rows, columns in roofline.LAYERS:
         found = roofline.predict(operator, gpu, tokens, rows, columns)
         assert 0 < found.share <= COPY_SHARE
-        assert 0 < found.ratio <= most
         assert found.seconds > LAUNCH
+        least = MODELS[operator].weight_bytes(rows, columns) / (gpu.bandwidth * COPY_SHARE) + LAUNCH
+        assert found.ratio <= MODELS[operator].dense(gpu, tokens, rows, columns) / least
+
+
+def test_every_operator_is_modelled():
+    assert {path.parent.name for path in resources.PACKAGE.glob("*/launch.py")} == set(MODELS)
 
 
 @pytest.mark.parametrize(("tokens", "times"), [(1, 1), (16, 1), (64, 1), (256, 4)])
 def test_all_weights_are_made_once_for_each_tile_of_tokens(tokens, times):
     rows, columns = 4096, 4096
-    for model, matrices in ((roofline.int4_linear, 1), (roofline.int4_gated_mlp, 2)):
+    for model, matrices in ((launches.int4_linear, 1), (launches.int4_gated_mlp, 2)):
         found = model(H100, tokens, rows, columns)
         first = found.launches[0]
         assert first.programs * first.weights >= matrices * times * rows * columns
-        assert first.loaded == matrices * roofline.int4_bytes(rows, columns) + 2 * tokens * columns
+        assert first.loaded == matrices * launches.int4_bytes(rows, columns) + 2 * tokens * columns
         assert first.flops >= (matrices * 2 * tokens * rows * columns if tokens > 1 else 0)
         assert found.torch == 0
 
 
 def test_many_tokens_go_through_the_dense_weight():
     rows, columns = 4096, 4096
-    found = roofline.int4_linear(H100, 4096, rows, columns)
+    found = launches.int4_linear(H100, 4096, rows, columns)
     (unpack,) = found.launches
     assert unpack.programs * unpack.weights == rows * columns
     assert found.torch == gpu_model.blas(H100, 4096, rows, columns)
@@ -147,16 +154,28 @@ def test_many_tokens_go_through_the_dense_weight():
 
 def test_a_weight_beyond_the_cache_is_read_again_for_every_tile_of_tokens():
     rows, columns = 28672, 8192
-    assert roofline.int4_bytes(rows, columns) > H100.cache
-    first = roofline.int4_linear(H100, 256, rows, columns).launches[0]
-    assert first.loaded == 4 * roofline.int4_bytes(rows, columns) + 2 * 256 * columns
+    assert launches.int4_bytes(rows, columns) > H100.cache
+    first = launches.int4_linear(H100, 256, rows, columns).launches[0]
+    assert first.loaded == 4 * launches.int4_bytes(rows, columns) + 2 * 256 * columns
+
+
+def test_fewer_bits_are_fewer_bytes():
+    sizes = [MODELS[name].weight_bytes(128, 256) for name in ("sparse24_int4_linear", "int4_linear", "sparse24_linear")]
+    assert [8 * size / (128 * 256) for size in sizes] == [3.125, 4.125, 9.0]
+
+
+def test_sparse_tensor_cores_do_half_the_work_for_few_tokens():
+    sparse = launches.sparse24_int4_linear(H100, 16, 4096, 4096).launches
+    assert len(sparse) >= 2  # one orders x
+    assert sparse[1].flops == 16 * 4096 * 4096
+    assert launches.sparse24_int4_linear(H100, 32, 4096, 4096).launches[0].flops == 2 * 32 * 4096 * 4096
 
 
 def test_a_configuration_that_does_not_exist_is_an_error():
     with pytest.raises(LookupError, match=r"has 0 int4_gemv with {'GROUP': 7}"):
-        roofline.code_of("int4_linear", 90, "int4_gemv", GROUP=7)
+        launches.code_of("int4_linear", 90, "int4_gemv", GROUP=7)
     with pytest.raises(LookupError, match="has 6 int4_gemv"):
-        roofline.code_of("int4_linear", 90, "int4_gemv")
+        launches.code_of("int4_linear", 90, "int4_gemv")
 
 
 def test_the_readme_has_the_table_of_today():

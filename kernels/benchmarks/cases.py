@@ -1,8 +1,8 @@
 """The table of what is measured: one row per operator, with its truth, its baselines and the targets.
 
 To add an operator: a function that makes weights (`Int4Layer`, or a record of its own), one that gives the exact result
-in float64, an `Implementation` that repacks and calls it (int4_cases.py, sparse_cases.py), and a row in OPERATORS. The first baseline is torch in
-bfloat16: correctness is measured against its error, so every operator has it.
+in float64, an `Implementation` that repacks and calls it (as in int4_cases.py), and a row in OPERATORS. The first
+baseline is torch in bfloat16: correctness is measured against its error, so every operator has it.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,7 @@ class Operator:
     make    rows, columns, group, whether symmetric, generator -> weights, on the generator's device
     truth   x [M, in], weights -> y [M, out] in float64
     parts   of a model's block that it can compute, as `Shape.parts` names them
+    zeros   whether its weights may have zero points; if not, all are symmetric
     """
 
     ours: Implementation
@@ -51,6 +52,7 @@ class Operator:
     make: Callable[[int, int, int, bool, torch.Generator], Any]
     truth: Callable[[Tensor, Any], Tensor]
     parts: tuple[str, ...] = ("gate, up", "down", "q, o", "k, v")
+    zeros: bool = True
 
     @property
     def name(self) -> str:
@@ -98,8 +100,8 @@ OPERATORS = (
         adapted_layer,
         exact_adapted,
     ),
-    Operator(SPARSE24_LINEAR, (of_dense(BF16), TORCH_SPARSE24), sparse_layer, exact_sparse),
-    Operator(SPARSE24_INT4_LINEAR, (of_dense(BF16), of_dense(INT4_LINEAR)), sparse_layer, exact_sparse),
+    Operator(SPARSE24_LINEAR, (of_dense(BF16), TORCH_SPARSE24), sparse_layer, exact_sparse, zeros=False),
+    Operator(SPARSE24_INT4_LINEAR, (of_dense(BF16), of_dense(INT4_LINEAR)), sparse_layer, exact_sparse, zeros=False),
 )
 
 TARGETS = (

@@ -102,7 +102,7 @@ def check(operator: Operator, what: Plan) -> Iterator[dict[str, Any]]:
                 found = attempt(partial(error, made, x, prepared, truth))
                 allowed = (WRONG if made is operator.ours else WRONG_BASELINE) * limit
                 row = {"operator": operator.name, "name": made.name, "rows": case.rows, "columns": case.columns,
-                       "group": case.group, "symmetric": case.symmetric, "tokens": tokens}  # fmt: skip
+                       "group": case.group, "symmetric": case.symmetric or not operator.zeros, "tokens": tokens}  # fmt: skip
                 if isinstance(found, Failure):
                     yield row | {"failed": found.why, "right": False}
                 else:

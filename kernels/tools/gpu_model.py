@@ -34,6 +34,7 @@ class Code:
     instructions: int  # in the whole kernel
     loop_per_weight: float
     weights: int  # made by a program in one round of its loop
+    bits: float = 4.0  # of a weight as it is loaded
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def limits(gpu: Gpu, launch: Launch, programs: int) -> dict[str, float]:
 def in_flight(code: Code) -> float:
     """Bytes that a program has asked for while it works.
 
-    One round of packed weights, at 4 bits, or as many as its pipeline of loads keeps ahead, if it has shared memory for
-    them. A kernel without weights asks for 16 bytes in every thread.
+    One round of packed weights, or as many as its pipeline of loads keeps ahead, if it has shared memory for them. A
+    kernel without weights asks for 16 bytes in every thread.
     """
-    round_bytes = code.weights / 2
+    round_bytes = code.weights * code.bits / 8
     if not round_bytes:
         return code.warps * 32 * 16.0
     ahead = code.stages - 1
@@ -108,11 +109,14 @@ def duration(gpu: Gpu, launch: Launch) -> tuple[float, str]:
     return sum(spent.values()), max(spent, key=lambda reason: spent[reason])
 
 
-def blas(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
-    """Seconds of a dense bfloat16 linear."""
-    traffic = 2 * (rows * columns + tokens * (rows + columns))
+def blas(
+    gpu: Gpu, tokens: int, rows: int, columns: int, weight_bytes: float | None = None, speed: float = 1.0
+) -> float:
+    """Seconds of a bfloat16 linear, whose weight is dense unless its bytes are given; `speed` times the dense peak."""
+    weight = 2.0 * rows * columns if weight_bytes is None else weight_bytes
+    traffic = weight + 2.0 * tokens * (rows + columns)
     flops = 2.0 * tokens * rows * columns
-    return LAUNCH + max(traffic / (gpu.bandwidth * COPY_SHARE), flops / (gpu.flops * BLAS_SHARE))
+    return LAUNCH + max(traffic / (gpu.bandwidth * COPY_SHARE), flops / (gpu.flops * speed * BLAS_SHARE))
 
 
 def stream(gpu: Gpu, kernels: int, traffic: float) -> float:

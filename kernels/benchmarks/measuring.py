@@ -91,7 +91,8 @@ def check(operator: Operator, what: Plan) -> Iterator[dict[str, Any]]:
     dense = operator.baselines[0]
     for case in what.checks:
         generator = torch.Generator(what.device).manual_seed(case.rows)
-        weights = operator.make(case.rows, case.columns, case.group, case.symmetric, generator)
+        symmetric = case.symmetric or not operator.zeros
+        weights = operator.make(case.rows, case.columns, case.group, symmetric, generator)
         others = operator.baselines if case.has_baselines() else (dense,)
         ready = {made: attempt(partial(made.prepare, weights)) for made in usable((operator.ours, *others), what)}
         for tokens in what.checked_tokens:
@@ -102,7 +103,7 @@ def check(operator: Operator, what: Plan) -> Iterator[dict[str, Any]]:
                 found = attempt(partial(error, made, x, prepared, truth))
                 allowed = (WRONG if made is operator.ours else WRONG_BASELINE) * limit
                 row = {"operator": operator.name, "name": made.name, "rows": case.rows, "columns": case.columns,
-                       "group": case.group, "symmetric": case.symmetric or not operator.zeros, "tokens": tokens}  # fmt: skip
+                       "group": case.group, "symmetric": symmetric, "tokens": tokens}  # fmt: skip
                 if isinstance(found, Failure):
                     yield row | {"failed": found.why, "right": False}
                 else:

@@ -25,8 +25,8 @@ from resources import KERNELS
 README = KERNELS / "README.md"
 BEGIN, END = "<!-- roofline: begin -->\n", "<!-- roofline: end -->\n"
 
-LAYERS = ((4096, 4096), (14336, 4096), (28672, 8192))  # q and gate of Llama 8B, gate of Llama 70B
-TOKENS = (1, 16, 64, 256, 4096)
+LAYERS = ((4096, 4096), (28672, 8192))  # q of Llama 8B, gate of Llama 70B
+TOKENS = (1, 16, 64, 4096)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def test_a_tiny_run_writes_everything(tmp_path, capsys):
         )
         for peer in ("bf16", "torch int4"):
             assert result["peers"][peer]["ratio"] == pytest.approx(result["peers"][peer]["seconds"] / result["seconds"])
-    assert all(target["met"] is None for target in found["targets"])  # no large layer was measured
+    assert all(target["met"] is None for target in found["targets"])  # no layer of a model was measured
     printed = capsys.readouterr().out
     assert "tiny gate, up" in printed
     assert f"not measured  {TARGETS[0].text()}" in printed
@@ -217,7 +217,7 @@ def test_medians_are_of_one_run(monkeypatch):
 
 def result(tokens: int, rows: int, columns: int, ratio: float | None) -> dict[str, object]:
     peers = {} if ratio is None else {"bf16": {"seconds": 1.0, "ratio": ratio}}
-    return {"operator": "int4_linear", "model": "m", "parts": "q, o", "tokens": tokens, "rows": rows,
+    return {"operator": "int4_linear", "model": "Llama 8B", "parts": "q, o", "tokens": tokens, "rows": rows,
             "columns": columns, "seconds": 1e-5, "share_of_copy": 0.5, "peers": peers}  # fmt: skip
 
 

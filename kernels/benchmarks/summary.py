@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cases import Target, int4_bytes
+from layers import SHAPES
 
 
 def verdict(target: Target, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -18,9 +19,10 @@ def verdict(target: Target, results: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 def speaks_of(target: Target, result: dict[str, Any]) -> bool:
-    """Whether the target is about this result, and its baseline was measured."""
+    """Whether the target is about this result, which is of a layer of SHAPES, and its baseline was measured."""
     return (
-        result["operator"] == target.operator
+        result["model"] in {shape.model for shape in SHAPES}
+        and result["operator"] == target.operator
         and result["tokens"] in target.tokens
         and int4_bytes(result["rows"], result["columns"]) >= target.int4_bytes
         and "ratio" in result["peers"].get(target.against, {})

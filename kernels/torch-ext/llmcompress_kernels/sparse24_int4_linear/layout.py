@@ -108,7 +108,7 @@ def to_words(codes: Tensor) -> Tensor:
     rows, kept = codes.shape
     padded = pad(codes ^ ZERO, (0, -kept % (BLOCK // 2), 0, -rows % STRIP))
     strip, h, g, block, s, q, t, v = range(8)
-    split = padded.view(-1, 2, 8, padded.shape[1] // (BLOCK // 2), 4, 2, 4, 2)
+    split = padded.reshape(len(padded) // STRIP, 2, 8, padded.shape[1] // (BLOCK // 2), 4, 2, 4, 2)
     return gather_nibbles(split.permute(block, strip, g, t, s, v, q, h).flatten(5), torch.int32).flatten(2, 3)
 
 
@@ -125,7 +125,7 @@ def to_metadata(nibbles: Tensor) -> Tensor:
     rows, fours = nibbles.shape
     padded = pad(nibbles, (0, -fours % (TILE // 4), 0, -rows % STRIP), value=BOTH_LOWEST)
     strip, h, g, tile, p, u, q, i = range(8)
-    split = padded.view(-1, 2, 8, padded.shape[1] // (TILE // 4), 4, 2, 2, 4)
+    split = padded.reshape(len(padded) // STRIP, 2, 8, padded.shape[1] // (TILE // 4), 4, 2, 2, 4)
     return gather_nibbles(split.permute(tile, strip, g, u, q, p, h, i).flatten(6), torch.int32).flatten(2, 4)
 
 

@@ -66,13 +66,14 @@ def expand_reference(weight: Sparse24Weight, in_features: int) -> Tensor:
 def to_planes(kept: Tensor) -> Tensor:
     """[out, in / 2] -> [planes, out, 32]."""
     padded = pad(kept, (0, -kept.shape[1] % (PLANE // 2)))
-    return padded.view(len(kept), -1, PLANE // 2).transpose(0, 1).contiguous()
+    return padded.reshape(len(kept), padded.shape[1] // (PLANE // 2), PLANE // 2).transpose(0, 1).contiguous()
 
 
 def to_tiles(nibbles: Tensor) -> Tensor:
     """uint8 [out, in / 4] -> int16 [tiles, out, 16]."""
-    padded = pad(nibbles, (0, -nibbles.shape[1] % (TILE // 4))).view(len(nibbles), -1, PLANES, WIDTH)
-    return gather_nibbles(padded.transpose(2, 3), torch.int16).transpose(0, 1).contiguous()
+    padded = pad(nibbles, (0, -nibbles.shape[1] % (TILE // 4)))
+    planes = padded.reshape(len(nibbles), padded.shape[1] // (TILE // 4), PLANES, WIDTH)
+    return gather_nibbles(planes.transpose(2, 3), torch.int16).transpose(0, 1).contiguous()
 
 
 def from_tiles(index: Tensor, in_features: int) -> Tensor:

@@ -5,6 +5,7 @@
 #   make test-slow   quality on the real model, and everything else that takes long
 #   make check       ruff and mypy
 #   make bench       compare with llm-compressor (TEXT=folder with wiki.valid.raw and wiki.test.raw)
+#   make bench-gpu   the kernels on one NVIDIA GPU, in ten minutes; writes outputs/gpu.json
 #   make bench-large a random-weight model of Llama-3-8B's shape under 6 GiB of memory
 
 VENV   ?= .venv
@@ -12,7 +13,7 @@ PYTHON ?= python3
 TEXT   ?= wikitext2
 RUN     = $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow check bench bench-large
+.PHONY: setup demo test test-slow check bench bench-gpu bench-large
 
 setup: $(VENV)/.installed
 
@@ -41,6 +42,10 @@ check: setup
 
 bench: setup
 	$(RUN) evals/compare_peers.py --calibration $(TEXT)/wiki.valid.raw --test $(TEXT)/wiki.test.raw
+
+bench-gpu: setup
+	mkdir -p outputs
+	$(RUN) kernels/benchmarks/gpu.py --output outputs/gpu.json
 
 bench-large: setup
 	$(RUN) evals/bench_large.py

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..checks import check_place, check_shape, refuse_unless
 from ..int4_linear import Int4Weight, int4_linear
 from ..int4_linear.layout import check_linear, tensors_of
@@ -60,7 +61,7 @@ def checked(x: Tensor, *flat: Any) -> tuple[Gated, str]:
     return weights, activation
 
 
-@torch.library.custom_op("llmcompress::int4_gated_mlp", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
 def _int4_gated_mlp(
     x: Tensor,
     gate_words: Tensor, gate_scale: Tensor, gate_zero: Tensor | None,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..checks import check_place
 from .layout import Int4Weight, check_linear, from_pack_quantized, tensors_of, to_pack_quantized
 from .reference import int4_linear_reference
@@ -41,7 +42,7 @@ def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Te
     check_linear(NAME, x, weight, bias)
 
 
-@torch.library.custom_op("llmcompress::int4_linear", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
 def _int4_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, words, scale, zero, bias)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..checks import check_dtype, check_place, check_shape, refuse_unless
 from ..int4_linear import Int4Weight, int4_linear
 from ..int4_linear.layout import check_linear, tensors_of
@@ -60,7 +61,7 @@ def checked(x: Tensor, *flat: Any) -> tuple[Int4Weight, Tensor | None, Adapter]:
     return weight, bias, adapter
 
 
-@torch.library.custom_op("llmcompress::int4_lora_linear", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
 def _int4_lora_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     lora_a: Tensor, lora_b: Tensor, scaling: float,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
 from ..int4_linear.layout import GROUPS
 from .cpu import sparse24_int4_linear_cpu
@@ -55,7 +56,7 @@ def check(x: Tensor, words: Tensor, metadata: Tensor, scale: Tensor, bias: Tenso
         check_shape(NAME, "bias", bias, out)
 
 
-@torch.library.custom_op("llmcompress::sparse24_int4_linear", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
 def _sparse24_int4_linear(x: Tensor, words: Tensor, metadata: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, words, metadata, scale, bias)

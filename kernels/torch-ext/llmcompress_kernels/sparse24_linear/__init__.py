@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
 from .cpu import sparse24_linear_cpu
 from .layout import PLANE, TILE, WIDTH, Sparse24Weight, from_sparse24, to_sparse24
@@ -49,7 +50,7 @@ def check(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> None
         check_shape(NAME, "bias", bias, out)
 
 
-@torch.library.custom_op("llmcompress::sparse24_linear", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
 def _sparse24_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, values, index, bias)

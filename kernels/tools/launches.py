@@ -1,0 +1,242 @@
+"""What each operator launches for M tokens, as far as the model of GPUs wants to know it: one row of MODELS each.
+
+Grids, splits and tiles come from the operators' own launchers, registers and instructions from the resource tables. To
+add an operator: a function that gives what it does, one that gives what the dense form takes, and a row in MODELS.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_model import Code, Launch, blas, stream
+from gpus import Gpu
+from resources import TABLES, Case
+
+GROUP = 128
+RANK = 16  # of LoRA adapters
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What an operator does: launches of its own kernels, and seconds in the BLAS and elsewhere in torch."""
+
+    launches: list[Launch]
+    torch: float = 0.0
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """An operator.
+
+    spent         what it does: GPU, M, rows and columns of each weight
+    dense         seconds of the same in dense bfloat16
+    weight_bytes  of its weights of so many rows and columns, packed
+    """
+
+    spent: Callable[[Gpu, int, int, int], Spent]
+    dense: Callable[[Gpu, int, int, int], float]
+    weight_bytes: Callable[[int, int], float]
+
+
+@functools.cache
+def compiled(operator: str) -> dict[str, Any]:
+    """The resource table of an operator."""
+    return json.loads((TABLES / f"{operator}.json").read_text(encoding="utf-8"))["kernels"]
+
+
+@functools.cache
+def code_of(operator: str, architecture: int, kernel: str, bits: float = 4.0, **constants: Any) -> Code:
+    """The only configuration of a kernel with these constants, compiled for bfloat16.
+
+    Raises LookupError if there is none or more than one: then the launcher and this file disagree.
+    """
+    launch = importlib.import_module(f"llmcompress_kernels.{operator}.launch")
+    found = [
+        configuration
+        for configuration in launch.configurations()
+        if configuration.kernel == kernel and constants.items() <= configuration.constants.items()
+    ]
+    if len(found) != 1:
+        raise LookupError(f"launches: {operator} has {len(found)} {kernel} with {constants}, expected one")
+    row = compiled(operator)[Case(operator, found[0], architecture, "bf16").name()]
+    return Code(
+        row["registers"], row["shared_bytes"], found[0].warps, found[0].stages, row["instructions"],
+        row["loop_per_weight"], found[0].weights, bits,
+    )  # fmt: skip
+
+
+def int4_bytes(rows: int, columns: int) -> float:
+    """Symmetric 4-bit weight with 16-bit scales."""
+    return rows * columns * (4 + 16 / GROUP) / 8
+
+
+def sparse24_bytes(rows: int, columns: int) -> float:
+    """Two of four in 16 bits, with a position of 2 bits each."""
+    return rows * columns * 9 / 8
+
+
+def sparse24_int4_bytes(rows: int, columns: int) -> float:
+    """Two of four in 4 bits, with positions and scales."""
+    return rows * columns * (3 + 16 / GROUP) / 8
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """The kernel that adds up splits, and the outputs that one of its programs makes."""
+
+    code: Code
+    rows: int
+    tokens: int = 1
+
+
+def packed_product(
+    gpu: Gpu, plan: Any, code: Code, shape: tuple[int, int, int], packed: float, reduce: Reduce, matrices: int = 1
+) -> list[Launch]:
+    """Launches for one token or few: the kernel that multiplies, and the reduce if the inner dimension is split.
+
+    plan: `launching.Plan`. shape: M, rows, columns. packed: bytes of all weights. matrices: weights with the same rows.
+    """
+    tokens, rows, columns = shape
+    across, down, splits = plan.grid
+    reads = 1 if packed <= gpu.cache else down  # a weight that fits in L2 stays there for the next tokens
+    results = 2.0 * tokens * rows if splits == 1 else 4.0 * splits * matrices * tokens * rows
+    padded = across * plan.tiles.rows * down * plan.tiles.tokens
+    flops = 2.0 * matrices * padded * columns if plan.tiles.tokens > 1 else 0.0
+    loaded = reads * packed + 2 * tokens * columns
+    launches = [Launch(code, across * down * splits, code.weights * plan.span, loaded, results, flops)]
+    if splits > 1:
+        programs = -(-rows // reduce.rows) * -(-tokens // reduce.tokens)
+        launches.append(Launch(reduce.code, programs, 0, results, 2.0 * tokens * rows))
+    return launches
+
+
+def unpacked(gpu: Gpu, rows: int, columns: int) -> Launch:
+    """Writing the dense weight of `int4_linear`."""
+    from llmcompress_kernels.int4_linear.launch import DEQUANTIZE
+    from llmcompress_kernels.int4_linear.layout import TILE
+
+    made = code_of("int4_linear", gpu.architecture, "int4_dequantize", GROUP=GROUP, zero_ptr=None)
+    programs = -(-rows // DEQUANTIZE.rows) * -(-columns // TILE)
+    return Launch(made, programs, made.weights, int4_bytes(rows, columns), 2.0 * rows * columns)
+
+
+def summing(gpu: Gpu) -> Reduce:
+    """`reduce_splits`, which several operators use."""
+    from llmcompress_kernels.int4_linear.launch import REDUCE
+
+    return Reduce(code_of("int4_linear", gpu.architecture, "reduce_splits"), REDUCE.rows)
+
+
+def int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
+    from llmcompress_kernels.int4_linear import launch
+    from llmcompress_kernels.launching import planned
+
+    if tokens > launch.BLAS_TOKENS:
+        return Spent([unpacked(gpu, rows, columns)], blas(gpu, tokens, rows, columns))
+    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    kernel, block = ("int4_gemv", {}) if tokens == 1 else ("int4_gemm", {"BM": plan.tiles.tokens})
+    code = code_of("int4_linear", gpu.architecture, kernel, GROUP=GROUP, zero_ptr=None, **block)
+    packed = int4_bytes(rows, columns)
+    return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), packed, summing(gpu)))
+
+
+def int4_gated_mlp(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
+    """With SwiGLU."""
+    from llmcompress_kernels.int4_gated_mlp import launch
+    from llmcompress_kernels.launching import planned
+
+    if tokens > launch.BLAS_TOKENS:
+        return Spent([unpacked(gpu, rows, columns)] * 2, dense_gated(gpu, tokens, rows, columns))
+    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    kernel, block = ("gated_gemv", {}) if tokens == 1 else ("gated_gemm", {"BM": plan.tiles.tokens})
+    whole = {"gate_zero_ptr": None, "up_zero_ptr": None, "parts_ptr": None, "ACTIVATION": "silu"}
+    code = code_of("int4_gated_mlp", gpu.architecture, kernel, GROUP=GROUP, **whole, **block)
+    reduce = Reduce(code_of("int4_gated_mlp", gpu.architecture, "reduce_gated", ACTIVATION="silu"), launch.REDUCE.rows)
+    packed = 2 * int4_bytes(rows, columns)
+    return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), packed, reduce, matrices=2))
+
+
+def dense_gated(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
+    """Two linears, an activation and a product; the latter two read and write five times M x rows."""
+    return 2 * blas(gpu, tokens, rows, columns) + stream(gpu, 2, 5 * 2.0 * tokens * rows)
+
+
+def int4_lora_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
+    """With an adapter of RANK."""
+    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS, GEMM, GEMV
+    from llmcompress_kernels.int4_linear.layout import TILE
+    from llmcompress_kernels.int4_lora_linear.launch import REDUCE
+    from llmcompress_kernels.launching import planned
+
+    down = blas(gpu, tokens, RANK, columns)
+    if tokens > BLAS_TOKENS:
+        return Spent([unpacked(gpu, rows, columns)], dense_adapted(gpu, tokens, rows, columns))
+    plan = planned((GEMV, *GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
+    kernel, block = ("gemv", {}) if tokens == 1 else ("gemm", {"BM": plan.tiles.tokens})
+    if plan.splits > 1:
+        code = code_of("int4_linear", gpu.architecture, f"int4_{kernel}", GROUP=GROUP, zero_ptr=None, **block)
+    else:
+        code = code_of(
+            "int4_lora_linear", gpu.architecture, f"lora_{kernel}", GROUP=GROUP, zero_ptr=None, R=RANK, **block
+        )
+    made = code_of("int4_lora_linear", gpu.architecture, "lora_gemm_reduce", R=RANK)
+    reduce = Reduce(made, REDUCE.rows, REDUCE.tokens)
+    packed = int4_bytes(rows, columns) + 2 * RANK * rows
+    return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), packed, reduce), down)
+
+
+def dense_adapted(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
+    """Three linears, of which the last adds to the result of the first."""
+    adapter = blas(gpu, tokens, RANK, columns) + blas(gpu, tokens, rows, RANK)
+    return blas(gpu, tokens, rows, columns) + adapter + stream(gpu, 0, 2.0 * tokens * rows)
+
+
+def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
+    """Above 256 tokens torch's library for sparse tensor cores, at twice the peak of dense ones."""
+    from llmcompress_kernels.launching import planned
+    from llmcompress_kernels.sparse24_linear import launch
+
+    packed = sparse24_bytes(rows, columns)
+    if tokens > launch.BLAS_TOKENS:
+        return Spent([], blas(gpu, tokens, rows, columns, packed, speed=2.0))
+    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    kernel, block = ("sparse24_gemv", {}) if tokens == 1 else ("sparse24_gemm", {"BM": plan.tiles.tokens})
+    code = code_of("sparse24_linear", gpu.architecture, kernel, bits=9.0, **block)
+    return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), packed, summing(gpu)))
+
+
+def sparse24_int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
+    """On sparse tensor cores up to 16 tokens, which takes a launch that orders x before."""
+    from llmcompress_kernels.launching import planned
+    from llmcompress_kernels.sparse24_int4_linear import launch
+
+    made = functools.partial(code_of, "sparse24_int4_linear", gpu.architecture)
+    packed, shape = sparse24_int4_bytes(rows, columns), (tokens, rows, columns)
+    if tokens > launch.BLAS_TOKENS:
+        programs = -(-rows // launch.DEQUANTIZE.rows) * -(-columns // launch.BLOCK)
+        code = made("sparse24_int4_dequantize", bits=3.0, GROUP=GROUP)
+        expanded = Launch(code, programs, code.weights, packed, 2.0 * rows * columns)
+        return Spent([expanded], blas(gpu, tokens, rows, columns))
+    if tokens > launch.FRAGMENT_TOKENS:
+        plan = planned(launch.GEMM, tokens, rows, -(-columns // launch.BLOCK), gpu.processors)
+        code = made("sparse24_int4_gemm", bits=3.0, GROUP=GROUP, BM=plan.tiles.tokens)
+        return Spent(packed_product(gpu, plan, code, shape, packed, summing(gpu)))
+    plan = planned(launch.FRAGMENT, tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    code = made("sparse24_int4_gemm_sp", bits=3.0, GROUP=GROUP, BM=plan.tiles.tokens)
+    ordered = made("token_fragments", BM=plan.tiles.tokens)
+    order = Launch(ordered, -(-columns // launch.BLOCK), 0, 2.0 * tokens * columns, 2.0 * plan.tiles.tokens * columns)
+    product = packed_product(gpu, plan, code, shape, packed, summing(gpu))
+    return Spent([order, dataclasses.replace(product[0], flops=product[0].flops / 2), *product[1:]])
+
+
+MODELS = {
+    "int4_linear": Modelled(int4_linear, blas, int4_bytes),
+    "int4_gated_mlp": Modelled(int4_gated_mlp, dense_gated, lambda rows, columns: 2 * int4_bytes(rows, columns)),
+    "int4_lora_linear": Modelled(int4_lora_linear, dense_adapted, int4_bytes),
+    "sparse24_linear": Modelled(sparse24_linear, blas, sparse24_bytes),
+    "sparse24_int4_linear": Modelled(sparse24_int4_linear, blas, sparse24_int4_bytes),
+}

@@ -1,9 +1,7 @@
-"""`int4_linear`: layouts come back bit for bit, kernels are as exact as torch, compiled code is as recorded."""
+"""`int4_linear`: layouts come back bit for bit, kernels are as exact as torch; the package stands alone."""
 
 import ast
-import importlib.util
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -17,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import case, interpreted, is_exact, relative_error
 from llmcompress_kernels.int4_linear import from_pack_quantized, int4_linear, to_pack_quantized
 from llmcompress_kernels.int4_linear.layout import PLANES, TILE, WIDTH, from_tiles, to_tiles
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
@@ -28,7 +27,7 @@ from llmcompress.weight import CompressedWeight
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(llmcompress_kernels.__file__).parent
-RESOURCES = ROOT / "kernels/tools/resources.py"
+NAME = "int4_linear"
 BF16, F16 = torch.bfloat16, torch.float16
 
 
@@ -65,10 +64,6 @@ def exact(weight: CompressedWeight) -> Tensor:
     group = weight.grid.group
     zero, scale = (t.double().repeat_interleave(group, 1) for t in (weight.grid.zero, weight.grid.scale))
     return (weight.codes.double() - zero) * scale
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 # layout
@@ -209,47 +204,22 @@ def test_bad_arguments_are_refused(argument, value, message):
 # the Triton kernels, in Triton's interpreter
 
 
-def case(tokens: int, rows: int, columns: int, group: int, dtype: str = "bfloat16", **more: bool) -> dict[str, Any]:
-    """Input of interpreted_program.py."""
-    kind = {"zero": True, "bias": True, "transposed": False} | more
-    return {"tokens": tokens, "rows": rows, "columns": columns, "group": group, "dtype": dtype} | kind
-
-
 CASES = {
-    "one token, two splits, last tile of 32 columns": case(1, 70, 1056, 32),
-    "one token, symmetric": case(1, 70, 576, 64, "float16", zero=False, bias=False),
-    "three tokens": case(3, 70, 576, 64),
-    "17 tokens, two splits": case(17, 65, 1056, 32, "float16"),
-    "17 tokens, transposed, symmetric": case(17, 33, 256, 128, zero=False, transposed=True),
-    "two programs of tokens": case(70, 40, 192, 64, bias=False),
-    "unpacked for the BLAS": case(257, 40, 160, 32, "float16"),
-    "no tokens": case(0, 40, 160, 32),
+    "one token, two splits, last tile of 32 columns": case(NAME, 1, 70, 1056, 32),
+    "one token, symmetric": case(NAME, 1, 70, 576, 64, "float16", zero=False, bias=False),
+    "three tokens": case(NAME, 3, 70, 576, 64),
+    "17 tokens, two splits": case(NAME, 17, 65, 1056, 32, "float16"),
+    "17 tokens, transposed, symmetric": case(NAME, 17, 33, 256, 128, zero=False, transposed=True),
+    "two programs of tokens": case(NAME, 70, 40, 192, 64, bias=False),
+    "unpacked for the BLAS": case(NAME, 257, 40, 160, 32, "float16"),
+    "no tokens": case(NAME, 0, 40, 160, 32),
 }
 GRID = [
-    case(tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero)
+    case(NAME, tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero)
     for (tokens, rows), group, dtype, zero in itertools.product(
         [(1, 130), (3, 65), (17, 129), (33, 64), (65, 20)], (32, 64, 128), ("bfloat16", "float16"), (True, False)
     )
 ]
-
-
-def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of interpreted_program.py, one for each case."""
-    paths = [str(ROOT), str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "tests/interpreted_program.py")]
-    ran = subprocess.run(
-        program, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
-
-
-def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """At most twice the error of torch, and unpacked to the same bits. A NaN anywhere fails the comparison."""
-    assert found["kernel"] <= 2 * found["torch"], asked
-    assert found["unpacked"], asked
-    assert found["dtype"] == f"torch.{asked['dtype']}"
 
 
 @pytest.fixture(scope="module")
@@ -270,53 +240,11 @@ def test_kernels_are_as_exact_as_torch_on_all_grids():
 
 @given(tiles=st.integers(1, 300), programs=st.integers(1, 2000), processors=st.integers(1, 200))
 def test_splits_cover_all_tiles_and_none_is_empty(tiles, programs, processors):
-    from llmcompress_kernels.int4_linear.launch import MAX_SPLITS, spans
+    from llmcompress_kernels.launching import MAX_SPLITS, spans
 
     span, splits = spans(tiles, programs, processors)
     assert (splits - 1) * span < tiles <= splits * span
     assert 1 <= splits <= MAX_SPLITS
-
-
-# what the compiler made of them
-
-
-def table() -> dict[str, Any]:
-    return json.loads((ROOT / "kernels/resources.json").read_text(encoding="utf-8"))["kernels"]
-
-
-def resources() -> Any:
-    """kernels/tools/resources.py as a module."""
-    spec = importlib.util.spec_from_file_location("kernel_resources", RESOURCES)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_has_every_configuration():
-    assert {case.name() for case in resources().cases()} == table().keys()
-
-
-def test_compiled_kernels_keep_their_promises():
-    """In registers, weights by wide loads and without conversions; tensor cores where they are meant to be."""
-    for name, row in table().items():
-        kernel = name.split()[0]
-        assert row["spills"] == row["stack_bytes"] == row["conversions"] == row["weight_loads_narrow"] == 0, name
-        assert row["shared_bytes"] <= 99 * 1024, name  # what a block may have on every one of these architectures
-        assert (row["weight_loads_128"] > 0) == (kernel != "reduce_splits"), name
-        assert (row["tensor_core"] > 0) == (kernel == "int4_gemm"), name
-
-
-@pytest.mark.slow
-def test_the_table_is_what_the_compiler_makes_now():
-    triton = pytest.importorskip("triton")
-    recorded = json.loads((ROOT / "kernels/resources.json").read_text(encoding="utf-8"))["triton"]
-    if triton.__version__ != recorded:
-        pytest.skip(f"the table is of triton {recorded}, this is {triton.__version__}")
-    ran = subprocess.run([sys.executable, str(RESOURCES), "--check"], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
 
 
 # the package
@@ -324,12 +252,13 @@ def test_the_table_is_what_the_compiler_makes_now():
 
 def test_package_stands_alone():
     """The Hub loads it without llmcompress, and under another name; triton waits until a kernel runs."""
+    allowed = sys.stdlib_module_names | {"torch", "triton"}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert str(node.module).split(".")[0] in {"torch", "typing", "collections", "contextlib", "dataclasses"}
+                assert str(node.module).split(".")[0] in allowed, path
             if isinstance(node, ast.Import):
-                assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "triton"}, path
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
     code = "import sys, llmcompress_kernels; print({'triton', 'llmcompress', 'transformers'} & set(sys.modules))"
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     loaded = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

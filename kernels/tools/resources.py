@@ -1,27 +1,28 @@
 """Compile every kernel configuration ahead of time, without a GPU, and write what the compiler made of it.
 
-    python kernels/tools/resources.py            # writes kernels/resources.json
-    python kernels/tools/resources.py --check    # compares with it; exit code 1 and the differences if it is another
+    python kernels/tools/resources.py                        # writes kernels/resources/<operator>.json, all operators
+    python kernels/tools/resources.py int4_linear            # of this one
+    python kernels/tools/resources.py --check                # compares; exit code 1 and the differences, if any
+    python kernels/tools/resources.py --check --sample 4     # compares four of each operator
 
-For each configuration of `launch.py` x group size x grid x dtype and each of four architectures, ptxas makes a cubin.
-From it, cuobjdump of the triton wheel reads registers, stack bytes and the machine code (SASS), where the instructions
-that decide the speed are counted:
+For what `configurations()` of each operator's `launch.py` yields, and each of four architectures, ptxas makes a cubin.
+bfloat16 goes through all of them, float16 through those of groups of 64. From the cubin, cuobjdump of the triton wheel
+reads registers, stack bytes and the machine code (SASS), where the instructions that decide the speed are counted:
 
     spills               loads and stores of a thread's own stack
-    weight_loads_128     loads of 16 bytes per thread with an evict-first hint; in int4_gemm asynchronous copies of 16
-                         bytes, which show no hint, and among which are those of x where BM is 64
+    weight_loads_128     loads of 16 bytes per thread with an evict-first hint; where Triton pipelines them,
+                         asynchronous copies of 16 bytes, which show no hint, and among which those of x may be
     weight_loads_narrow  narrower loads with the hint; no other tensor has it
     conversions          between integers and floats
     tensor_core          HMMA (sm_80, sm_89), HGMMA (sm_90), UTC*MMA (sm_100)
     loop_per_weight      instructions in the main loop, per thread, over the weights which the thread makes there: what
-                         bounds a kernel that memory does not bound
+                         bounds a kernel that memory does not bound; 0 for a kernel without a loop or without weights
 
-Kernels are compiled with a bias and a result in the dtype of x. A split launch stores float32 and skips the bias; its
-loop is the same. Nothing here is a measurement of time.
+Nothing here is a measurement of time.
 """
 
 import argparse
-import itertools
+import importlib
 import json
 import os
 import re
@@ -29,86 +30,85 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 KERNELS = Path(__file__).parents[1]
-TABLE = KERNELS / "resources.json"
+PACKAGE = KERNELS / "torch-ext/llmcompress_kernels"
+TABLES = KERNELS / "resources"
 ARCHITECTURES = (80, 89, 90, 100)
-DTYPES = ("bf16", "fp16")
-CONSTANTS: dict[str, Callable[[int], dict[str, Any]]] = {  # further constexpr arguments, given the tokens per program
-    "int4_dequantize": lambda tokens: {},
-    "int4_gemv": lambda tokens: {"SPLIT": False},
-    "int4_gemm": lambda tokens: {"SPLIT": False, "INTERPRETED": False, "BM": tokens},
-}
-ALIGNED = ("N", "K", "stride")  # multiples of 16 in any model, which the launcher finds out
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", re.MULTILINE)
 
-sys.path.insert(0, str(KERNELS / "torch-ext"))
+sys.path.insert(0, str(PACKAGE.parent))
+
+if TYPE_CHECKING:  # at run time it is imported late, with torch
+    from llmcompress_kernels.configuration import Configuration
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation; `constants` are the kernel's constexpr arguments, None for an absent tensor."""
+    """One compilation."""
 
-    kernel: str
+    operator: str
+    configuration: "Configuration"
     architecture: int
     dtype: str
-    constants: tuple[tuple[str, Any], ...]
-    warps: int
-    stages: int
 
     def name(self) -> str:
         """A key for the table, readable and sorted by kernel."""
-        values = dict(self.constants)
-        zero = ["symmetric"] if "zero_ptr" in values else []
-        shown = [f"{key}={values[key]}" for key in ("GROUP", "BN", "BM") if key in values]
-        options = [f"warps={self.warps}", f"stages={self.stages}"]
-        return " ".join([self.kernel, f"sm_{self.architecture}", self.dtype, *shown, *zero, *options])
+        made = self.configuration
+        shown = [shown_constant(*constant) for constant in sorted(made.constants.items())]
+        options = [f"warps={made.warps}", f"stages={made.stages}"]
+        return " ".join([made.kernel, f"sm_{self.architecture}", self.dtype, *filter(None, shown), *options])
 
 
-def cases() -> Iterator[Case]:
-    """Every configuration that `launch.py` can choose."""
-    from llmcompress_kernels.int4_linear import launch
-    from llmcompress_kernels.int4_linear.layout import GROUPS
+def shown_constant(name: str, value: object) -> str:
+    """`GROUP=64`, `SPLIT`, `no zero`; nothing for what is false."""
+    if value is None:
+        return f"no {name.removesuffix('_ptr')}"
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name}={value}"
 
-    for architecture, dtype in itertools.product(ARCHITECTURES, DTYPES):
-        tiles = launch.REDUCE
-        yield Case("reduce_splits", architecture, dtype, (("BN", tiles.rows),), tiles.warps, tiles.stages)
-        for group, symmetric in itertools.product(GROUPS, (True, False)):
-            grid = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
-            for kernel, tiles in [
-                ("int4_dequantize", launch.DEQUANTIZE),
-                ("int4_gemv", launch.GEMV),
-                *(("int4_gemm", tiles) for tiles in launch.GEMM),
-            ]:
-                constants = grid | {"BN": tiles.rows} | CONSTANTS[kernel](tiles.tokens)
-                yield Case(kernel, architecture, dtype, tuple(constants.items()), tiles.warps, tiles.stages)
+
+def operators() -> list[str]:
+    """The folders that have a launcher."""
+    return sorted(path.parent.name for path in PACKAGE.glob("*/launch.py"))
+
+
+def cases(operator: str) -> Iterator[Case]:
+    """Everything of one operator that is compiled; float16 differs from bfloat16 by its exponent alone."""
+    launch = importlib.import_module(f"llmcompress_kernels.{operator}.launch")
+    for configuration in launch.configurations():
+        dtypes = ("bf16", "fp16") if configuration.constants.get("GROUP", 64) == 64 else ("bf16",)
+        for architecture in ARCHITECTURES:
+            for dtype in dtypes:
+                yield Case(operator, configuration, architecture, dtype)
 
 
 def compile_case(case: Case) -> Any:
     """Triton's compiled kernel, with its `asm` and `metadata`; nothing is loaded on a device."""
     import triton
-    from llmcompress_kernels.int4_linear import kernel
+    from llmcompress_kernels.configuration import ALIGNED, TYPES
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(kernel, case.kernel)
-    constants, names = dict(case.constants), function.arg_names
-    pointers = {"words_ptr": "*i32", "zero_ptr": "*u8", "parts_ptr": "*fp32"}
-    kinds = {name: pointers.get(name, f"*{case.dtype}" if name.endswith("_ptr") else "i32") for name in names}
-    signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
-    aligned = [name for name in names if name not in constants and (kinds[name][0] == "*" or name in ALIGNED)]
+    made = case.configuration
+    function = getattr(importlib.import_module(f"llmcompress_kernels.{case.operator}.kernel"), made.kernel)
+    names = function.arg_names
+    kinds = {name: TYPES.get(name, f"*{case.dtype}" if name.endswith("_ptr") else "i32") for name in names}
+    signature = {name: "constexpr" if name in made.constants else kinds[name] for name in names}
+    aligned = [name for name in names if name not in made.constants and (kinds[name][0] == "*" or name in ALIGNED)]
     source = ASTSource(
         fn=function,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={(names.index(name),): value for name, value in made.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": made.warps, "num_stages": made.stages}
     return triton.compile(source, target=GPUTarget("cuda", case.architecture, 32), options=options)
 
 
@@ -144,9 +144,7 @@ def facts(case: Case) -> dict[str, Any]:
         return sum(n for name, n in count.items() if re.match(pattern, name))
 
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    values = dict(case.constants)
-    weights = values.get("BN", 0) * 128 / (32 * case.warps)
-    loop = main_loop(found)
+    per_thread = case.configuration.weights / (32 * case.configuration.warps)
     return {
         "registers": int(registers),
         "stack_bytes": int(stack),
@@ -157,49 +155,77 @@ def facts(case: Case) -> dict[str, Any]:
         "weight_loads_narrow": total(r"LDG\.E\.EF(?!\.128)"),
         "conversions": total(r"I2F|F2I|I2FP"),
         "tensor_core": total(r"HMMA|HGMMA|UTC\w*MMA"),
-        "loop_per_weight": round(loop / weights, 2) if weights and case.kernel in ("int4_gemv", "int4_gemm") else 0,
+        "loop_per_weight": round(main_loop(found) / per_thread, 2) if per_thread else 0,
     }
 
 
-def table() -> dict[str, Any]:
-    """The whole table; takes some minutes."""
+def table(chosen: Sequence[Case]) -> dict[str, Any]:
+    """Name of each case to its facts, sorted; about a second for each."""
+    with ProcessPoolExecutor(int(os.environ.get("JOBS", "1"))) as pool:
+        return dict(sorted(zip((case.name() for case in chosen), pool.map(facts, chosen), strict=True)))
+
+
+def write(operator: str, rows: dict[str, Any]) -> None:
+    """One line per configuration, so that a change reads as a change."""
     import triton
 
-    everything = list(cases())
-    with ProcessPoolExecutor(int(os.environ.get("JOBS", "1"))) as pool:
-        rows = dict(zip((case.name() for case in everything), pool.map(facts, everything), strict=True))
-    return {"triton": triton.__version__, "kernels": dict(sorted(rows.items()))}
+    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    text = f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n{body}\n}}}}\n'
+    TABLES.mkdir(exist_ok=True)
+    (TABLES / f"{operator}.json").write_text(text, encoding="utf-8")
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """One line for every configuration that differs, is missing or is new."""
-    names = sorted(found.keys() | expected.keys())
-    return [f"{n}: {expected.get(n)} -> {found.get(n)}" for n in names if found.get(n) != expected.get(n)]
+def differences(operator: str, rows: dict[str, Any], names: set[str]) -> list[str]:
+    """One line for every case whose facts are others than those in the table, or that only one of the two has.
+
+    rows: facts of all cases or of some; names: of all cases.
+    """
+    import triton
+
+    path = TABLES / f"{operator}.json"
+    if not path.exists():
+        return [f"{operator}: no {path}"]
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    expected = recorded["kernels"]
+    made_by = f"table of triton {recorded['triton']}, compiled by {triton.__version__}"
+    changed = [f"{n}: {expected[n]} -> {row} ({made_by})" for n, row in rows.items() if expected.get(n, row) != row]
+    missing = [f"{n}: not in the table" for n in sorted(names - expected.keys())]
+    return [*changed, *missing, *(f"{n}: no such configuration" for n in sorted(expected.keys() - names))]
 
 
-def write(rows: dict[str, Any]) -> None:
-    """One line per configuration, so that a change reads as a change."""
-    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows["kernels"].items())
-    TABLE.write_text(f'{{"triton": {json.dumps(rows["triton"])}, "kernels": {{\n{body}\n}}}}\n', encoding="utf-8")
+def spread(everything: Sequence[Case], count: int | None) -> Sequence[Case]:
+    """`count` of them, spread evenly; all if it is None."""
+    if count is None or count >= len(everything):
+        return everything
+    return [everything[i * (len(everything) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def run(operator: str, check: bool, sample: int | None) -> list[str]:
+    """Write one operator's table, or what differs from it."""
+    everything = list(cases(operator))
+    rows = table(spread(everything, sample))
+    if check:
+        return differences(operator, rows, {case.name() for case in everything})
+    write(operator, rows)
+    return []
 
 
 def main() -> int:
-    """Write the table, or compare with it."""
+    """Write the tables, or compare with them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--check", action="store_true", help="compare with the table instead of writing it")
-    check = parser.parse_args().check
+    parser.add_argument("operator", nargs="*", help=f"one of {', '.join(operators())}; all if none is named")
+    parser.add_argument("--check", action="store_true", help="compare with the tables instead of writing them")
+    parser.add_argument("--sample", type=int, metavar="N", help="with --check: compile only N of each operator")
+    asked = parser.parse_args()
+    if unknown := set(asked.operator) - set(operators()):
+        parser.error(f"no operator {', '.join(sorted(unknown))}; there are {', '.join(operators())}")
+    if asked.sample is not None and (not asked.check or asked.sample < 1):
+        parser.error("--sample takes a positive number, and goes with --check: a table has every configuration")
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = table()
-    if not check:
-        write(rows)
-        return 0
-    expected = json.loads(TABLE.read_text(encoding="utf-8"))
-    if expected["triton"] != rows["triton"]:
-        print(f"the table is of triton {expected['triton']}, this is {rows['triton']}", file=sys.stderr)
-    lines = differences(rows["kernels"], expected["kernels"])
-    print(*lines, sep="\n", file=sys.stderr)
+        lines = [line for name in asked.operator or operators() for line in run(name, asked.check, asked.sample)]
+    print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     return 1 if lines else 0
 
 

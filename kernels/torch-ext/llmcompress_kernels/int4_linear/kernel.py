@@ -1,82 +1,29 @@
 """Triton kernels of `int4_linear`. Imported only when a kernel is about to run, since importing triton takes a second.
 
-Layout of `words` and `zero`: layout.py. A tile is 128 input columns of one row: 16 words with 8 planes of 16 columns.
-
-Dequantization without conversions. In a float32 of exponent 23 - s, bit s of the mantissa counts for 1: masking a
-nibble where it stands and setting that exponent gives 2^(23 - s) + code, and one exact subtraction gives code - zero.
-Planes 0 to 4 lie inside the 23 bits of the mantissa, planes 5 to 7 do after one shift by 12. Per weight that is one
-logic operation and one addition; integer-to-float conversions run at a fraction of their rate. Factors of a tensor core
-are made in 16 bits in the same way: bfloat16 counts in steps of 1 from 128 on, float16 from 1024 on.
-
-Scales multiply float32 sums of a group, not single weights: fewer operations, and no rounding of the products.
+How words become weights: words.py. Scales multiply float32 sums of a group, not single weights: fewer operations, and
+no rounding of the products.
 
 Split-K: program (n, m, s) sums a span of tiles into its own slice of a float32 workspace, and `reduce_splits` adds the
 slices in the order of s. No atomics, so the same inputs give the same bits.
 
-Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program. INTERPRETED is set for Triton's
-interpreter, whose tl.dot is wrong for bfloat16; factors of the dot are then cast to float32, which is exact.
+Names: BN rows of the weight (outputs) n and BM rows of x (tokens) m per program. Sums are functions of their own, which
+other operators end in other ways.
 """
 
 import triton
 import triton.language as tl
 
-TILE = tl.constexpr(128)
-PLANES = tl.constexpr(8)
-WIDTH = tl.constexpr(16)  # columns of a plane, words of a tile row
+from ..words import PLANES, TILE, WIDTH, dot, group_of, group_zero, plane, plane16, tile_words
 
 
 @triton.jit
-def plane(words, zero, index: tl.constexpr):
-    """Codes of one plane minus their zeros: int32 [BN, 16], float32 [BN, 1] or 8.0 -> float32 [BN, 16]."""
-    shift: tl.constexpr = 4 * index if index < 5 else 4 * index - 12
-    if index >= 5:
-        words = words >> 12
-    bits = (words & (0xF << shift)) | ((150 - shift) << 23)
-    return bits.to(tl.float32, bitcast=True) - (zero + (1 << (23 - shift)) * 1.0)
-
-
-@triton.jit
-def plane16(words, zero, index: tl.constexpr, dtype: tl.constexpr):
-    """The same as a factor of a dot, in `dtype`: bfloat16 or float16.
-
-    Written as a float32 subtraction, since the interpreter's in bfloat16 is wrong; compiled, it is one in `dtype`.
-    """
-    base: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
-    bits = ((words >> (4 * index)) & 0xF) | (0x4300 if dtype == tl.bfloat16 else 0x6400)
-    return (bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32) - (zero + base)).to(dtype)
-
-
-@triton.jit
-def group_of(tile, index, K, GROUP: tl.constexpr):
-    """Group of a plane. Planes beyond K, whose x is zero, take the last one: it can be read, and they add nothing."""
-    return min(tile * TILE + index * WIDTH, K - GROUP) // GROUP
-
-
-@triton.jit
-def group_zero(zero_ptr, at, mask):
-    """Zeros of a group as float32, read from uint8 by the same construction: [BN] pointers' offsets -> [BN]."""
-    code = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.int32)
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-
-
-@triton.jit
-def tile_words(words_ptr, tile, n, N):
-    """The 16 words of each of the rows n of a tile, int32 [BN, 16]. Read once, so first to leave the cache."""
-    at = (tile * N + n[:, None].to(tl.int64)) * WIDTH + tl.arange(0, WIDTH)[None, :]
-    return tl.load(words_ptr + at, mask=(n < N)[:, None], other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def int4_gemv(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, N, K, span,
-    GROUP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+def gemv_sum(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, n, split, N, K, span, GROUP: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """One token, no tensor cores: y[n] = sum_k x[k] W[n, k]. Grid (ceil(N / BN), 1, splits), `span` tiles per program.
+    """sum_k x[k] W[n, k] over the `span` tiles of a split, of one token, without tensor cores: float32 [BN].
 
     Each word is read once. Three instructions per weight are the product itself: mask, subtract, multiply and add.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(2)
     k = tl.arange(0, WIDTH)
     planes_of_group: tl.constexpr = GROUP // WIDTH
     total = tl.zeros((BN, WIDTH), dtype=tl.float32)
@@ -92,24 +39,18 @@ def int4_gemv(
                 part += x[None, :] * plane(words, zero, index)
             scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[:, None]
-    y = tl.sum(total, axis=1)
-    if bias_ptr is not None and not SPLIT:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + split.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
-def int4_gemm(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
-    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+def gemm_sum(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, n, m, split, M, N, K, stride, span,
+    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] W[n, k] by tensor cores. Grid (ceil(N / BN), ceil(M / BM), splits); stride of x's rows.
+    """sum_k W[n, k] x[m, k] over the tiles of a split, by tensor cores: float32 [BN, BM]; stride of x's rows.
 
     Computes Wxᵀ: the weights are made in registers, and the left factor is the one that may stay there.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    split = tl.program_id(2)
     k = tl.arange(0, WIDTH)
     planes_of_group: tl.constexpr = GROUP // WIDTH
     total = tl.zeros((BN, BM), dtype=tl.float32)
@@ -123,17 +64,42 @@ def int4_gemm(
             for index in tl.static_range(first, first + planes_of_group):
                 at_k = tile * TILE + index * WIDTH + k
                 x = tl.load(rows + at_k[:, None], mask=(m < M)[None, :] & (at_k < K)[:, None], other=0.0)
-                w = plane16(words, zero, index, x.dtype)
-                if INTERPRETED:
-                    part = tl.dot(w.to(tl.float32), x.to(tl.float32), part)
-                else:
-                    part = tl.dot(w, x, part)
+                part = dot(plane16(words, zero, index, x.dtype), x, part, INTERPRETED)
             scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[:, None]
-    if bias_ptr is not None and not SPLIT:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def int4_gemv(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, N, K, span,
+    GROUP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y[n] of one token, or parts [splits, n]. Grid (ceil(N / BN), 1, splits), `span` tiles per program."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    y = gemv_sum(x_ptr, words_ptr, scale_ptr, zero_ptr, n, split, N, K, span, GROUP, BN)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + split.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def int4_gemm(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
+    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """y[m, n], or parts [splits, m, n]. Grid (ceil(N / BN), ceil(M / BM), splits)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    y = gemm_sum(
+        x_ptr, words_ptr, scale_ptr, zero_ptr, n, m, split, M, N, K, stride, span, GROUP, BN, BM, INTERPRETED
+    )  # fmt: skip
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
 @triton.jit

@@ -5,36 +5,23 @@
     2 .. 256     int4_gemm          the packed weight is read once per BM tokens
     above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
 
-Tiles are chosen by what the compiler reports (kernels/resources.json): no spills, weight loads of 128 bits, few
-instructions per weight. BLAS_TOKENS, PROGRAMS_PER_PROCESSOR and TILES_PER_SPLIT are declared, not measured.
+Tiles are chosen by what the compiler reports (kernels/resources/int4_linear.json): no spills, weight loads of 128 bits,
+few instructions per weight. BLAS_TOKENS is declared, not measured.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
 from torch import Tensor
 
+from ..configuration import Configuration
+from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
 from .kernel import int4_dequantize, int4_gemm, int4_gemv, reduce_splits
-from .layout import TILE, Int4Weight
+from .layout import GROUPS, TILE, Int4Weight
 
 BLAS_TOKENS = 256  # above this M the weight is dequantized
-PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
-TILES_PER_SPLIT = 4  # fewer would cost more in the reduce than they gain
-MAX_SPLITS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger
@@ -51,9 +38,7 @@ def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, proce
     columns, rows = x.shape[-1], weight.words.shape[1]
     if x.numel() == 0 or rows == 0:
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
-    tokens = x.reshape(-1, columns)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
+    tokens = rows_of_tokens(x)
     with device_of(x):
         if tokens.shape[0] > BLAS_TOKENS:
             y = torch.nn.functional.linear(tokens, dequantize(weight, columns, x.dtype), bias)
@@ -64,26 +49,42 @@ def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, proce
 
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
-    (tokens, columns), rows = x.shape, weight.words.shape[1]
-    tiles = GEMV if tokens == 1 else next((t for t in GEMM if tokens <= t.tokens), GEMM[-1])
-    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, tiles.tokens))
-    span, splits = spans(triton.cdiv(columns, TILE), grid[0] * grid[1], processors)
+    tokens, rows = x.shape[0], weight.words.shape[1]
+    plan = plan_of(x, weight, processors)
     y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
-    pointers = (x, weight.words, weight.scale, weight.zero, bias, target)
-    shared: dict[str, Any] = {
-        "GROUP": columns // weight.scale.shape[0], "BN": tiles.rows, "SPLIT": splits > 1,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
-    if tokens == 1:
-        int4_gemv[(*grid, splits)](*pointers, rows, columns, span, **shared)
+    if plan.splits == 1:
+        start(plan, x, weight, bias, y)
     else:
-        sizes = (tokens, rows, columns, x.stride(0), span)
-        int4_gemm[(*grid, splits)](*pointers, *sizes, BM=tiles.tokens, INTERPRETED=interpreted(), **shared)
-    if splits > 1:
+        parts = partial_sums(plan, x, weight)
         grid = (triton.cdiv(rows, REDUCE.rows), tokens)
-        reduce_splits[grid](target, bias, y, tokens, rows, splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
+        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
     return y.to(x.dtype)
+
+
+def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
+    """Of the product of x [M, in] with a weight."""
+    tiles, rows, _ = weight.words.shape
+    return planned((GEMV, *GEMM), x.shape[0], rows, tiles, processors)
+
+
+def partial_sums(plan: Plan, x: Tensor, weight: Int4Weight) -> Tensor:
+    """Float32 [splits, M, out], to be added up."""
+    shape = (plan.splits, x.shape[0], weight.words.shape[1])
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    start(plan, x, weight, None, parts)
+    return parts
+
+
+def start(plan: Plan, x: Tensor, weight: Int4Weight, bias: Tensor | None, target: Tensor) -> None:
+    """Start the kernel that the plan names on a target [M, out], or on one [splits, M, out] without a bias."""
+    (tokens, columns), rows = x.shape, weight.words.shape[1]
+    pointers = (x, weight.words, weight.scale, weight.zero, bias, target)
+    options = plan.options | {"GROUP": columns // weight.scale.shape[0]}
+    if tokens == 1:
+        int4_gemv[plan.grid](*pointers, rows, columns, plan.span, **options)
+    else:
+        options |= {"BM": plan.tiles.tokens, "INTERPRETED": interpreted()}
+        int4_gemm[plan.grid](*pointers, tokens, rows, columns, x.stride(0), plan.span, **options)
 
 
 def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
@@ -97,23 +98,12 @@ def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def spans(tiles: int, programs: int, processors: int) -> tuple[int, int]:
-    """Tiles per split and number of splits, none of them empty: enough programs for the GPU, but few."""
-    wanted = min(processors * PROGRAMS_PER_PROCESSOR // programs, tiles // TILES_PER_SPLIT, MAX_SPLITS)
-    span = triton.cdiv(tiles, max(wanted, 1))
-    return span, triton.cdiv(tiles, span)
-
-
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What kernels store: `dtype`, but float32 in the interpreter, which cuts bfloat16 off where GPUs round."""
-    return torch.float32 if interpreted() else dtype
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+def configurations() -> Iterator[Configuration]:
+    """All that may run, with a bias: a split launch stores float32 without one, after the same loop."""
+    yield configured("reduce_splits", REDUCE, 0)
+    for group, symmetric in itertools.product(GROUPS, (False, True)):
+        weight = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
+        yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
+        yield configured("int4_gemv", GEMV, TILE, **weight)
+        for tiles in GEMM:
+            yield configured("int4_gemm", tiles, TILE, **weight)

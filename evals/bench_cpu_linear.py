@@ -33,7 +33,6 @@ from llmcompress_kernels.int4_linear.layout import TILE, WIDTH, Int4Weight
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from llmcompress_kernels.int4_linear.torch_cpu import convert
 from provenance import in_words, provenance
-from torch import Tensor
 
 SHAPES = ["576x576", "576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -165,18 +164,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         int4, dense, other = (row["seconds"].get(side) for side in ("int4", "bf16", "torch_int4"))
         shown = "" if other is None else f"{other * 1e6:.0f}"
         lines.append(
-            f"| {row['shape']} | {row['tokens']} | {int4 * 1e6:.0f} | {dense * 1e6:.0f} | {shown} | {row['ratio']:.2f} |"
+            f"| {row['shape']} | {row['tokens']} | {int4 * 1e6:.0f} | {dense * 1e6:.0f} | {shown} "
+            f"| {row['ratio']:.2f} |"
         )
     return "\n".join(lines)
 
 
 def stream_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| out x in, another weight at each call | int4_linear, us | bf16, us | bf16 / int4_linear | GB/s | of copy |"]
+    lines = ["| out x in, always another | int4_linear, us | bf16, us | bf16 / int4_linear | GB/s | of copy |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
         int4, dense = row["seconds"]["int4"] * 1e6, row["seconds"]["bf16"] * 1e6
         lines.append(
-            f"| {row['shape']} | {int4:.0f} | {dense:.0f} | {row['ratio']:.2f} | {row['gb_s']:.1f} | {row['share']:.0%} |"
+            f"| {row['shape']} | {int4:.0f} | {dense:.0f} | {row['ratio']:.2f} | {row['gb_s']:.1f} "
+            f"| {row['share']:.0%} |"
         )
     return "\n".join(lines)
 

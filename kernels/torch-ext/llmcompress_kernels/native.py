@@ -30,7 +30,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 SWITCH = "LLMCOMPRESS_CPU_EXTENSION"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fno-exceptions", "-fvisibility=hidden")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions", "-fvisibility=hidden")
 SECONDS = 120  # a compiler that takes longer is stopped
 
 
@@ -138,10 +138,8 @@ def locked(path: Path) -> Iterator[None]:
 def build(source: Path, compiler: Path, flags: tuple[str, ...], path: Path) -> None:
     """Compile `source` to `path`, beside its checksum."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-        unit, made, digest = (Path(folder) / name for name in ("unit.o", "made.so", "made.sha256"))
-        run([compiler, *flags, "-c", source, "-o", unit])
-        # Without -fopenmp, so that threads are those of torch, whose OpenMP is loaded: a second one would bring its own.
-        run([compiler, "-shared", unit, "-o", made])
+        made, digest = Path(folder) / "made.so", Path(folder) / "made.sha256"
+        run([compiler, *flags, source, "-o", made])
         digest.write_text(checksum(made), encoding="utf-8")
         os.replace(made, path)
         os.replace(digest, checksum_file(path))

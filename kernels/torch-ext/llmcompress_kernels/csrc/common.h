@@ -8,7 +8,6 @@
 #pragma once
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -97,10 +96,16 @@ inline Range share(int64_t count, int64_t unit, int index, int of) {
     return {at(index), at(index + 1)};
 }
 
-// run(thread, threads) on that many threads of torch's pool.
+// What compilers make of OpenMP's `parallel`. Not compiled with OpenMP, and linked with none: it is the one that torch
+// has loaded, whose threads these are. A second one would bring threads of its own.
+extern "C" void GOMP_parallel(void (*run)(void*), void* data, unsigned threads, unsigned flags);
+extern "C" int omp_get_thread_num(void);
+extern "C" int omp_get_num_threads(void);
+
+// run(thread, threads) on that many threads, or on fewer.
 template <class Run>
 void parallel(int threads, const Run& run) {
     if (threads <= 1) return run(0, 1);
-#pragma omp parallel num_threads(threads)
-    run(omp_get_thread_num(), omp_get_num_threads());
+    const auto one = [](void* data) { (*static_cast<const Run*>(data))(omp_get_thread_num(), omp_get_num_threads()); };
+    GOMP_parallel(one, const_cast<Run*>(&run), unsigned(threads), 0);
 }

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_place
+from ..direct import may_call_directly
 from .cpu import int4_linear_cpu
-from .layout import Int4Weight, check_linear, from_pack_quantized, tensors_of, to_pack_quantized
+from .layout import Int4Weight, check_linear, fits, from_pack_quantized, tensors_of, to_pack_quantized
 
 __all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "to_pack_quantized"]
 
@@ -31,12 +32,16 @@ def int4_linear(
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, words, scale, zero, bias)
+    if may_call_directly(x, scale, bias):
+        return int4_linear_cpu(x, Int4Weight(words, scale, zero), bias)
     return _int4_linear(x, words, scale, zero, bias)
 
 
 def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
     """Raises ValueError for arguments that `int4_linear` does not take."""
     weight = Int4Weight(words, scale, zero)
+    if fits(x, weight, bias):
+        return
     check_place(NAME, x, tensors_of(weight, bias))
     check_linear(NAME, x, weight, bias)
 

@@ -1,9 +1,7 @@
 // The C interface of the CPU kernels of `int4_linear`, which ../int4_linear/cpu.py calls. Nothing here needs torch's
 // headers, so that it compiles in seconds. Pointers and sizes have been checked by the caller.
 
-#include "matrix.h"
-#include "rows.h"
-#include "unpack.h"
+#include "matrix.h"  // and rows.h and unpack.h, on which it stands
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -8,7 +8,7 @@
 // matrix unit busy, and between them the vector units are free. Tokens are taken in blocks whose x fits the second cache.
 #pragma once
 
-#include "rows.h"
+#include "unpack.h"
 
 #ifdef HAS_MATRIX
 
@@ -108,15 +108,12 @@ class Unpacker {
     inline void one(int64_t tile, int row) {
         const int64_t n = first + row < w.rows ? first + row : w.rows - 1;  // outputs of rows beyond are not stored
         const __m512i word = _mm512_loadu_si512(w.words + (tile * w.rows + n) * WIDTH);
-        const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         uint8_t* to = out + tile * STEPS * ROWS * 64 + row * 64;
 #pragma GCC unroll 4
         for (int g = 0; g < STEPS / STEPS_PER_GROUP; ++g) {
             const int64_t at = w.group_of(tile * STEPS + g * STEPS_PER_GROUP) * w.rows + n;
-            const __m512 scale = _mm512_set1_ps(from_bits(uint32_t(w.scale[at]) << 16));
-            const __m512 centred = _mm512_sub_ps(codes, _mm512_set1_ps(w.zero ? float(w.zero[at]) : 8.0f));
-            const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(centred, scale));
-            const __m512i table = _mm512_broadcast_i64x4(half);
+            const float scale = from_bits(uint32_t(w.scale[at]) << 16);
+            const __m512i table = scaled_values<BF16>(scale, w.zero ? float(w.zero[at]) : 8.0f);
 #pragma GCC unroll 4
             for (int step = g * STEPS_PER_GROUP; step < (g + 1) * STEPS_PER_GROUP; ++step) {
                 const __m512i index = _mm512_multishift_epi64_epi8(step_bits(step), word);

@@ -23,26 +23,62 @@ inline void store_half(Floats::F value, uint16_t* out) {
     std::memcpy(out, &rounded, sizeof rounded);
 }
 
+// Steps of a tile of a row, 32 columns each: `steps` of them, of one group.
+template <Half HALF>
+inline void unpack_steps(const int32_t* words, int step, int steps, float scale, int zero, uint16_t* out) {
+    const float* offset = OFFSETS.of[zero];
+    for (int plane = 2 * step; plane < 2 * (step + steps); ++plane) {
+        const int shift = plane_shift(plane), before = plane < 5 ? 0 : 12;
+        for (int lane = 0; lane < WIDTH; lane += Floats::LANES) {
+            const Floats::I word = (Floats::I)((Floats::U) * reinterpret_cast<const Floats::I*>(words + lane) >> before);
+            const Floats::I bits = (word & (0xF << shift)) | ((150 - shift) << 23);
+            store_half<HALF>(((Floats::F)bits - offset[plane]) * scale, out + (plane - 2 * step) * WIDTH + lane);
+        }
+    }
+}
+
+#ifdef HAS_PAIRS
+
+// (code - zero) * scale rounded to 16 bits, by code, twice: the permutation takes five bits of an index.
+template <Half HALF>
+inline __m512i scaled_values(float scale, float zero) {
+    const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 exact = _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+    if (HALF == F16) return _mm512_broadcast_i64x4(_mm512_cvtps_ph(exact, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(exact));
+}
+
+// The same by look-up: byte `step` of every word goes to a lane of each half, and loses its lower nibble in the second.
+template <Half HALF>
+inline void unpack_steps(__m512i word, int step, int steps, __m512i values, uint16_t* out) {
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i words = _mm512_broadcast_i64x4(_mm256_set_epi16(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0));
+    for (int i = 0; i < steps; ++i) {
+        const __m512i byte = _mm512_add_epi16(words, _mm512_set1_epi16(int16_t(step + i)));
+        const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(byte, word), shifts);
+        _mm512_storeu_si512(out + i * STEP, _mm512_permutexvar_epi16(index, values));
+    }
+}
+
+#endif
+
 // Rows first .. first + count of the weight, [count, columns]. Each product code - zero by scale is rounded once.
 template <Half HALF>
 void unpack_rows(const Weight& w, int64_t first, int64_t count, uint16_t* out) {
-    for (int64_t step = 0; step < w.steps(); ++step) {
+    const int steps = w.group / STEP;
+    for (int64_t step = 0; step < w.steps(); step += steps) {
         const int64_t tile = step / STEPS, at = w.group_of(step) * w.rows;
-        const int plane = int(step % STEPS) * 2;
         for (int64_t r = 0; r < count; ++r) {
             const int64_t n = first + r;
             const float scale = to_float(w.scale[at + n], HALF);
-            const float* offset = OFFSETS.of[w.zero ? w.zero[at + n] : 8];
+            const int zero = w.zero ? w.zero[at + n] : 8;
             const int32_t* words = w.words + (tile * w.rows + n) * WIDTH;
-            for (int p = plane; p < plane + 2; ++p) {
-                const int shift = plane_shift(p), before = p < 5 ? 0 : 12;
-                for (int lane = 0; lane < WIDTH; lane += Floats::LANES) {
-                    const Floats::I word = *reinterpret_cast<const Floats::I*>(words + lane);
-                    const Floats::I bits = (((Floats::I)((Floats::U)word >> before)) & (0xF << shift)) | ((150 - shift) << 23);
-                    const Floats::F value = ((Floats::F)bits - offset[p]) * scale;
-                    store_half<HALF>(value, out + r * w.columns + tile * TILE + p * WIDTH + lane);
-                }
-            }
+            uint16_t* to = out + r * w.columns + step * STEP;
+#ifdef HAS_PAIRS
+            unpack_steps<HALF>(_mm512_loadu_si512(words), int(step % STEPS), steps, scaled_values<HALF>(scale, float(zero)), to);
+#else
+            unpack_steps<HALF>(words, int(step % STEPS), steps, scale, zero, to);
+#endif
         }
     }
 }

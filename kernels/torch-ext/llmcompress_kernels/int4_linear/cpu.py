@@ -13,6 +13,7 @@ stored file does. Where "many" begins is measured once per machine (crossover.py
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .torch_cpu import int4_linear_torch
 
 PANEL_BYTES = 1 << 21  # of unpacked weight that torch multiplies at once: about the second cache
 P, N, I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     "int4_has_matrix": [],
     "int4_rows": [I, P, N, P, P, P, P, P, N, N, N, N, I],
     "int4_matrix": [P, N, P, P, P, P, P, N, N, N, N, I],

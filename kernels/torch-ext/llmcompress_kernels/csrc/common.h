@@ -80,7 +80,9 @@ inline uint16_t to_half(float value, Half half) {
 template <class T>
 struct Buffer {
     T* data;
-    explicit Buffer(int64_t count) : data(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {}
+    explicit Buffer(int64_t count) {
+        data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64));
+    }
     ~Buffer() { std::free(data); }
     Buffer(const Buffer&) = delete;
 };

@@ -1,11 +1,12 @@
 // Many tokens with matrix instructions (AMX): Yᵀ = W Xᵀ in tiles of 16 rows by 16 tokens.
 //
 // The left factor of an instruction is 16 rows of 32 columns. A step of a row, made as in `Pairs` but from a table that
-// holds (code - zero) * scale rounded to bfloat16, is such a row: no shuffle. The right factor is x in pairs, transposed,
-// once per call. Sums stay in the tile registers, in float32, over all columns.
+// holds (code - zero) * scale rounded to bfloat16, is such a row: no shuffle. The right factor is x in pairs,
+// transposed, once per call. Sums stay in the tile registers, in float32, over all columns.
 //
 // While a thread multiplies 32 rows, it unpacks the 32 that follow into its other panel: few instructions keep the
-// matrix unit busy, and between them the vector units are free. Tokens are taken in blocks whose x fits the second cache.
+// matrix unit busy, and between them the vector units are free. Tokens are taken in blocks whose x fits the second
+// cache.
 #pragma once
 
 #include "unpack.h"
@@ -77,8 +78,10 @@ inline void pack_tokens(const Product& p, int64_t token, uint32_t* out) {
     const int64_t left = p.tokens - token;
     for (int64_t step = 0; step < p.weight.steps(); ++step) {
         __m512 r[16];
-        for (int m = 0; m < SIDE; ++m)
-            r[m] = m < left ? _mm512_castsi512_ps(pairs(p.x + (token + m) * p.stride + step * STEP)) : _mm512_setzero_ps();
+        for (int m = 0; m < SIDE; ++m) {
+            const uint16_t* x = p.x + (token + m) * p.stride + step * STEP;
+            r[m] = m < left ? _mm512_castsi512_ps(pairs(x)) : _mm512_setzero_ps();
+        }
         transpose(r);
         for (int j = 0; j < SIDE; ++j) _mm512_store_ps(out + step * TILE_WORDS + j * SIDE, r[j]);
     }
@@ -126,7 +129,9 @@ class Unpacker {
 // 32 rows times 16 * TILES tokens. x: packed tokens, 16 after 16 `apart` words. sums [2][TILES][16 rows][16 tokens].
 // After each step, `unpacker` does some of its work.
 template <int TILES, class Unpack>
-void multiply(const uint8_t* panel, const uint32_t* x, int64_t apart, int64_t steps, float* sums, Unpack& unpacker, int some) {
+void multiply(
+    const uint8_t* panel, const uint32_t* x, int64_t apart, int64_t steps, float* sums, Unpack& unpacker, int some
+) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -176,7 +181,8 @@ inline void store_tile(const Product& p, const float* sums, int64_t first, int64
 // Tokens token .. token + count of the rows of a range; x: packed tokens from `token` on.
 template <int STEPS_PER_GROUP>
 void matrix_range(const Product& p, const uint32_t* x, int64_t token, int64_t count, Range rows, uint8_t* panels) {
-    const int64_t steps = p.weight.steps(), apart = steps * TILE_WORDS, panel_bytes = p.weight.tiles() * STEPS * ROWS * 64;
+    const int64_t steps = p.weight.steps(), apart = steps * TILE_WORDS;
+    const int64_t panel_bytes = p.weight.tiles() * STEPS * ROWS * 64;
     const int64_t passes = (count + 2 * SIDE - 1) / (2 * SIDE);
     const int some = int((p.weight.tiles() * ROWS + passes * steps - 1) / (passes * steps));
     alignas(64) float sums[4 * TILE_WORDS];

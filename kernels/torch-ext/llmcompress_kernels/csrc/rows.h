@@ -70,7 +70,8 @@ struct Floats {
                         part[m] += value * *reinterpret_cast<const F*>(x + m * stride + plane * WIDTH + lane);
                 }
 #pragma GCC unroll 4
-                for (int m = 0; m < TOKENS; ++m) *reinterpret_cast<F*>(sums + m * WIDTH + lane) += part[m] * scale[g * SUMS];
+                for (int m = 0; m < TOKENS; ++m)
+                    *reinterpret_cast<F*>(sums + m * WIDTH + lane) += part[m] * scale[g * SUMS];
             }
         }
     }

@@ -30,8 +30,8 @@ inline void unpack_steps(const int32_t* words, int step, int steps, float scale,
     for (int plane = 2 * step; plane < 2 * (step + steps); ++plane) {
         const int shift = plane_shift(plane), before = plane < 5 ? 0 : 12;
         for (int lane = 0; lane < WIDTH; lane += Floats::LANES) {
-            const Floats::I word = (Floats::I)((Floats::U) * reinterpret_cast<const Floats::I*>(words + lane) >> before);
-            const Floats::I bits = (word & (0xF << shift)) | ((150 - shift) << 23);
+            const Floats::U word = (Floats::U) * reinterpret_cast<const Floats::I*>(words + lane) >> before;
+            const Floats::I bits = ((Floats::I)word & (0xF << shift)) | ((150 - shift) << 23);
             store_half<HALF>(((Floats::F)bits - offset[plane]) * scale, out + (plane - 2 * step) * WIDTH + lane);
         }
     }
@@ -52,7 +52,8 @@ inline __m512i scaled_values(float scale, float zero) {
 template <Half HALF>
 inline void unpack_steps(__m512i word, int step, int steps, __m512i values, uint16_t* out) {
     const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    const __m512i words = _mm512_broadcast_i64x4(_mm256_set_epi16(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0));
+    const __m512i words =
+        _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60));
     for (int i = 0; i < steps; ++i) {
         const __m512i byte = _mm512_add_epi16(words, _mm512_set1_epi16(int16_t(step + i)));
         const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(byte, word), shifts);
@@ -75,7 +76,8 @@ void unpack_rows(const Weight& w, int64_t first, int64_t count, uint16_t* out) {
             const int32_t* words = w.words + (tile * w.rows + n) * WIDTH;
             uint16_t* to = out + r * w.columns + step * STEP;
 #ifdef HAS_PAIRS
-            unpack_steps<HALF>(_mm512_loadu_si512(words), int(step % STEPS), steps, scaled_values<HALF>(scale, float(zero)), to);
+            const __m512i values = scaled_values<HALF>(scale, float(zero));
+            unpack_steps<HALF>(_mm512_loadu_si512(words), int(step % STEPS), steps, values, to);
 #else
             unpack_steps<HALF>(words, int(step % STEPS), steps, scale, zero, to);
 #endif

@@ -284,5 +284,6 @@ def test_wheel_has_the_package_and_not_the_folder(tmp_path):
     subprocess.run(build, check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert "llmcompress_kernels/int4_linear/kernel.py" in names
+    assert {"llmcompress_kernels/csrc/int4_linear.cpp", "llmcompress_kernels/csrc/common.h"} <= set(names)
     assert "llmcompress/cli.py" in names
     assert not [name for name in names if name.startswith("kernels/")]

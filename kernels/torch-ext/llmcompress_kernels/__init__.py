@@ -1,4 +1,4 @@
-"""Linears on packed weights: PyTorch operators with Triton kernels for NVIDIA GPUs and plain torch on CPU.
+"""Linears on packed weights: PyTorch operators with Triton kernels for NVIDIA GPUs and C++ for CPUs.
 
     from llmcompress_kernels import from_pack_quantized, int4_linear
 
@@ -7,8 +7,9 @@
 
 Each operator is a folder: `reference.py` says in plain torch what it computes, `layout.py` how its weights lie in
 memory, where no other operator's do, `kernel.py` is the Triton code, `launch.py` picks tiles and starts it,
-`__init__.py` registers the operator. The package needs torch and, on a GPU only, triton, which it imports when a kernel
-first runs. Its imports are relative, since the Hugging Face Hub loads kernels under names of its own.
+`__init__.py` registers the operator. On a CPU, `cpu.py` picks the code, which is C++ in `csrc/`, compiled on first use.
+The package needs torch and, on a GPU only, triton, which it imports when a kernel first runs. Its imports are relative,
+since the Hugging Face Hub loads kernels under names of its own.
 """
 
 from .int4_gated_mlp import int4_gated_mlp

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..checks import check_place
-from .layout import Int4Weight, check_linear, from_pack_quantized, tensors_of, to_pack_quantized
-from .reference import int4_linear_reference
+from ..direct import may_call_directly
+from .cpu import int4_linear_cpu
+from .layout import Int4Weight, check_linear, fits, from_pack_quantized, tensors_of, to_pack_quantized
 
 __all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "to_pack_quantized"]
 
@@ -26,18 +27,22 @@ def int4_linear(
     returns [..., out]                 dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32; the product (code - zero) * scale is
-    not rounded, except above 256 tokens on a GPU, where the weight is unpacked to the dtype of x for the BLAS. The
-    packed kernels give the same bits for the same inputs. Gradients are not computed.
+    not rounded, except for many tokens (above 256 on a GPU, fewer on a CPU: cpu.py), where the weight is unpacked to
+    the dtype of x. The packed kernels give the same bits for the same inputs. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, words, scale, zero, bias)
+    if may_call_directly(x, scale, bias):
+        return int4_linear_cpu(x, Int4Weight(words, scale, zero), bias)
     return _int4_linear(x, words, scale, zero, bias)
 
 
 def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
     """Raises ValueError for arguments that `int4_linear` does not take."""
     weight = Int4Weight(words, scale, zero)
+    if fits(x, weight, bias):
+        return
     check_place(NAME, x, tensors_of(weight, bias))
     check_linear(NAME, x, weight, bias)
 
@@ -55,7 +60,7 @@ def _int4_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, b
 @_int4_linear.register_kernel("cpu")
 def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     check(x, words, scale, zero, bias)
-    return int4_linear_reference(x, words, scale, zero, bias)
+    return int4_linear_cpu(x, Int4Weight(words, scale, zero), bias)
 
 
 @_int4_linear.register_fake

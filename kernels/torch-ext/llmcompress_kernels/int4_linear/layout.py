@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_dtype, check_shape, refuse_unless
+from ..checks import DEVICES, FLOATS, check_dtype, check_shape, refuse_unless
 
 GROUPS = (32, 64, 128)  # columns per scale
 PLANES = 8  # nibbles of a word
@@ -67,6 +67,28 @@ def check_linear(operator: str, x: Tensor, weight: Int4Weight, bias: Tensor | No
     if bias is not None:
         check_dtype(operator, bias_name, bias, x.dtype)
         check_shape(operator, bias_name, bias, out)
+
+
+def fits(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> bool:
+    """Whether all that is checked holds, in a fraction of the time that the checks take to say what does not."""
+    words, scale, zero = weight
+    if x.dtype not in FLOATS or not x.dim() or scale.dim() != 2 or x.device.type not in DEVICES:
+        return False
+    columns, (groups, out), device = x.shape[-1], scale.shape, x.device
+    return (
+        groups > 0
+        and columns % groups == 0
+        and columns // groups in GROUPS
+        and are(words, torch.int32, device, (-(-columns // TILE), out, WIDTH))
+        and are(scale, x.dtype, device, (groups, out))
+        and (zero is None or are(zero, torch.uint8, device, (groups, out)))
+        and (bias is None or are(bias, x.dtype, device, (out,)))
+    )
+
+
+def are(tensor: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has these, and is contiguous."""
+    return tensor.dtype == dtype and tensor.device == device and tensor.shape == shape and tensor.is_contiguous()
 
 
 def from_pack_quantized(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> Int4Weight:

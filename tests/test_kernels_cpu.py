@@ -1,0 +1,351 @@
+"""`int4_linear` on the CPU: every way to compute it is as exact as torch; failures to compile are told and repaired."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from kernel_cases import int4_weight, relative_error
+from llmcompress_kernels import native
+from llmcompress_kernels.int4_linear import cpu, crossover, int4_linear, torch_cpu
+from llmcompress_kernels.int4_linear.layout import Int4Weight
+from llmcompress_kernels.int4_linear.reference import dequantize_reference
+from torch import Tensor
+
+BF16, F16 = torch.bfloat16, torch.float16
+SOURCE = native.SOURCES / "int4_linear.cpp"
+WAYS = ["rows", "many", "panels", "torch int4", "torch panels"]
+OLDER = {"haswell": "AVX2", "skylake-avx512": "AVX-512 without products of bfloat16"}
+SHAPES = [(1, 96, 32), (3, 576, 64), (17, 256, 128), (70, 1056, 32)]  # tokens, columns, group
+
+
+def kernels() -> cpu.Kernels:
+    found = cpu.native()
+    if found is None:
+        pytest.skip("no compiled kernels on this machine")
+    return found
+
+
+def way(name: str) -> Callable[[Tensor, Int4Weight, Tensor | None], Tensor]:
+    """One of the ways in which the operator may be computed."""
+    if name == "torch int4":
+        return torch_cpu.by_torch_int4
+    if name == "torch panels":
+        return torch_cpu.by_panels
+    return {"rows": kernels().by_rows, "many": kernels().of_many, "panels": kernels().by_panels}[name]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialized memory is NaN, so that an output which is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Inputs(NamedTuple):
+    """Arguments of a linear."""
+
+    x: Tensor
+    weight: Int4Weight
+    bias: Tensor
+
+
+def inputs(
+    tokens: int = 3, rows: int = 24, columns: int = 96, group: int = 32, symmetric: bool = False,
+    dtype: torch.dtype = BF16,
+) -> Inputs:  # fmt: skip
+    """Random ones, the same at every call."""
+    generator = torch.Generator().manual_seed(tokens * rows + columns)
+    weight = int4_weight(rows, columns, group, symmetric, dtype, generator)
+    x, bias = torch.randn(tokens, columns, generator=generator), torch.randn(rows, generator=generator)
+    return Inputs(x.to(dtype), weight, bias.to(dtype))
+
+
+def guarded(x: Tensor) -> Tensor:
+    """The same values with NaN around them in memory."""
+    around = torch.full((x.shape[0] + 2, x.shape[1] + 64), torch.nan, dtype=x.dtype)
+    around[1:-1, 32:-32] = x
+    return around[1:-1, 32:-32]
+
+
+def check(compute: Callable[..., Tensor], given: Inputs) -> None:
+    """At most twice the error of torch in the same dtype, against float64."""
+    x, weight = guarded(given.x), given.weight
+    exact = dequantize_reference(weight, x.shape[1], torch.float64)
+    for bias in (given.bias, None):
+        truth = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
+        torch_error = relative_error(torch.nn.functional.linear(x, exact.to(x.dtype), bias), truth)
+        y = compute(x, weight, bias)
+        assert y.dtype == x.dtype
+        assert relative_error(y, truth) <= 2 * torch_error
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("tokens", "columns", "group"), SHAPES)
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_is_as_exact_as_torch(name, tokens, columns, group, symmetric, dtype):
+    if name == "torch int4" and dtype == F16:
+        pytest.skip("torch has it for bfloat16 only")
+    rows = 80 if name == "torch int4" else 71
+    check(way(name), inputs(tokens, rows, columns, group, symmetric, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", WAYS[:3])
+def test_every_way_is_as_exact_as_torch_on_more_shapes(name):
+    """Each number of tokens that is a case of its own; one row; several blocks of rows, tokens and columns."""
+    for tokens, rows, columns, group in [
+        *((tokens, 40, 160, 32) for tokens in range(1, 40)),
+        *((5, rows, 192, 64) for rows in (1, 15, 16, 17, 31, 33, 64, 257, 600)),
+        *((33, 70, columns, group) for columns, group in ((32, 32), (64, 64), (128, 128), (4096, 128), (5632, 64))),
+        (700, 40, 1536, 128),
+    ]:
+        check(way(name), inputs(tokens, rows, columns, group))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("processor", OLDER)
+def test_code_for_older_processors(processor):
+    """Compiled without what this CPU has beyond them."""
+    kernels()
+    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in native.FLAGS)
+    older = cpu.Kernels(native.load(SOURCE, flags))
+    for (tokens, columns, group), dtype, symmetric in itertools.product(SHAPES, (BF16, F16), (True, False)):
+        for compute in (older.by_rows, older.of_many):
+            check(compute, inputs(tokens, 71, columns, group, symmetric, dtype))
+
+
+def test_torch_operator_sees_changed_weights():
+    """Its converted copy is not used after the weight was written to, and is dropped with the weight."""
+    x, weight, _ = inputs(rows=32)
+    first = torch_cpu.by_torch_int4(x, weight, None)
+    weight.scale.mul_(2)
+    assert torch.equal(torch_cpu.by_torch_int4(x, weight, None), 2 * first)
+
+
+def test_converted_weights_have_a_limit(monkeypatch):
+    monkeypatch.setattr(torch_cpu, "KEPT_BYTES", 0)
+    monkeypatch.setattr(torch_cpu, "by_torch_int4", None)
+    x, weight, _ = inputs(1, 32)
+    assert torch_cpu.int4_linear_torch(x, weight, None).shape == (1, 32)
+
+
+@pytest.mark.parametrize("name", WAYS[:3])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_same_bits_whatever_the_threads(name, tokens):
+    given = inputs(tokens, 200, 576, 64)
+    compute, threads = way(name), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(compute(*given))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:]) or name == "panels"
+    assert torch.equal(found[0], found[1])
+
+
+def test_infinite_and_nan_inputs_come_through():
+    for bad, name in itertools.product((torch.inf, torch.nan), WAYS[:3]):
+        x, weight, _ = inputs(2, 40)
+        x[1, 5] = bad
+        y = way(name)(x, weight, None)
+        assert y[0].isfinite().all()
+        assert not y[1].isfinite().any()
+
+
+# compiling
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty cache folder, and nothing loaded yet."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    forget()
+    yield folder / "llmcompress"
+    forget()
+
+
+def forget() -> None:
+    native.library.cache_clear()
+    cpu.native.cache_clear()
+    crossover.found.cache_clear()
+
+
+@pytest.fixture
+def answer(tmp_path) -> Path:
+    """A source that compiles in no time."""
+    source = tmp_path / "source" / "answer.cpp"
+    source.parent.mkdir()
+    source.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
+    return source
+
+
+def load_answer(source: Path) -> int:
+    kernels()  # there is a compiler
+    return native.load(source, native.FLAGS).answer()
+
+
+def falls_back(message: str) -> None:
+    """One warning that says why, at the first call only; the operator works."""
+    x, weight, bias = inputs()
+    with pytest.warns(RuntimeWarning, match=message):
+        first = int4_linear(x, *weight, bias)
+    assert torch.equal(int4_linear(x, *weight, bias), first)  # another warning would be an error
+    check(lambda *given: int4_linear(given[0], *given[1], given[2]), inputs())
+
+
+def test_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    falls_back(r"no C\+\+ compiler .* was found; install g\+\+\. Slower operators of torch are used")
+    assert not list(fresh.glob("*.so"))
+
+
+def test_a_compiler_that_fails(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    falls_back("false failed: no message")
+    assert not [path for path in fresh.iterdir() if path.suffix != ".lock"]
+
+
+def test_another_processor(fresh, monkeypatch):
+    monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
+    falls_back("linux on riscv64")
+
+
+def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
+    fresh.parent.write_text("a file where the folder should be")
+    falls_back("File exists|Not a directory" if kernels_exist() else "compiler")
+
+
+def kernels_exist() -> bool:
+    return bool([name for name in ("g++", "clang++", "c++") if native.shutil.which(name)])
+
+
+def test_switched_off_without_a_word(fresh, monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpu.native() is None
+        int4_linear(*inputs()[:1], *inputs().weight)
+
+
+def test_an_error_of_the_compiler_is_quoted(fresh, answer):
+    kernels()
+    answer.write_text("int answer( { return 42; }\n")
+    with pytest.raises(native.Unavailable, match=r"failed: .*answer\.cpp:1:.*error"):
+        native.load(answer, native.FLAGS)
+    assert not [path for path in fresh.iterdir() if path.suffix != ".lock"]
+
+
+def test_compiled_once_and_again_when_something_changes(fresh, answer):
+    assert load_answer(answer) == 42
+    (made,) = fresh.glob("*.so")
+    before = made.stat().st_mtime_ns
+    assert load_answer(answer) == 42
+    assert made.stat().st_mtime_ns == before
+    (answer.parent / "header.h").write_text("// another version\n")
+    assert load_answer(answer) == 42
+    assert len(list(fresh.glob("*.so"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no checksum", "another checksum"])
+def test_a_damaged_library_is_made_again(fresh, answer, damage):
+    """A truncated one could end the process when it is loaded, so it must not be."""
+    kernels()
+    path = fresh / f"answer-{native.fingerprint(answer, native.find_compiler(), native.FLAGS)}.so"
+    load_elsewhere(answer)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "no checksum":
+        native.checksum_file(path).unlink()
+    else:
+        native.checksum_file(path).write_bytes(b"\xff" * 64)
+    assert not native.is_whole(path)
+    assert load_answer(answer) == 42
+    assert native.is_whole(path)
+
+
+def load_elsewhere(source: Path) -> None:
+    """In a process of its own: this one would keep the library that it has loaded."""
+    finish(start(source))
+
+
+def start(source: Path, **environment: str) -> subprocess.Popen[str]:
+    code = "import sys, pathlib, native; print(native.load(pathlib.Path(sys.argv[1]), native.FLAGS).answer())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(source)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(native.SOURCES.parent)} | environment,  # of the module: torch takes seconds
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, out.strip()) == (0, "42"), error
+
+
+def test_two_processes_compile_once(fresh, answer, tmp_path):
+    kernels()
+    real, log, slow = native.find_compiler(), tmp_path / "log", tmp_path / "slow-compiler"
+    slow.write_text(f'#!/bin/sh\necho "$@" >> {log}\nsleep 1\nexec {real} "$@"\n')
+    slow.chmod(0o755)
+    processes = [start(answer, CXX=str(slow)) for _ in range(2)]
+    for process in processes:
+        finish(process)
+    assert len(log.read_text().splitlines()) == 1
+    assert not list(fresh.glob("build-*"))
+
+
+# the crossover
+
+
+def test_crossover_is_measured_once_and_kept(fresh, monkeypatch):
+    calls: list[str] = []
+
+    def few(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+        calls.append("few")
+        crossover.time.sleep(0.001 * x.shape[0])
+        return x
+
+    def many(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+        calls.append("many")
+        crossover.time.sleep(0.007)
+        return x
+
+    assert crossover.crossover("test", BF16, few, many) == 8
+    (path,) = fresh.glob("crossover-*.json")
+    assert json.loads(path.read_text())["tokens"] == 8
+    calls.clear()
+    crossover.found.cache_clear()
+    assert crossover.crossover("test", BF16, few, many) == 8
+    assert not calls
+    for damage in ("", "[]", '{"tokens": -3}', '{"tokens": "x"}'):
+        path.write_text(damage)
+        crossover.found.cache_clear()
+        assert crossover.crossover("test", BF16, few, many) == 8
+    assert json.loads(path.read_text())["tokens"] == 8
+    assert len(list(fresh.iterdir())) == 1
+
+
+def test_crossover_without_a_folder(fresh, monkeypatch):
+    fresh.parent.write_text("a file where the folder should be")
+    monkeypatch.setattr(crossover, "SECONDS", 0.0)
+    monkeypatch.setattr(crossover, "fastest", lambda way, x, weight: float(way is len))
+    assert crossover.crossover("test", BF16, max, len) == crossover.NONE

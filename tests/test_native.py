@@ -1,4 +1,4 @@
-"""Folders in the layouts of GPTQ and AWQ tools, read without their libraries. Written here from `pack-quantized` ones."""
+"""Folders in the layouts of GPTQ and AWQ tools, read without their libraries; made here of `pack-quantized` ones."""
 
 import json
 import shutil

@@ -39,7 +39,7 @@ def unpack(model: Any) -> None:
     """
     import torch
 
-    if any(hasattr(module, "dense") for module in model.modules()):
+    if hasattr(getattr(model, "hf_quantizer", None), "accelerated"):
         model.dequantize()
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)

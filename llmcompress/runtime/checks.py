@@ -28,10 +28,17 @@ def check_modules(stored: Collection[str], modules: Iterable[str], leaves: set[s
             raise FormatError(f"{name}: none of its tensors is in the files, though config.json lists it")
 
 
-def check_sizes(model: Any, stored: Mapping[str, TensorInfo], unsized: Collection[str] = ()) -> None:
+def check_sizes(
+    model: Any,
+    stored: Mapping[str, TensorInfo],
+    *,
+    unsized: Collection[str] = (),
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Shape and presence of every tensor of a model that is on the meta device.
 
     unsized: names, in the model and in the files, of tensors whose sizes are the file's own.
+    sizes: those that a tensor has in the files, where the model has other ones yet.
     A tensor that is missing is an error if all tensors of the files have found theirs; else the model may convert the
     others into it while loading, as it does with experts.
     """
@@ -44,10 +51,8 @@ def check_sizes(model: Any, stored: Mapping[str, TensorInfo], unsized: Collectio
         found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in stored), None)
         if found is None:
             missing += [] if name in tied else [name]
-        elif stored[found].shape != tuple(tensor.shape):
-            raise FormatError(
-                f"{found}: shape {list(stored[found].shape)}, the model expects {list(tensor.shape)}; {HINT}"
-            )
+        elif stored[found].shape != (expected := (sizes or {}).get(name, tuple(tensor.shape))):
+            raise FormatError(f"{found}: shape {list(stored[found].shape)}, the model expects {list(expected)}; {HINT}")
         left.discard(str(found))
     if missing and not left:
         raise FormatError(f"{missing[0]}: is not in the files; {HINT}")

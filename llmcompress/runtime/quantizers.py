@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import FormatError
 from llmcompress.formats import METHOD, OWN, VERSION
+from llmcompress.formats.pack_quantized import words
 from llmcompress.runtime.checks import check_modules, check_sizes
 from llmcompress.runtime.linears import StoredLinear, compressed_linears, unpack_linears
 from llmcompress.runtime.native import layout_of, place_natives
@@ -38,7 +39,7 @@ class PackedQuantizer(HfQuantizer):
     """What all of ours share."""
 
     requires_calibration = True
-    accelerated = Accelerated()
+    accelerated: Accelerated | None = None  # after loading
 
     @property
     def is_trainable(self) -> bool:
@@ -109,7 +110,7 @@ class LLMCompressQuantizer(PackedQuantizer):
         if stored:
             check_modules(stored, config.modules, leaves)
             mine = {f"{name}.{leaf}" for name, linear in compressed_linears(model) for leaf in linear.stored()}
-            check_sizes(model, stored, unsized | mine)
+            check_sizes(model, stored, unsized=unsized | mine)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -126,13 +127,13 @@ class LLMCompressQuantizer(PackedQuantizer):
 class CompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     """compressed-tensors folders: what no operator takes is unpacked at the first forward pass, as ever."""
 
-    accelerated = Accelerated()
+    accelerated: Accelerated | None = None  # after loading
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Sizes by config.json must be those of the files."""
         super()._process_model_before_weight_loading(model, **kwargs)
         if self.quantization_config.is_quantization_compressed and (stored := headers_of(kwargs)):
-            check_sizes(model, stored)
+            check_sizes(model, stored, sizes=zero_point_sizes(model))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -179,6 +180,16 @@ def native_quantizer(stock: type[HfQuantizer]) -> Any:
         return stock(config, **options)
 
     return make
+
+
+def zero_point_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Sizes of packed zero points by name; before loading, compressed-tensors has them unpacked."""
+    return {
+        f"{name}.weight_zero_point": (words(module.out_features, module.quantization_scheme.weights.num_bits), *groups)
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_packed") and hasattr(module, "weight_zero_point")
+        for groups in [module.weight_scale.shape[1:]]
+    }
 
 
 def headers_of(options: dict[str, Any]) -> dict[str, TensorInfo]:

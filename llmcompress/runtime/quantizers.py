@@ -184,12 +184,12 @@ def native_quantizer(stock: type[HfQuantizer]) -> Any:
 
 def zero_point_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Sizes of packed zero points by name; before loading, compressed-tensors has them unpacked."""
-    return {
-        f"{name}.weight_zero_point": (words(module.out_features, module.quantization_scheme.weights.num_bits), *groups)
-        for name, module in model.named_modules()
-        if hasattr(module, "weight_packed") and hasattr(module, "weight_zero_point")
-        for groups in [module.weight_scale.shape[1:]]
-    }
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and hasattr(module, "weight_packed") and hasattr(module, "weight_zero_point"):
+            rows = words(module.out_features, module.quantization_scheme.weights.num_bits)
+            sizes[f"{name}.weight_zero_point"] = (rows, module.weight_scale.shape[1])
+    return sizes
 
 
 def headers_of(options: dict[str, Any]) -> dict[str, TensorInfo]:

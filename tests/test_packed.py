@@ -20,6 +20,7 @@ import llmcompress
 from llmcompress.errors import FormatError
 from llmcompress.runtime import GatedMLP, PackedLinear, accelerate, accelerated, compressed_linears, load, operators
 from llmcompress.runtime.mlp import activation_of, fuse_gated
+from llmcompress.runtime.table import OPERATORS
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "gemma2", "gpt_neox", "opt"]  # tied heads, biases, fused qkv, GQA of 3
 
@@ -172,7 +173,7 @@ def test_weights_are_repacked_one_after_the_other(packed_folders, monkeypatch):
         return pack(stored, shape)
 
     counting = operators.Operator(*(counted if f == "pack" else getattr(operators.INT4, f) for f in FIELDS))
-    monkeypatch.setitem(operators.OPERATORS, "pack-quantized", counting)
+    monkeypatch.setitem(OPERATORS, "pack-quantized", counting)
     accelerate(model)
     assert left == list(range(14, 0, -1))
 

@@ -1,4 +1,6 @@
-"""Which operator of llmcompress_kernels multiplies with which stored form: a row of `OPERATORS` for each.
+"""What an operator of llmcompress_kernels is to a model, and the one that multiplies with int4 weights.
+
+`runtime/table.py` has the rows.
 
 Repacking works on some rows of a weight at a time, so that what it needs beside the two packed weights is a few MiB.
 """
@@ -115,7 +117,3 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 INT4 = Operator("int4_linear", Int4Weight, "scale", int4_refuses, int4_pack, int4_stored, int4_dense, int4_compute)
-
-OPERATORS: dict[str, Operator] = {  # by the form that files have
-    "pack-quantized": INT4,
-}

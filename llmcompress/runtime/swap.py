@@ -16,7 +16,8 @@ from llmcompress.errors import FormatError
 from llmcompress.runtime.linears import PackedLinear, StoredLinear
 from llmcompress.runtime.mlp import fuse_gated
 from llmcompress.runtime.native import NativeLinear
-from llmcompress.runtime.operators import OPERATORS, Shape
+from llmcompress.runtime.operators import Shape
+from llmcompress.runtime.table import OPERATORS
 
 logger = logging.getLogger(__name__)
 

@@ -148,10 +148,10 @@ def test_an_embedding_is_read_by_the_row(packed_folders):
 def test_peak_is_not_that_of_the_parent():
     """Which the resource module would give to a process that has just been started."""
     ballast = torch.ones(100 * 2**20, dtype=torch.uint8)
-    code = "from llmcompress.speed import peak, resident; print(peak(), resident())"
+    code = "from llmcompress.speed import peak, resident; print(resident(), peak())"
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    peak, resident = map(int, done.stdout.split())
+    resident, peak = map(int, done.stdout.split())
     assert resident <= peak < resident + ballast.nbytes // 2
 
 

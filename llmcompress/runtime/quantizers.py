@@ -149,7 +149,8 @@ class CompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Ordinary linears with the same values; those that were never packed too."""
         unpack_linears(model, dtype)
-        self.compressor.decompress_model(model=model)
+        if hasattr(model, "ct_decompress_hook"):  # gone when a forward pass has unpacked the rest
+            self.compressor.decompress_model(model=model)
         return model
 
 

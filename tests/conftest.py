@@ -104,9 +104,9 @@ def packed_folders(tiny_folders: Any, text: Path, tmp_path_factory: pytest.TempP
     made: dict[tuple[Any, ...], Path] = {}
 
     def get(kind: str, **options: Any) -> Path:
-        key = (kind, *sorted(options.items()))
+        step = {"method": "rtn", "group_size": 32, "symmetric": True} | options
+        key = (kind, *sorted(step.items()))
         if key not in made:
-            step = {"method": "rtn", "group_size": 32} | options
             with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
                 made[key] = tmp_path_factory.mktemp("packed") / kind
                 run(recipe(tiny_folders(kind), text, step), made[key])

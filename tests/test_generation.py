@@ -46,7 +46,7 @@ def case(folder: Path, **changes: Any) -> Case:
 
 
 def test_generate_prints_the_text_and_nothing_else(packed_folders, call):
-    folder = packed_folders("llama", symmetric=True)
+    folder = packed_folders("llama")
     code, out, err = call("generate", folder, "abc", "--new", 6, "--device", "cpu")
     assert code == 0
     assert "14 linears packed (int4_linear)" in err
@@ -77,9 +77,7 @@ def test_generate_samples_with_a_seed(packed_folders, call):
 
 
 def test_generate_unpacked(packed_folders, call):
-    code, _, err = call(
-        "generate", packed_folders("llama", symmetric=True), "abc", "--new", 2, "--dense", "--device", "cpu"
-    )
+    code, _, err = call("generate", packed_folders("llama"), "abc", "--new", 2, "--dense", "--device", "cpu")
     assert code == 0
     assert "packed" not in err
 
@@ -93,7 +91,7 @@ def test_generate_unpacked(packed_folders, call):
     ],
 )
 def test_generate_says_what_is_wrong(arguments, words, packed_folders, call):
-    code, out, err = call("generate", packed_folders("llama", symmetric=True), *arguments, "--device", "cpu")
+    code, out, err = call("generate", packed_folders("llama"), *arguments, "--device", "cpu")
     assert (code, out) == (2, "")
     assert words in err
     assert "Traceback" not in err
@@ -103,7 +101,7 @@ def test_folders_that_cannot_be_loaded(packed_folders, tmp_path, call):
     code, _, err = call("generate", tmp_path / "nowhere", "abc")
     assert code == 2
     assert "nowhere" in err
-    folder = shutil.copytree(packed_folders("llama", symmetric=True), tmp_path / "copy")
+    folder = shutil.copytree(packed_folders("llama"), tmp_path / "copy")
     (folder / "tokenizer.json").unlink()
     code, _, err = call("generate", folder, "abc")
     assert code == 2
@@ -134,8 +132,8 @@ def test_longer_than_the_model(packed_folders):
 
 
 def test_one_side(packed_folders):
-    found = speed.measure(case(packed_folders("llama", symmetric=True)))
-    model = load(packed_folders("llama", symmetric=True))
+    found = speed.measure(case(packed_folders("llama")))
+    model = load(packed_folders("llama"))
     weights = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
     assert found.weight_bytes == found.read_bytes == weights  # its embedding is the head
     assert found.linears == "14 linears packed (int4_linear)" or "fused" in found.linears
@@ -170,7 +168,7 @@ def test_bench_prints_both_sides(packed_folders, call, monkeypatch):
         return asdict(speed.measure(side)) | {"resident_bytes": 10, "peak_bytes": 20}  # of this process it says nothing
 
     monkeypatch.setattr(bench, "measured", here)
-    folder = packed_folders("llama", symmetric=True)
+    folder = packed_folders("llama")
     code, out, err = call("bench", folder, "--prompt", 8, "--new", 4, "--rounds", 2, "--device", "cpu", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -200,7 +198,7 @@ def test_ratios_and_medians(tmp_path):
 
 @pytest.mark.slow
 def test_bench_in_processes_of_its_own(packed_folders, tmp_path, call):
-    folder = packed_folders("llama", symmetric=True)
+    folder = packed_folders("llama")
     code, out, err = call("bench", folder, "--prompt", 8, "--new", 4, "--rounds", 1, "--device", "cpu", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -220,7 +218,7 @@ def test_bench_in_processes_of_its_own(packed_folders, tmp_path, call):
 
 @pytest.mark.slow
 def test_a_packed_model_is_one_graph(packed_folders):
-    model = load(packed_folders("llama", symmetric=True))
+    model = load(packed_folders("llama"))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     tokens = torch.arange(3, 12)[None]
     with torch.no_grad():
@@ -230,7 +228,7 @@ def test_a_packed_model_is_one_graph(packed_folders):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_compiled_step_makes_the_same_tokens(kind, packed_folders):
-    model = load(packed_folders(kind, symmetric=True))
+    model = load(packed_folders(kind))
     options = {"min_new_tokens": 8}
     eager = generate(model, PROMPT, 8, **options)
     static = generate(model, PROMPT, 8, cache_implementation="static", disable_compile=True, **options)
@@ -242,8 +240,6 @@ def test_a_compiled_step_makes_the_same_tokens(kind, packed_folders):
 
 @pytest.mark.slow
 def test_generate_compiled(packed_folders, call):
-    code, out, err = call(
-        "generate", packed_folders("llama", symmetric=True), "abc", "--new", 6, "--compile", "--device", "cpu"
-    )
+    code, out, err = call("generate", packed_folders("llama"), "abc", "--new", 6, "--compile", "--device", "cpu")
     assert code == 0, err
     assert out

@@ -60,7 +60,7 @@ def change_tensor(folder: Path, ending: str, make: Any) -> str:
 @pytest.fixture
 def copy(packed_folders: Any, tmp_path: Path) -> Path:
     """A folder of the test's own, to be spoilt."""
-    return shutil.copytree(packed_folders("llama", symmetric=True), tmp_path / "copy")
+    return shutil.copytree(packed_folders("llama"), tmp_path / "copy")
 
 
 # what is computed
@@ -94,7 +94,7 @@ def test_weights_are_those_of_stock_transformers(kind, symmetric, packed_folders
 
 
 def test_float16(packed_folders):
-    model = load(packed_folders("llama", symmetric=True), dtype=torch.float16)
+    model = load(packed_folders("llama"), dtype=torch.float16)
     assert accelerated(model).packed
     assert {linear.dense().dtype for _, linear in compressed_linears(model)} == {torch.float16}
     packed = logits(model)
@@ -114,14 +114,14 @@ def test_saved_again_it_has_the_same_tensors(packed_folders, tmp_path):
 
 
 def test_dequantized_and_saved_it_is_an_ordinary_folder(packed_folders, tmp_path):
-    model = load(packed_folders("llama", symmetric=True), packed=False)
+    model = load(packed_folders("llama"), packed=False)
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in config_of(tmp_path / "dense")
     assert torch.equal(logits(reloaded(tmp_path / "dense")), logits(model))
 
 
 def test_in_another_dtype_it_is_unpacked_and_says_so(packed_folders, caplog):
-    model = load(packed_folders("llama", symmetric=True))
+    model = load(packed_folders("llama"))
     before = {name: linear.dense() for name, linear in compressed_linears(model)}
     with caplog.at_level(logging.WARNING):
         model.to(torch.float32)
@@ -155,7 +155,7 @@ def test_loading_makes_no_dense_weight(packed, packed_folders, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees its own thread
     monkeypatch.setattr(operators, "PANEL", 8 * 96)
     monkeypatch.delattr(llmcompress_kernels, "int4_gated_mlp", raising=False)  # which is tried out on two tokens
-    folder = packed_folders("llama", symmetric=True)
+    folder = packed_folders("llama")
     with Made() as made:
         model = load(folder, packed=packed)
     modules = [module for module in model.model.layers.modules() if isinstance(module, PackedLinear | nn.Linear)]
@@ -168,7 +168,7 @@ def test_loading_makes_no_dense_weight(packed, packed_folders, monkeypatch):
 def test_weights_are_repacked_one_after_the_other(packed_folders, monkeypatch):
     """No more than one weight is there twice: what was stored goes before the next one is packed."""
     with stock_loading():
-        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama", symmetric=True), dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama"), dtype="auto")
     left = []
     pack = operators.INT4.pack
 
@@ -186,7 +186,7 @@ FIELDS = ("name", "weight", "floats", "refuses", "pack", "stored", "dense", "com
 
 
 def test_packed_bytes(packed_folders):
-    model = load(packed_folders("llama", symmetric=True))
+    model = load(packed_folders("llama"))
     for _, linear in compressed_linears(model):
         tiles = -(-linear.in_features // 128)
         groups = linear.in_features // 32
@@ -198,7 +198,7 @@ def test_packed_bytes(packed_folders):
 
 
 def test_accelerate_a_stock_model(packed_folders):
-    folder = packed_folders("llama", symmetric=True)
+    folder = packed_folders("llama")
     with stock_loading():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     assert not list(compressed_linears(model))
@@ -209,7 +209,7 @@ def test_accelerate_a_stock_model(packed_folders):
 
 
 def test_a_model_that_has_been_unpacked_stays(packed_folders):
-    model = reloaded(packed_folders("llama", symmetric=True))
+    model = reloaded(packed_folders("llama"))
     before = logits(model)
     done = accelerate(model)
     assert not done.packed
@@ -281,19 +281,17 @@ def test_some_are_taken_and_some_are_not(tiny_folders, run_here):
 
 
 def test_float32_is_computed_as_ever(packed_folders):
-    model = load(packed_folders("llama", symmetric=True), dtype=torch.float32)
+    model = load(packed_folders("llama"), dtype=torch.float32)
     assert set(accelerated(model).kept.values()) == {
         "it is computed in float32, the kernels' dtypes are bfloat16 and float16"
     }
-    assert torch.equal(
-        logits(model), logits(load(packed_folders("llama", symmetric=True), packed=False, dtype=torch.float32))
-    )
+    assert torch.equal(logits(model), logits(load(packed_folders("llama"), packed=False, dtype=torch.float32)))
 
 
 def test_columns_in_another_order_are_not_taken(packed_folders):
     """Which today's compressed-tensors refuses to load."""
     with stock_loading():
-        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama", symmetric=True), dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama"), dtype="auto")
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
             module.quantization_scheme = SimpleNamespace(
@@ -345,7 +343,7 @@ def test_another_config_is_refused(weights, copy):
 
 def test_a_stock_model_with_wrong_tensors_is_refused(packed_folders):
     with stock_loading():
-        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama", symmetric=True), dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama"), dtype="auto")
     linear = model.model.layers[1].mlp.up_proj
     linear.weight_packed = nn.Parameter(linear.weight_packed[:, :-1].clone(), requires_grad=False)
     with pytest.raises(FormatError, match=r"layers.1.mlp.up_proj: its packed tensors contradict each other"):
@@ -379,7 +377,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("kind", "activation"), [("llama", "silu"), pytest.param("gemma2", "gelu_tanh", marks=pytest.mark.slow)]
 )
 def test_gated_mlps_are_one_call(kind, activation, gated, packed_folders):
-    folder = packed_folders(kind, symmetric=True)
+    folder = packed_folders(kind)
     model = load(folder)
     assert accelerated(model).fused == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert gated == [activation]  # one try for both
@@ -393,7 +391,7 @@ def test_gated_mlps_are_one_call(kind, activation, gated, packed_folders):
 
 
 def test_a_fused_model_is_saved_as_it_was(gated, packed_folders, tmp_path):
-    folder = packed_folders("llama", symmetric=True)
+    folder = packed_folders("llama")
     load(folder).save_pretrained(tmp_path / "again")
     first, again = tensors(folder), tensors(tmp_path / "again")
     assert first.keys() == again.keys()
@@ -402,11 +400,11 @@ def test_a_fused_model_is_saved_as_it_was(gated, packed_folders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["phi3", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_other_mlps_are_left_alone(kind, gated, packed_folders):
-    assert accelerated(load(packed_folders(kind, symmetric=True))).fused == []
+    assert accelerated(load(packed_folders(kind))).fused == []
 
 
 def test_an_mlp_that_computes_something_else_is_left_alone(packed_folders, monkeypatch):
-    model = load(packed_folders("llama", symmetric=True))
+    model = load(packed_folders("llama"))
     monkeypatch.setattr(llmcompress_kernels, "int4_gated_mlp", gated_reference, raising=False)
     first, second = (layer.mlp for layer in model.model.layers)
     first.down_proj.register_forward_hook(lambda module, args, output: output * 1.25)
@@ -433,7 +431,7 @@ def test_activations_are_known_by_their_values(function, name):
 @pytest.mark.skipif(not hasattr(llmcompress_kernels, "int4_gated_mlp"), reason="this version has no int4_gated_mlp")
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_the_real_operator(kind, packed_folders):
-    model = load(packed_folders(kind, symmetric=True))
+    model = load(packed_folders(kind))
     assert len(accelerated(model).fused) == 2
     packed, dense = logits(model), model.dequantize()
     unpacked = logits(dense)

@@ -44,6 +44,8 @@ def int4_refuses(tensors: Tensors, shape: Shape) -> str | None:
         return "its tensors are offloaded" if scale.is_meta else f"there is no kernel for {scale.device.type}"
     if scale.dtype not in FLOATS:
         return f"it is computed in {dtype_name(scale.dtype)}, the kernels' dtypes are bfloat16 and float16"
+    if scale.ndim != 2:
+        return "one scale for the whole weight"
     groups = scale.shape[1]
     if groups and columns % groups == 0 and columns // groups in GROUPS:
         return None

@@ -68,31 +68,37 @@ def accelerate(model: nn.Module) -> Accelerated:
     done = Accelerated()
     for name in [name for name, module in model.named_modules() if may_be_packed(module)]:
         module = model.get_submodule(name)
-        stored = stored_of(module)
-        operator = OPERATORS.get(stored.form)
-        why = stored.refusal
-        if why is None and operator is None:
-            why = f"no operator takes {stored.form}"
         try:
-            if why is None and operator is not None:
-                why = operator.refuses(stored.tensors, stored.shape)
-            if why is None and operator is not None:
-                check_shape(stored)
-                new: nn.Module = PackedLinear(
-                    operator, operator.pack(stored.tensors, stored.shape), stored.shape, stored.bias
-                )
-                done.packed[name] = operator.name
-            else:
-                new = module.unpacked() if isinstance(module, NativeLinear) else module
-                done.kept[name] = str(why)
+            packed = packed_or_why_not(module)
         except (ValueError, KeyError) as exc:
             raise FormatError(f"{name}: its packed tensors contradict each other: {exc}; download it again") from None
-        model.set_submodule(name, new)
+        if isinstance(packed, PackedLinear):
+            done.packed[name] = packed.operator.name
+            model.set_submodule(name, packed)
+            continue
+        done.kept[name] = packed
+        if isinstance(module, NativeLinear):  # nobody else could compute with it
+            model.set_submodule(name, module.unpacked())
     done.fused.extend(fuse_gated(model))
     drop_hook(model)
     if done.kept:
         logger.warning("%s", done.in_words())
     return done
+
+
+def packed_or_why_not(module: nn.Module) -> PackedLinear | str:
+    """The packed form of a linear, or why no operator takes it. Raises ValueError if its tensors do not fit."""
+    stored = stored_of(module)
+    if stored.refusal is not None:
+        return stored.refusal
+    operator = OPERATORS.get(stored.form)
+    if operator is None:
+        return f"no operator takes {stored.form}"
+    why = operator.refuses(stored.tensors, stored.shape)
+    if why is not None:
+        return why
+    check_shape(stored)
+    return PackedLinear(operator, operator.pack(stored.tensors, stored.shape), stored.shape, stored.bias)
 
 
 def may_be_packed(module: nn.Module) -> bool:

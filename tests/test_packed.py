@@ -353,10 +353,11 @@ def test_a_stock_model_with_wrong_tensors_is_refused(packed_folders):
 # gated MLPs
 
 
-def gated_reference(x: Tensor, gate: Any, up: Any, activation: str) -> Tensor:
+def gated_reference(x: Tensor, gate: Any, up: Any, activation: str, *biases: Tensor | None) -> Tensor:
     """What `int4_gated_mlp` computes, by two calls."""
     functions = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
-    one, two = (llmcompress_kernels.int4_linear(x, *weight).float() for weight in (gate, up))
+    both = zip((gate, up), biases, strict=True)
+    one, two = (llmcompress_kernels.int4_linear(x, *weight, bias).float() for weight, bias in both)
     return (functions[activation](one) * two).to(x.dtype)
 
 
@@ -365,9 +366,9 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """An operator from its reference; what it was called for."""
     calls: list[str] = []
 
-    def counted(x: Tensor, gate: Any, up: Any, activation: str) -> Tensor:
+    def counted(x: Tensor, gate: Any, up: Any, activation: str, *biases: Tensor | None) -> Tensor:
         calls.append(activation)
-        return gated_reference(x, gate, up, activation)
+        return gated_reference(x, gate, up, activation, *biases)
 
     monkeypatch.setattr(llmcompress_kernels, "int4_gated_mlp", counted, raising=False)
     return calls
@@ -386,6 +387,23 @@ def test_gated_mlps_are_one_call(kind, activation, gated, packed_folders):
     dense = model.dequantize()
     unpacked, calls = logits(dense), len(gated)
     assert len(gated) == calls == 3  # what has been unpacked is computed as in any MLP
+    truth = logits(dense.float())
+    assert error(packed, truth) <= 2 * error(unpacked, truth)
+
+
+def test_biases_go_with_it(gated, tiny_folders, tmp_path, text):
+    from conftest import write_tiny
+    from tiny_runs import proof_inside, recipe
+
+    from llmcompress.run import run
+
+    source = write_tiny(tmp_path / "dense", "llama", mlp_bias=True)
+    with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+        run(recipe(source, text, {"method": "rtn", "group_size": 32}), tmp_path / "packed")
+    model = load(tmp_path / "packed")
+    assert len(accelerated(model).fused) == 2
+    packed, dense = logits(model), model.dequantize()
+    unpacked = logits(dense)
     truth = logits(dense.float())
     assert error(packed, truth) <= 2 * error(unpacked, truth)
 

@@ -38,7 +38,8 @@ class GatedMLP(nn.Module):
         """x [..., hidden] -> [..., hidden]. What has been unpacked since is computed as in any other MLP."""
         gate, up = self.gate_proj, self.up_proj
         if fusable(gate, up) and gate.takes(x):
-            middle = llmcompress_kernels.int4_gated_mlp(x, gate.packed(), up.packed(), self.activation)
+            weights = gate.packed(), up.packed()
+            middle = llmcompress_kernels.int4_gated_mlp(x, *weights, self.activation, gate.bias, up.bias)
         else:
             middle = self.act_fn(gate(x)) * up(x)
         return self.down_proj(middle)
@@ -77,9 +78,9 @@ def is_gated(module: nn.Module) -> bool:
 
 
 def fusable(gate: Any, up: Any) -> bool:
-    """Two linears of one shape and one grid, without biases."""
+    """Two int4 linears of one shape and one kind of grid."""
     both = isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)
-    if not both or gate.operator is not INT4 or up.operator is not INT4 or gate.bias is not None or up.bias is not None:
+    if not both or gate.operator is not INT4 or up.operator is not INT4:
         return False
     first, second = gate.packed(), up.packed()
     same_grid = first.scale.shape == second.scale.shape and (first.zero is None) == (second.zero is None)

@@ -17,6 +17,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": False,
     },
+    "tinyllama-1.1b": {
+        "num_hidden_layers": 22,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
     "smollm2-135m": {
         "num_hidden_layers": 30,
         "hidden_size": 576,
@@ -74,7 +83,11 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
         where |= dict.fromkeys(tensors, name)
     index = {"metadata": {"total_size": model_bytes(shape)}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    config = shape | {
+    (folder / "config.json").write_text(json.dumps(config_of(shape), indent=1))
+
+
+def config_of(shape: dict[str, Any]) -> dict[str, Any]:
+    return shape | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
@@ -85,7 +98,48 @@ def write_model(folder: Path, shape: dict[str, Any]) -> None:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def write_int4_model(folder: Path, shape: dict[str, Any], group: int) -> None:
+    """A `pack-quantized` folder with random codes in groups of `group` columns; a block at a time is in memory."""
+    import torch
+    from safetensors.torch import save_file
+
+    from llmcompress.formats import PackQuantized
+    from llmcompress.weight import Kind
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(SEED)
+    files = shards(shape)
+    where, kinds = {}, {}
+    for number, sizes in enumerate(files, 1):
+        name, tensors = f"model-{number:05d}-of-{len(files):05d}.safetensors", {}
+        for tensor, size in sizes.items():
+            if "_proj.weight" in tensor:
+                module = tensor.removesuffix(".weight")
+                kinds[module] = Kind(4, group, True)
+                tensors |= {f"{module}.{leaf}": t for leaf, t in int4_tensors(size, group, generator).items()}
+            else:
+                values = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) * 0.02
+                tensors[tensor] = values.bfloat16()
+        save_file(tensors, folder / name, {"format": "pt"})
+        where |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    quantization = PackQuantized().config(kinds, ["lm_head"])
+    (folder / "config.json").write_text(json.dumps(config_of(shape) | {"quantization_config": quantization}, indent=1))
+
+
+def int4_tensors(size: list[int], group: int, generator: Any) -> dict[str, Any]:
+    """Random codes, with scales that make weights of about normal(0, 0.02)."""
+    import torch
+
+    out, columns = size
+    words = torch.randint(-(2**31), 2**31, (out, columns // 8), generator=generator, dtype=torch.int64)
+    return {
+        "weight_packed": words.int(),
+        "weight_scale": torch.full((out, columns // group), 0.02 / 4.6).bfloat16(),
+        "weight_shape": torch.tensor(size),
+    }
 
 
 def write_shard(path: Path, tensors: dict[str, list[int]], generator: Any) -> None:

@@ -7,7 +7,8 @@ From the command line: `python -m llmcompress --help`. From Python, the same ste
 
     results = run(load_recipe(Path("recipe.yaml")), Path("out"))
 
-    model = llmcompress.load("out")  # of a folder in one of our own formats; others load with transformers alone
+    model = llmcompress.load("out")      # computes with packed weights; stock transformers would unpack them
+    llmcompress.accelerate(model)        # or in a model that stock transformers has loaded
 
 This file imports nothing until a name is used, so that `import llmcompress` costs nothing.
 """
@@ -16,9 +17,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`load`, from `llmcompress.runtime`, when it is first asked for."""
-    if name != "load":
+    """`load` and `accelerate`, from `llmcompress.runtime`, when they are first asked for."""
+    if name not in ("load", "accelerate"):
         raise AttributeError(f"module 'llmcompress' has no attribute {name!r}")
     import importlib
 
-    return importlib.import_module("llmcompress.runtime").load
+    return getattr(importlib.import_module("llmcompress.runtime"), name)

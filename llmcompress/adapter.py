@@ -33,9 +33,14 @@ def parameter_name(module: str, matrix: str) -> str:
 
 
 def unpack(model: Any) -> None:
-    """Have packed weights unpacked, which compressed-tensors does at a model's first forward pass."""
+    """Have packed weights unpacked, which compressed-tensors does at a model's first forward pass.
+
+    Linears that compute with packed weights (`llmcompress.runtime`) become ordinary ones.
+    """
     import torch
 
+    if hasattr(getattr(model, "hf_quantizer", None), "accelerated"):
+        model.dequantize()
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m llmcompress run | plan | eval | inspect | export | push | list`.
+"""The command line: `python -m llmcompress run | plan | eval | inspect | export | push | generate | bench | list`.
 
 Results go to stdout; progress and everything else to stderr. Exit code 0: done. 2: the user can mend it, and one
 message says how. 1: a bug of ours, with its traceback. Nothing heavy is imported before a command needs it.
@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,6 +38,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one option, such as steps.0.bits=8.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, listed name, .gguf file or Hub id.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Compile the step that makes one token; takes a minute.")]
+Device = Annotated[str, typer.Option(help="auto takes the GPU if there is one.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the folder's own Python code run.")]
 
 
 @app.command("run")
@@ -97,7 +102,7 @@ def plan_command(recipe: RecipeFile, model: Model = None, set_: Set = None, as_j
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Folder, listed name, .gguf file or Hub id.")],
+    model: AnyModel,
     suite: Annotated[str | None, typer.Option(help="A name from `list suites`, or a file; default quick.")] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, separated by commas.")] = None,
     text: Annotated[Path | None, typer.Option(help="Score perplexity on this text instead.")] = None,
@@ -187,6 +192,75 @@ def export_command(
         print_json(done)
     else:
         print(done["folder"])
+
+
+@app.command("generate")
+def generate_command(
+    model: AnyModel,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    new: Annotated[int, typer.Option(min=1, help="Most tokens to make.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Sample; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Unpack the weights first.")] = False,
+    compiled: Compiled = False,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a prompt, on stdout as the tokens come; packed weights stay packed."""
+    quiet_libraries()
+    import torch
+    from transformers import TextStreamer
+
+    from llmcompress.generation import generate, load_to_generate, prompt_tokens, tokenizer_of
+    from llmcompress.runtime import accelerated
+
+    folder, _ = local_folder(model)
+    tokenizer = tokenizer_of(folder, trust_remote_code=trust_remote_code)
+    tokens = prompt_tokens(tokenizer, prompt, chat=chat)
+    loaded = load_to_generate(
+        folder, packed=not dense, dtype="auto", device=device, trust_remote_code=trust_remote_code
+    )
+    if done := accelerated(loaded):
+        print(done.in_words(), file=sys.stderr)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate(loaded, tokens, new, compiled=compiled, streamer=streamer, **sampling)
+
+
+@app.command("bench")
+def bench_command(
+    model: AnyModel,
+    base: Annotated[str | None, typer.Option(help="Dense model to compare with; default MODEL, unpacked.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new: Annotated[int, typer.Option(min=3, help="Tokens to make.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each side, in turn; medians are shown.")] = 3,
+    compiled: Compiled = False,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second and memory of a packed model, beside the dense one in bfloat16."""
+    quiet_libraries()
+    from llmcompress.bench import bench
+    from llmcompress.progress import reporter, staged
+    from llmcompress.speed import Case
+    from llmcompress.tables import bench_table
+
+    folder = local_folder(model)[0]
+    dense = local_folder(base)[0] if base else folder
+    packed = Case(
+        str(folder.absolute()), True, prompt, new, device=device, compiled=compiled, trust_remote_code=trust_remote_code
+    )
+    sides = {"packed": packed, "dense": replace(packed, folder=str(dense.absolute()), packed=False)}
+    with reporter() as progress:
+        found = bench(sides, rounds=rounds, progress=staged(progress))
+    if as_json:
+        print_json(found)
+    else:
+        print_table(bench_table(found))
+        print(found["measured"]["packed"]["linears"])
 
 
 class Listing(StrEnum):

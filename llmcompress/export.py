@@ -28,7 +28,7 @@ from llmcompress.inspection import read_object, weight_files
 from llmcompress.layout import CONV1D_MODELS
 from llmcompress.mask import Pattern
 from llmcompress.report import write_report
-from llmcompress.runtime import headers
+from llmcompress.safetensors_file import read_headers
 from llmcompress.weight import CompressedWeight, Kind
 
 MADE_ANEW = {"config.json", MANIFEST, "results.json", "README.md", "report.html", "model.safetensors.index.json"}
@@ -50,7 +50,7 @@ def export(folder: Path, format_name: str, output: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise FormatError(f"{folder}/results.json: is damaged ({exc!r}); run the recipe again") from None
     files = weight_files(folder)
-    headers(files)
+    read_headers(files)
     transposed = read_object(folder / "config.json").get("model_type") in CONV1D_MODELS
     with new_folder(output, len(files), shown) as checkpoint:
         names: set[str] = set()

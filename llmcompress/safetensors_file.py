@@ -7,13 +7,13 @@ and a problem becomes one message that names the file.
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import SourceError
+from llmcompress.errors import FormatError, SourceError
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         return parse_entries(entries, path.name, path.stat().st_size - start)
     except (ValueError, RecursionError) as exc:  # JSON and text errors are ValueErrors
         raise SourceError(f"{path}: not a valid safetensors file: {exc}; download or save it again") from None
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
+    """Tensors of the safetensors files of a checkpoint, by name. Raises FormatError if one is truncated or worse."""
+    stored: dict[str, TensorInfo] = {}
+    for file in files:
+        try:
+            stored |= read_header(Path(file))
+        except SourceError as exc:
+            raise FormatError(str(exc)) from None
+    return stored
 
 
 def parse_entries(entries: Mapping[str, Any], file: str, data_bytes: int | None) -> dict[str, TensorInfo]:

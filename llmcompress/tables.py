@@ -116,6 +116,23 @@ def inspection_tables(found: dict[str, Any]) -> Iterator[Table]:
     )
 
 
+def bench_table(found: dict[str, Any]) -> Table:
+    """Packed beside dense, of `bench`."""
+    packed, dense, ratios = found["measured"]["packed"], found["measured"]["dense"], found["ratios"]
+    case, machine = found["sides"]["packed"], found["machine"]
+    title = f"{case['folder']}: {machine['processor']}, {packed['threads']} threads, {packed['device']}"
+    table = make_table(title, "", "packed", "dense", "ratio")
+    for name, key in (("prefill", "prefill_tokens_per_second"), ("decode", "decode_tokens_per_second")):
+        what = f"{name}, {case['prompt'] if name == 'prefill' else case['new']} tokens"
+        add(table, what, f"{packed[key]:.1f} tokens/s", f"{dense[key]:.1f} tokens/s", f"{ratios[name]:.2f}")
+    rows = {"memory after generating": "resident", "most memory": "peak", "weights read for a token": "read"}
+    for what, name in rows.items():
+        key = f"{name}_bytes"
+        add(table, what, gib(packed[key]), gib(dense[key]), f"{ratios[name]:.2f}")
+    add(table, "time to load", f"{packed['load_seconds']:.1f} s", f"{dense['load_seconds']:.1f} s", "")
+    return table
+
+
 def push_table(uploads: Sequence[Upload], repo_id: str) -> Table:
     """Files that `push --dry-run` would send."""
     table = make_table(f"would go to {repo_id}: {gib(sum(upload.bytes for upload in uploads))}", "file", "bytes")

@@ -100,6 +100,27 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def packed_folders(tiny_folders: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`pack-quantized` folder of a tiny model, by architecture and options of `rtn`; each is made once."""
+    from tiny_runs import proof_inside, recipe
+
+    from llmcompress.run import run
+
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(kind: str, **options: Any) -> Path:
+        step = {"method": "rtn", "group_size": 32, "symmetric": True} | options
+        key = (kind, *sorted(step.items()))
+        if key not in made:
+            with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+                made[key] = tmp_path_factory.mktemp("packed") / kind
+                run(recipe(tiny_folders(kind), text, step), made[key])
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Text for the tiny tokenizer."""
     from tiny_runs import write_text

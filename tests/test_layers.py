@@ -27,7 +27,8 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "recipe",
     "layout plan machine assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "
     "training_plan adapter_plan stages cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
-    "compress survey results job structure_job hidden_job training_job adapter_job run export pad tables",
+    "generation speed bench compress survey results job structure_job hidden_job training_job adapter_job run export "
+    "pad tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

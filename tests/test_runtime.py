@@ -1,5 +1,6 @@
 """Folders in our own formats: loaded packed, saved again, unpacked, refused if damaged, never loaded by accident."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ import llmcompress
 from llmcompress.errors import FormatError
 from llmcompress.inspection import inspect
 from llmcompress.run import run
-from llmcompress.runtime import CompressedLinear, compressed_linears, load
+from llmcompress.runtime import StoredLinear, accelerated, compressed_linears, load
+from llmcompress.runtime.operators import Operator
+from llmcompress.runtime.table import OPERATORS
 
 TWO_OF_FOUR = {"method": "magnitude", "pattern": "2:4"}
 RTN = {"method": "rtn", "group_size": 32}
@@ -262,8 +265,28 @@ def test_configs_that_are_not_ours_are_refused(name, changes, words, folder):
         load(folder)
 
 
+@pytest.mark.parametrize("name", [name for name in ("sparse24", "sparse24-int4") if name in OPERATORS])
+def test_an_operator_has_the_same_weights(name, made, monkeypatch, tmp_path):
+    """On a CPU operators of 2:4 weights gain nothing and are not taken; here they are."""
+    folder, operator = made("qwen2", name)[0], OPERATORS[name]
+    stored = load(folder)
+    assert set(accelerated(stored).kept.values()) == {"there is no kernel for a CPU"}
+    fields = {field.name: getattr(operator, field.name) for field in dataclasses.fields(operator)}
+    monkeypatch.setitem(OPERATORS, name, Operator(**fields | {"refuses": lambda tensors, shape: None}))
+    model = load(folder)
+    assert set(accelerated(model).packed.values()) == {operator.name}
+    before = dict(compressed_linears(stored))
+    for linear, packed in compressed_linears(model):
+        assert torch.equal(packed.dense(), before[linear].dense())
+        assert packed.stored().keys() == before[linear].stored().keys()
+        assert all(torch.equal(tensor, before[linear].stored()[leaf]) for leaf, tensor in packed.stored().items())
+    found, expected = logits(model).float(), logits(stored).float()
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
 def test_a_linear_shows_what_it_is(made):
     text = repr(next(linear for _, linear in compressed_linears(load(made("llama", "sparse24")[0]))))
-    assert "CompressedLinear" in text
+    assert StoredLinear.__name__ in text
     assert "format=sparse24" in text
-    assert CompressedLinear.__name__ in text

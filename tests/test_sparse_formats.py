@@ -16,7 +16,7 @@ from llmcompress.errors import FormatError
 from llmcompress.formats import FORMATS
 from llmcompress.mask import Pattern, keep_best
 from llmcompress.methods import METHODS
-from llmcompress.runtime import headers
+from llmcompress.safetensors_file import read_headers
 from llmcompress.weight import CompressedWeight, Kind
 
 BF16 = torch.bfloat16
@@ -228,7 +228,7 @@ def test_hostile_files_are_refused(name, case, words):
 def test_the_undamaged_file_is_read_and_the_truncated_one_is_not(name):
     assert FORMATS[name].unpack(load_file(HERE / name / "whole.safetensors"), None, False).shape == (6, 64)
     with pytest.raises(FormatError, match="truncated"):
-        headers([HERE / name / "truncated.safetensors"])
+        read_headers([HERE / name / "truncated.safetensors"])
 
 
 if __name__ == "__main__":

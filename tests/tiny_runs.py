@@ -50,13 +50,25 @@ def recipe(model: Path, text: Path, *steps: dict[str, Any], **more: Any) -> Reci
 
 
 @contextmanager
+def stock_loading() -> Iterator[None]:
+    """transformers' own way with packed folders for a while, which `llmcompress.runtime` changes for the process."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(auto.AUTO_QUANTIZER_MAPPING, "compressed-tensors", CompressedTensorsHfQuantizer)
+        yield
+
+
+@contextmanager
 def proof_inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Prove in this process for a while; all of `prove` but the new interpreter is real."""
 
     def here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         script = command.index(str(Path(reload.__file__)))
         stdout = io.StringIO()
-        with monkeypatch.context() as patch, redirect_stdout(stdout), torch.no_grad():  # it switches gradients off
+        patching, no_gradients = monkeypatch.context(), torch.no_grad()  # it switches gradients off
+        with patching as patch, redirect_stdout(stdout), no_gradients, stock_loading():
             patch.setattr(sys, "argv", command[script:])
             runpy.run_path(command[script], run_name="__main__")
         found = json.loads(stdout.getvalue()) | {"imported_llmcompress": False}
@@ -71,7 +83,8 @@ def reloaded(folder: Path, **options: Any) -> Any:
     """The folder as any user loads it; packed weights are unpacked by the first forward pass."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
+    with stock_loading():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options).eval()
     logits(model)
     return model
 

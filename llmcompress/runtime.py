@@ -25,6 +25,8 @@ from llmcompress.adapter import adapter_of, attach, unpack
 from llmcompress.errors import FormatError, SourceError
 from llmcompress.formats import METHOD, OWN, VERSION
 from llmcompress.safetensors_file import TensorInfo, read_header
+from llmcompress.teal import apply_thresholds
+from llmcompress.thresholds import thresholds_of
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -204,12 +206,15 @@ def compressed_linears(model: nn.Module) -> Iterator[tuple[str, CompressedLinear
 def load(folder: str | Path, **options: Any) -> Any:
     """The model of a folder, packed weights as they are. options: of transformers' `from_pretrained`.
 
-    If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft needs them.
+    If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft needs them. If it has
+    activation thresholds, the model leaves out what they say.
     Raises FormatError if a packed tensor is damaged, and what transformers raises for a folder that it cannot load.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
+    if thresholds := thresholds_of(Path(folder)):
+        apply_thresholds(model, thresholds)
     adapter = adapter_of(Path(folder))
     if adapter is None:
         return model

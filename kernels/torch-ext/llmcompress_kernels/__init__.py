@@ -5,6 +5,8 @@
     weight = from_pack_quantized(weight_packed, weight_scale, weight_zero_point, in_features)    # once, at loading
     y = int4_linear(x, *weight, bias)
 
+    y = teal_linear(x, columns, threshold, bias)    # reads the columns of large inputs alone
+
 Each operator is a folder: `reference.py` says in plain torch what it computes, `layout.py` how its weights lie in
 memory, `kernel.py` is the Triton code, `launch.py` picks tiles and starts it, `__init__.py` registers the operator. The
 package needs torch and, on a GPU only, triton, which it imports when a kernel first runs. Its imports are relative,
@@ -12,5 +14,6 @@ since the Hugging Face Hub loads kernels under names of its own.
 """
 
 from .int4_linear import Int4Weight, from_pack_quantized, int4_linear, to_pack_quantized
+from .teal_linear import teal_linear
 
-__all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "to_pack_quantized"]
+__all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "teal_linear", "to_pack_quantized"]

@@ -264,7 +264,11 @@ def local_folder(model: str) -> tuple[Path, str | None]:
 
     folder = Path(model)
     config = folder / "config.json"
-    if adapter_of(folder) or (folder / FILE).is_file() or (config.is_file() and "quantization_config" in config.read_text("utf-8")):
+    if (
+        adapter_of(folder)
+        or (folder / FILE).is_file()
+        or (config.is_file() and "quantization_config" in config.read_text("utf-8"))
+    ):
         return folder, None
     source = open_source(model).fetch()
     assert source.folder is not None

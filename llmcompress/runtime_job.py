@@ -64,7 +64,7 @@ class RuntimeJob(Job):
     def _find_in(self, block: Block, names: list[str], hooks: ExitStack) -> dict[str, Threshold]:
         """Of one block, by module path; its linears stay masked until `hooks` are left."""
         options = self.plan.options
-        masks = InputMasks(options.dense_tokens)
+        masks = InputMasks(options.dense_tokens, block.hidden.shape[1])
         for name in names:
             hooks.callback(masks.watch(block.module, name).remove)
         shared = [[n for n in group if n in names] for group in self.architecture.at(block.index).shared]
@@ -153,8 +153,8 @@ class RuntimeJob(Job):
 class InputMasks:
     """Hooks on the linears of a block that count their inputs, and mask them where there is a threshold."""
 
-    def __init__(self, dense_tokens: int) -> None:
-        self.dense_tokens = dense_tokens
+    def __init__(self, dense_tokens: int, length: int) -> None:
+        self.dense_tokens, self.length = dense_tokens, length
         self.histograms: Mapping[str, InputHistogram] = {}
         self.thresholds: Mapping[str, float] = {}
 
@@ -162,13 +162,14 @@ class InputMasks:
         """Put a hook on a linear; returns its handle."""
 
         def hook(module: Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            x = args[0]
+            x: Tensor = args[0]
+            windows = x.reshape(-1, self.length, x.shape[-1])  # some models join windows before a linear
             if histogram := self.histograms.get(name):
-                histogram.update(x[:, self.dense_tokens :])
+                histogram.update(windows[:, self.dense_tokens :])
             if (threshold := self.thresholds.get(name)) is None:
                 return None
-            sparse = (torch.arange(x.shape[1], device=x.device) >= self.dense_tokens).expand(x.shape[0], -1)
-            return (masked(x, threshold, sparse), *args[1:])
+            sparse = torch.arange(self.length, device=x.device) >= self.dense_tokens
+            return (masked(x, threshold, sparse.expand(len(windows), -1)), *args[1:])
 
         return block.get_submodule(name).register_forward_pre_hook(hook)
 
@@ -180,7 +181,6 @@ def block_error(
 
     On the first `samples` windows, dense tokens left aside.
     """
-
 
     def outputs() -> Tensor:
         parts = [block.forward(rows) for rows in batches(samples, block.hidden.shape[1])]

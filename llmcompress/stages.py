@@ -76,7 +76,9 @@ def check_order(recipe: Recipe) -> None:
         if measured:
             raise PlanError(f"{where}: would change the model whose activations {measured} has measured; put it first")
         if adapted and isinstance(step, RuntimeStep):
-            raise PlanError(f"{where}: needs plain or packed linears, and {adapted} leaves LoRA beside them; leave one out")
+            raise PlanError(
+                f"{where}: needs plain or packed linears, and {adapted} leaves LoRA beside them; leave one out"
+            )
         if adapted:
             raise PlanError(f"{where}: would change the model that {adapted} has learned to correct; put it first")
         if isinstance(step, Step):

@@ -36,9 +36,7 @@ def uniform(sizes: Mapping[str, int], target: float) -> dict[str, float]:
     return dict.fromkeys(sizes, target)
 
 
-def greedy(
-    sizes: Mapping[str, int], target: float, step: float, error: Callable[[Levels], float]
-) -> dict[str, float]:
+def greedy(sizes: Mapping[str, int], target: float, step: float, error: Callable[[Levels], float]) -> dict[str, float]:
     """Levels whose mean, weighted by size, is `target`.
 
     sizes: weights of each linear.  error: of the block's output at some levels, >= 0, 0 where all are 0.

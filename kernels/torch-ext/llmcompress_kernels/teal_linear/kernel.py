@@ -32,9 +32,7 @@ def teal_gemv(
         x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
         kept = (k < K) & ((tl.abs(x) > threshold) | (x != x))
         at = k[:, None].to(tl.int64) * N + n[None, :]
-        w = tl.load(
-            columns_ptr + at, mask=kept[:, None] & (n < N)[None, :], other=0.0, eviction_policy="evict_first"
-        )
+        w = tl.load(columns_ptr + at, mask=kept[:, None] & (n < N)[None, :], other=0.0, eviction_policy="evict_first")
         total += tl.where(kept, x, 0.0)[:, None] * w.to(tl.float32)
     y = tl.sum(total, axis=0)
     if bias_ptr is not None:

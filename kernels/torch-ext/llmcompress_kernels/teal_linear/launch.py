@@ -23,9 +23,7 @@ INPUTS = 32  # of a tile
 REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
 
 
-def teal_linear_triton(
-    x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None, processors: int
-) -> Tensor:
+def teal_linear_triton(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None, processors: int) -> Tensor:
     """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
     rows = columns.shape[1]
     if x.numel() == 0 or rows == 0:

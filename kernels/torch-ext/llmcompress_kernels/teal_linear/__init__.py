@@ -21,9 +21,9 @@ def teal_linear(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | Non
     bias       [out]        dtype of x, or None
     returns    [..., out]   dtype of x, contiguous
 
-    All tensors are on one device, and all but x contiguous. Sums are in float32. Columns are left out where there is one
-    token, as in decoding; for more of them each token has its own columns, so x is masked and all of them are read. The
-    same inputs give the same bits. Gradients are not computed.
+    All tensors are on one device, and all but x contiguous. Sums are in float32. Columns are left out where there is
+    one token, as in decoding; of several, each has its own columns, so x is masked and all of them are read. The same
+    inputs give the same bits. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

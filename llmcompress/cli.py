@@ -257,7 +257,7 @@ def read_recipe(given: Path, model: str | None, changes: Sequence[str] | None) -
 
 
 def local_folder(model: str) -> tuple[Path, str | None]:
-    """Local folder and fingerprint of any model; a compressed folder, or one with an adapter or thresholds, is taken as is."""
+    """Local folder and fingerprint of any model; a folder with more than dense weights is taken as it is."""
     from llmcompress.adapter import adapter_of
     from llmcompress.source import open_source
     from llmcompress.thresholds import FILE

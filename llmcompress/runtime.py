@@ -206,8 +206,8 @@ def compressed_linears(model: nn.Module) -> Iterator[tuple[str, CompressedLinear
 def load(folder: str | Path, **options: Any) -> Any:
     """The model of a folder, packed weights as they are. options: of transformers' `from_pretrained`.
 
-    If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft needs them. If it has
-    activation thresholds, the model leaves out what they say.
+    If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft needs them. If it
+    has activation thresholds, the model leaves out what they say.
     Raises FormatError if a packed tensor is damaged, and what transformers raises for a folder that it cannot load.
     """
     from transformers import AutoModelForCausalLM

@@ -69,19 +69,19 @@ def check(recipe: Recipe, source: ModelSource, step: RuntimeStep) -> None:
     length, samples = recipe.calibration.length, recipe.calibration.samples
     if length <= options.dense_tokens:
         raise PlanError(
-            f"{step.where}.dense_tokens: the first {options.dense_tokens} tokens stay dense, and calibration samples have "
-            f"only {length}; lower it, or raise calibration.length"
+            f"{step.where}.dense_tokens: the first {options.dense_tokens} tokens stay dense, and calibration samples "
+            f"have only {length}; lower it, or raise calibration.length"
         )
     if options.allocation == "greedy" and options.search_samples > samples:
         raise PlanError(
-            f"{step.where}.search_samples: {options.search_samples} windows, but calibration has {samples}; use at most that"
+            f"{step.where}.search_samples: {options.search_samples} windows, but calibration has {samples}; lower it"
         )
     if any(is_expert(name) for name in source.tensors):
         raise PlanError(f"{source.name}: a mixture of experts has no thresholds yet; leave {step.where} out")
     if recipe.output.format not in ("auto", "dense") and not isinstance(source, PackedSource):
         raise PlanError(
-            f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves dense "
-            "ones; remove it, or quantize in an earlier step"
+            f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
+            "dense ones; remove it, or quantize in an earlier step"
         )
 
 
@@ -89,9 +89,9 @@ def describe(plan: RuntimePlan, count: int) -> str:
     """The step in a line, with who takes notice of it."""
     options = plan.options
     return (
-        f"{plan.step.name}: {options.sparsity:.0%} of the weights of {count} linears are left out for each token but the "
-        f"first {options.dense_tokens}, by the thresholds in {FILE}, which llmcompress.load applies; weights stay as they "
-        "are, and stock engines compute with all of them"
+        f"{plan.step.name}: {options.sparsity:.0%} of the weights of {count} linears are left out for each token but "
+        f"the first {options.dense_tokens}, by the thresholds in {FILE}, which llmcompress.load applies; weights stay "
+        "as they are, and stock engines compute with all of them"
     )
 
 

@@ -118,8 +118,8 @@ def inspection_tables(found: dict[str, Any]) -> Iterator[Table]:
     yield table
     if thresholds := found["thresholds"]:
         words = (
-            f"{thresholds['sparsity']:.1%} of the weights of {thresholds['linears']} linears are left out for each token "
-            f"but the first {thresholds['dense_tokens']}, by llmcompress.load alone"
+            f"{thresholds['sparsity']:.1%} of the weights of {thresholds['linears']} linears are left out for each "
+            f"token but the first {thresholds['dense_tokens']}, by llmcompress.load alone"
         )
         yield two_columns("Run time", [("thresholds", words)])
     yield two_columns(

@@ -90,8 +90,8 @@ class EvictingCache(Cache):
         full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
             raise PlanError(
-                f"{name}: {type(model).__name__} has no layer with full attention, so its cache is bounded already; leave "
-                "it out"
+                f"{name}: {type(model).__name__} has no layer with full attention, so its cache is bounded "
+                "already; leave it out"
             )
         for index in full:
             layers[index] = make()

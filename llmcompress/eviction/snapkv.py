@@ -1,9 +1,9 @@
 """SnapKV: what the newest queries attend to stays.
 
-Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv:2404.14469. The score of an entry is
-the attention that it gets from the last `window` queries, summed over them and averaged over the query heads that share
-a KV head, then smoothed over `kernel` neighbours, so that what surrounds an important token stays with it. The window
-itself always stays.
+Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv:2404.14469. The score of an entry
+is the attention that it gets from the last `window` queries, summed over them and averaged over the query heads that
+share a KV head, then smoothed over `kernel` neighbours, so that what surrounds an important token stays with it. The
+window itself always stays.
 
 The paper evicts once, after the prompt. Here the budget also holds while text is generated: the last queries are kept
 beside the cache and score it anew each time that it is full. An eviction frees ROOM entries more than it must, so that
@@ -40,9 +40,7 @@ class SnapKVLayer(EvictingLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add tokens; what stays is chosen once their queries are known."""
         if self.waiting:
-            raise PlanError(
-                "SnapKV: this model's attention does not show its queries; use its sdpa attention, or Knorm or Streaming"
-            )
+            raise PlanError("SnapKV: this model's attention does not show its queries; use Knorm or Streaming")
         keys, values = self.extended(key_states, value_states)
         keys.shown_to, self.waiting = self, True  # type: ignore[attr-defined]
         return keys, values

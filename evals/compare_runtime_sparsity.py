@@ -4,16 +4,16 @@
     python evals/compare_runtime_sparsity.py --only speed --layers 4         # a quick look at the time alone
 
 Perplexity: SmolLM2-135M-Instruct (the listed model), thresholds from 32 x 512 tokens of `--calibration` at each share,
-by `python -m llmcompress run`; perplexity over the first 48 windows of 512 tokens of `--test`, in float32, by `python -m
-llmcompress eval`, which applies them; then the same windows once more in bfloat16 with a count of what was left out.
+by `python -m llmcompress run`; perplexity over the first 48 windows of 512 tokens of `--test`, in float32, by
+`python -m llmcompress eval`, which applies them; then the same windows in bfloat16 with a count of what was left out.
 The exit code is 1 unless perplexity rises with the share and every share is met within 2 points.
 
 Speed: a Llama of TinyLlama-1.1B's shape with random bfloat16 weights, decoding one token after another. One side is the
 model as it is, the other the same weights with thresholds at 50% of each linear's input, found on the prompt; sides
 alternate, and medians are shown, with the time of single linears beside them. The exit code does not depend on it.
 
-What is unfair: random weights have no outliers, so what comes into a linear is close to normal, and thresholds on it are
-exact. That changes nothing about which bytes are read. Decoding is timed with a short context.
+What is unfair: with random weights, what comes into a linear is close to normal and has no outliers. That changes
+nothing about how many bytes are read. Decoding is timed with a short context.
 """
 
 import argparse

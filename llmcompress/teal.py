@@ -5,8 +5,8 @@
 A token at the start of a text (the first `dense_tokens`, padding not counted) uses all weights: attention rests on
 these, and they have the largest activations of all. Every other token computes with the masked input. One token alone,
 as in decoding, goes through `llmcompress_kernels.teal_linear`, which reads the columns of kept inputs and no others.
-For that a column must lie together in memory, so weights [out, in] get the strides of their transposes; values and names
-do not change, and there is no second copy.
+For that a column must lie together in memory, so weights [out, in] get the strides of their transposes; values and
+names do not change, and there is no second copy.
 
 Linears of other kinds (packed weights, Conv1D) get the masked input and read all of their weight. The linears must be
 called one by one: what fuses several into one operation has to leave those with thresholds alone.

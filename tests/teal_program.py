@@ -1,9 +1,9 @@
 """Runs the Triton kernel of `teal_linear` in Triton's interpreter, and prints how far it is from float64.
 
 Its own process, because TRITON_INTERPRET must be set before triton is first imported. Standard input: a JSON list of
-cases, as test_kernels_teal_linear.py makes them; standard output: a JSON list with, for each, the relative errors of the
-kernel and of torch in the same dtype. Uninitialized memory is NaN, and so are the columns of all small inputs and what
-follows x: outputs which are not written and columns which must not be read both show.
+cases, as test_kernels_teal_linear.py makes them; standard output: a JSON list with, for each, the relative errors of
+the kernel and of torch in the same dtype. Uninitialized memory is NaN, and so are the columns of all small inputs and
+what follows x: outputs which are not written and columns which must not be read both show.
 """
 
 import json

@@ -230,7 +230,7 @@ def runtime_record(folder: Path, plan: Plan, size: int) -> dict[str, Any] | None
     found = thresholds_of(folder)
     if found is None:
         return None
-    table = 0 if plan.source.config.get("tie_word_embeddings", True) else embedding_bytes(plan)
+    table = unread_bytes(plan)
     shapes = {linear.name: prod(linear.shape) * plan.itemsize for linear in plan.linears}
     left_out = found.sparsity * sum(size for name, size in shapes.items() if sparse(plan, name))
     return {
@@ -248,10 +248,11 @@ def sparse(plan: Plan, linear: str) -> bool:
     return isinstance(plan, RuntimePlan) and plan.format_name == "dense" and plan.sparse(linear)
 
 
-def embedding_bytes(plan: Plan) -> int:
-    """The largest tensor outside the blocks that is no head: a token reads one row of it."""
-    outside = [info for info in plan.tensors_of(None) if len(info.shape) == 2 and "lm_head" not in info.name]
-    return max((prod(info.shape) * plan.itemsize for info in outside), default=0)
+def unread_bytes(plan: Plan) -> int:
+    """Of the embedding table, of which a token reads one row; 0 where the head is the same table."""
+    vocabulary = plan.source.config.get("vocab_size")
+    tables = [info.shape for info in plan.tensors_of(None) if len(info.shape) == 2 and info.shape[0] == vocabulary]
+    return prod(tables[0]) * plan.itemsize if len(tables) > 1 else 0
 
 
 def adapter_part(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -119,22 +119,33 @@ class RuntimeJob(Job):
             stored = self.stored[f"{name}.{linear}.weight"][0].removesuffix(".weight")
             if each := self.thresholds.modules.get(f"{name}.{linear}"):
                 found[stored] = {"threshold": each.threshold, "input_sparsity": each.sparsity}
-        earlier = read_json(self.source.folder / MANIFEST).get("layers", []) if self._packed else []
-        for row in earlier:
-            if row["block"] == index:
-                more = found.pop(row["name"], None)
-                yield row if more is None else row | more | {"method": f"{row['method']} + {self.plan.step.name}"}
-        for linear_plan in self.plan.linears:
-            if linear_plan.name in found:
-                yield {
-                    "name": linear_plan.name,
-                    "block": index,
-                    "method": self.plan.step.name,
-                    "before_bytes": linear_plan.before_bytes,
-                    "after_bytes": linear_plan.before_bytes,
-                    "error": None,
-                    "weight_error": None,
-                } | found[linear_plan.name]
+        if self._packed:
+            for row in read_json(self.source.folder / MANIFEST).get("layers", []):
+                if row["block"] == index:
+                    more = found.pop(row["name"], None)
+                    yield row if more is None else row | more | {"method": f"{row['method']} + {self.plan.step.name}"}
+        for planned in self.plan.linears:
+            pruned = planned.name in self.source.pruned and not self._packed
+            if planned.block == index and (planned.name in found or pruned):
+                yield (
+                    {
+                        "name": planned.name,
+                        "block": index,
+                        "method": self.plan.step.name,
+                        "before_bytes": planned.before_bytes,
+                        "after_bytes": planned.after_bytes,
+                        "error": None,
+                        "weight_error": None,
+                    }
+                    | (self._zeros(planned.name) if pruned else {})
+                    | found.get(planned.name, {})
+                )
+
+    def _zeros(self, linear: str) -> dict[str, Any]:
+        """What a row says of zeros that an earlier step has made."""
+        weight = self._as_stored([f"{linear}.weight"])[f"{linear}.weight"]
+        zeros = weight.numel() - int(weight.count_nonzero())
+        return {"pattern": self.source.pruned[linear][0], "zeros": zeros, "sparsity": zeros / weight.numel()}
 
     @property
     def _packed(self) -> bool:

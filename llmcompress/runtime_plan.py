@@ -45,7 +45,8 @@ class RuntimePlan(Plan):
 def plan_runtime(recipe: Recipe, source: ModelSource, step: RuntimeStep) -> RuntimePlan:
     """Fit a run-time step to a model. Raises PlanError with the first thing that does not fit and what would."""
     check(recipe, source, step)
-    values: dict[str, Any] = {name: getattr(dense_plan(recipe, source), name) for name in Plan.__slots__}
+    dense = dense_plan(recipe, source)
+    values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__}
     plan = RuntimePlan(**values, step=step)
     found = [linear for linear in plan.linears if plan.sparse(linear.name)]
     for glob in plan.options.targets:

@@ -34,6 +34,7 @@ class Tokens:
         self.sparse = torch.zeros(1, 1, dtype=torch.bool)  # [batch, length]
         self.one = False  # there is one token, and it is sparse
         self.meter: Meter | None = None
+        self.expected: set[str] = set()  # linears that have not been called yet
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook of the decoder, before its forward pass: looks at how many tokens come, and how many came before."""
@@ -50,8 +51,17 @@ class Tokens:
         self.sparse = positions >= self.dense
         self.one = batch * length == 1 and bool(self.sparse)
 
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook of the decoder, after a forward pass. Raises FormatError if a linear was never called."""
+        if self.expected:
+            raise FormatError(
+                f"{FILE}: {min(self.expected)} was not called in a forward pass, so its threshold had no effect; load the "
+                "model without what fuses it with others"
+            )
+
     def masked(self, name: str, x: Tensor, threshold: float) -> Tensor:
         """x [..., in] of all tokens, small inputs of sparse tokens zero."""
+        self.expected.discard(name)
         result = masked(x, threshold, self.sparse)
         if self.meter:
             self.meter.add(name, x, threshold, self.sparse)
@@ -84,6 +94,7 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        self.tokens.expected.discard(self.name)
         if not self.tokens.one or x.numel() != self.in_features:
             return nn.functional.linear(self.tokens.masked(self.name, x, self.threshold), self.weight, self.bias)
         if self.tokens.meter:
@@ -103,7 +114,9 @@ def apply_thresholds(model: Any, thresholds: Thresholds) -> Tokens:
     linears = {name: checked(model, name, each.in_features) for name, each in thresholds.modules.items()}
     decoder = getattr(model, model.base_model_prefix)
     tokens = Tokens(thresholds.dense_tokens, decoder)
+    tokens.expected |= linears.keys()
     decoder.register_forward_pre_hook(tokens.before, with_kwargs=True)
+    decoder.register_forward_hook(tokens.after)
     for name, linear in linears.items():
         threshold = thresholds.modules[name].threshold
         if type(linear) is nn.Linear:

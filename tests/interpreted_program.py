@@ -1,39 +1,44 @@
 """Runs Triton kernels in Triton's interpreter, on the CPU, and prints how far they are from float64.
 
 Its own process, because TRITON_INTERPRET must be set before triton is first imported. Standard input: a JSON list of
-cases, as test_kernels_int4_linear.py makes them; standard output: a JSON list with, for each, the relative errors of
-the kernel and of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and
-follows the scales: outputs which are not written and inputs which must not be read both show.
+cases, as kernel_cases.py makes them; standard output: a JSON list with, for each, the relative errors of the kernel and
+of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and follows the scales
+and the factors of LoRA: outputs which are not written and inputs which must not be read both show.
 """
 
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
-from llmcompress_kernels.int4_linear import launch
-from llmcompress_kernels.int4_linear.layout import Int4Weight, to_tiles
+from kernel_cases import int4_weight, relative_error
+from llmcompress_kernels import Int4Weight
+from llmcompress_kernels.int4_gated_mlp.launch import int4_gated_mlp_triton
+from llmcompress_kernels.int4_gated_mlp.reference import ACTIVATIONS, Gated, int4_gated_mlp_reference
+from llmcompress_kernels.int4_linear.launch import dequantize, int4_linear_triton
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
+from llmcompress_kernels.int4_lora_linear.launch import int4_lora_linear_triton
+from llmcompress_kernels.int4_lora_linear.reference import Adapter, int4_lora_linear_reference
 from torch import Tensor
+from torch.nn.functional import linear
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 PROCESSORS = 4  # few, so that small shapes have one, two or more splits
 
 
-def weight_and_bias(case: dict[str, Any], generator: torch.Generator) -> tuple[Int4Weight, Tensor | None]:
-    """A random weight as a model has it: codes of all 16 values, scales around 1 / sqrt(in)."""
-    rows, columns, dtype = case["rows"], case["columns"], getattr(torch, case["dtype"])
-    size = (columns // case["group"], rows)
-    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
-    scale = ((torch.rand(size, generator=generator) + 0.5) / (8 * columns**0.5)).to(dtype)
-    zero = torch.randint(0, 16, size, generator=generator, dtype=torch.uint8) if case["zero"] else None
-    bias = torch.randn(rows, generator=generator).to(dtype) if case["bias"] else None
-    return Int4Weight(to_tiles(codes), followed_by_nan(scale), zero), bias
+class Results(NamedTuple):
+    """One case: by the kernels, in float64, and by torch in the dtype of the case."""
+
+    kernel: Tensor
+    truth: Tensor
+    torch: Tensor
+    unpacked: bool = True  # whether the dequantized weight has the bits that torch gives; seldom looked at
 
 
 def followed_by_nan(tensor: Tensor) -> Tensor:
@@ -50,31 +55,74 @@ def guarded(x: Tensor, transposed: bool) -> Tensor:
     return inside.copy_(x)
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Root mean square of the difference over that of the truth; NaN if anything is NaN."""
-    if truth.numel() == 0:
-        return 0.0
-    return float((found.double() - truth).norm() / truth.norm())
+class Inputs:
+    """Random tensors of one case; each call goes on in the same sequence."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.case, self.dtype = case, getattr(torch, case["dtype"])
+        self.generator = torch.Generator().manual_seed(case["tokens"] + case["rows"] + case["columns"])
+
+    def weight(self) -> Int4Weight:
+        shape = (self.case["rows"], self.case["columns"], self.case["group"], not self.case["zero"])
+        weight = int4_weight(*shape, self.dtype, self.generator)
+        return weight._replace(scale=followed_by_nan(weight.scale))
+
+    def bias(self) -> Tensor | None:
+        return self.random(self.case["rows"]) if self.case["bias"] else None
+
+    def x(self) -> Tensor:
+        return guarded(self.random(self.case["tokens"], self.case["columns"]), self.case["transposed"])
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def values(self, weight: Int4Weight) -> Tensor:
+        """The unpacked weight, as torch alone would multiply with it."""
+        return dequantize_reference(weight, self.case["columns"], torch.float64).to(self.dtype)
+
+
+def int4_linear(inputs: Inputs) -> Results:
+    weight, bias, x = inputs.weight(), inputs.bias(), inputs.x()
+    exact = dequantize_reference(weight, x.shape[1], torch.float64)
+    truth = linear(x.double(), exact, None if bias is None else bias.double())
+    same = len(x) > 1 or torch.equal(dequantize(weight, x.shape[1], x.dtype), exact.to(x.dtype))
+    found = int4_linear_triton(x, weight, bias, PROCESSORS)
+    return Results(found, truth, linear(x, inputs.values(weight), bias), same)
+
+
+def int4_gated_mlp(inputs: Inputs) -> Results:
+    weights, x = Gated(inputs.weight(), inputs.weight(), inputs.bias(), inputs.bias()), inputs.x()
+    activation = inputs.case["activation"]
+    gate = linear(x, inputs.values(weights.gate), weights.gate_bias)
+    by_torch = ACTIVATIONS[activation](gate) * linear(x, inputs.values(weights.up), weights.up_bias)
+    truth = int4_gated_mlp_reference(x, weights, activation, torch.float64)
+    return Results(int4_gated_mlp_triton(x, weights, activation, PROCESSORS), truth, by_torch)
+
+
+def int4_lora_linear(inputs: Inputs) -> Results:
+    weight, bias, x, rank = inputs.weight(), inputs.bias(), inputs.x(), inputs.case["rank"]
+    a, b = inputs.random(rank, x.shape[1]) / x.shape[1] ** 0.5, inputs.random(inputs.case["rows"], rank) / rank**0.5
+    adapter = Adapter(a, followed_by_nan(b), 1.5)
+    by_torch = linear(x, inputs.values(weight), bias) + adapter.scaling * linear(linear(x, a), b)
+    truth = int4_lora_linear_reference(x, weight, bias, adapter, torch.float64)
+    return Results(int4_lora_linear_triton(x, weight, bias, adapter, PROCESSORS), truth, by_torch)
+
+
+OPERATORS: dict[str, Callable[[Inputs], Results]] = {
+    "int4_linear": int4_linear,
+    "int4_gated_mlp": int4_gated_mlp,
+    "int4_lora_linear": int4_lora_linear,
+}
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """One case: the kernels that `launch` takes for its shape, against float64 and against torch.
-
-    `unpacked`: whether the dequantized weight has the bits that torch gives; looked at where there is one token.
-    """
-    generator = torch.Generator().manual_seed(case["tokens"] + case["rows"] + case["columns"])
-    weight, bias = weight_and_bias(case, generator)
-    columns, dtype = case["columns"], getattr(torch, case["dtype"])
-    x = guarded(torch.randn(case["tokens"], columns, generator=generator).to(dtype), case["transposed"])
-    exact = dequantize_reference(weight, columns, torch.float64)
-    truth = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
-    found = launch.int4_linear_triton(x, weight, bias, PROCESSORS)
-    unpacked = case["tokens"] > 1 or torch.equal(launch.dequantize(weight, columns, dtype), exact.to(dtype))
+    """One case: the kernels that `launch` takes for its shape, against float64 and against torch."""
+    results = OPERATORS[case["operator"]](Inputs(case))
     return {
-        "kernel": relative_error(found, truth),
-        "torch": relative_error(torch.nn.functional.linear(x, exact.to(dtype), bias), truth),
-        "unpacked": unpacked,
-        "dtype": str(found.dtype),
+        "kernel": relative_error(results.kernel, results.truth),
+        "torch": relative_error(results.torch, results.truth),
+        "unpacked": results.unpacked,
+        "dtype": str(results.kernel.dtype),
     }
 
 

@@ -15,19 +15,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
+from kernel_cases import relative_error
 from llmcompress_kernels.teal_linear import launch
-from torch import Tensor
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 PROCESSORS = 4  # few, so that small shapes have one, two or more splits
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Root mean square of the difference over that of the truth; NaN if anything is NaN."""
-    if truth.numel() == 0 or not bool(truth.any()):
-        return float(found.double().norm())
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:

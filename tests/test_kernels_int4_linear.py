@@ -2,7 +2,6 @@
 
 import ast
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import case, interpreted, is_exact, relative_error
 from llmcompress_kernels.int4_linear import from_pack_quantized, int4_linear, to_pack_quantized
 from llmcompress_kernels.int4_linear.layout import PLANES, TILE, WIDTH, from_tiles, to_tiles
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
@@ -27,6 +27,7 @@ from llmcompress.weight import CompressedWeight
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(llmcompress_kernels.__file__).parent
+NAME = "int4_linear"
 BF16, F16 = torch.bfloat16, torch.float16
 
 
@@ -63,10 +64,6 @@ def exact(weight: CompressedWeight) -> Tensor:
     group = weight.grid.group
     zero, scale = (t.double().repeat_interleave(group, 1) for t in (weight.grid.zero, weight.grid.scale))
     return (weight.codes.double() - zero) * scale
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 # layout
@@ -207,47 +204,22 @@ def test_bad_arguments_are_refused(argument, value, message):
 # the Triton kernels, in Triton's interpreter
 
 
-def case(tokens: int, rows: int, columns: int, group: int, dtype: str = "bfloat16", **more: bool) -> dict[str, Any]:
-    """Input of interpreted_program.py."""
-    kind = {"zero": True, "bias": True, "transposed": False} | more
-    return {"tokens": tokens, "rows": rows, "columns": columns, "group": group, "dtype": dtype} | kind
-
-
 CASES = {
-    "one token, two splits, last tile of 32 columns": case(1, 70, 1056, 32),
-    "one token, symmetric": case(1, 70, 576, 64, "float16", zero=False, bias=False),
-    "three tokens": case(3, 70, 576, 64),
-    "17 tokens, two splits": case(17, 65, 1056, 32, "float16"),
-    "17 tokens, transposed, symmetric": case(17, 33, 256, 128, zero=False, transposed=True),
-    "two programs of tokens": case(70, 40, 192, 64, bias=False),
-    "unpacked for the BLAS": case(257, 40, 160, 32, "float16"),
-    "no tokens": case(0, 40, 160, 32),
+    "one token, two splits, last tile of 32 columns": case(NAME, 1, 70, 1056, 32),
+    "one token, symmetric": case(NAME, 1, 70, 576, 64, "float16", zero=False, bias=False),
+    "three tokens": case(NAME, 3, 70, 576, 64),
+    "17 tokens, two splits": case(NAME, 17, 65, 1056, 32, "float16"),
+    "17 tokens, transposed, symmetric": case(NAME, 17, 33, 256, 128, zero=False, transposed=True),
+    "two programs of tokens": case(NAME, 70, 40, 192, 64, bias=False),
+    "unpacked for the BLAS": case(NAME, 257, 40, 160, 32, "float16"),
+    "no tokens": case(NAME, 0, 40, 160, 32),
 }
 GRID = [
-    case(tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero)
+    case(NAME, tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero)
     for (tokens, rows), group, dtype, zero in itertools.product(
         [(1, 130), (3, 65), (17, 129), (33, 64), (65, 20)], (32, 64, 128), ("bfloat16", "float16"), (True, False)
     )
 ]
-
-
-def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of interpreted_program.py, one for each case."""
-    paths = [str(ROOT), str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "tests/interpreted_program.py")]
-    ran = subprocess.run(
-        program, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
-
-
-def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """At most twice the error of torch, and unpacked to the same bits. A NaN anywhere fails the comparison."""
-    assert found["kernel"] <= 2 * found["torch"], asked
-    assert found["unpacked"], asked
-    assert found["dtype"] == f"torch.{asked['dtype']}"
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,16 @@
 """`teal_linear`: the columns of small inputs are not read, and the product is the masked one."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import llmcompress_kernels
 import pytest
 import torch
+from kernel_cases import interpreted, relative_error
 from llmcompress_kernels import teal_linear
 from llmcompress_kernels.teal_linear import teal_linear_reference
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = Path(llmcompress_kernels.__file__).parent
+PROGRAM = "teal_program.py"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 dtypes = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 
@@ -33,10 +27,6 @@ def exact(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None) -> 
     """In float64."""
     masked = x.masked_fill(x.float().abs() <= threshold, 0).double()
     return masked @ columns.double() + (0 if bias is None else bias.double())
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).norm() / truth.norm())
 
 
 @dtypes
@@ -153,18 +143,6 @@ GRID = [
 ]
 
 
-def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of teal_program.py, one for each case."""
-    paths = [str(ROOT), str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "tests/teal_program.py")]
-    ran = subprocess.run(
-        program, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
-
-
 def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
     """At most twice the error of torch, and the same bits again. A NaN anywhere fails the comparison."""
     assert found["kernel"] <= 2 * found["torch"], asked
@@ -175,7 +153,7 @@ def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    return dict(zip(CASES, interpreted(list(CASES.values())), strict=True))
+    return dict(zip(CASES, interpreted(list(CASES.values()), PROGRAM), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -185,5 +163,5 @@ def test_kernels_are_as_exact_as_torch(name, results):
 
 @pytest.mark.slow
 def test_kernels_are_as_exact_as_torch_on_all_shapes():
-    for found, asked in zip(interpreted(GRID), GRID, strict=True):
+    for found, asked in zip(interpreted(GRID, PROGRAM), GRID, strict=True):
         is_exact(found, asked)

@@ -183,6 +183,15 @@ def test_thresholds_of_another_model_are_refused(name, columns, message):
     assert not [m for m in model.modules() if isinstance(m, SparseLinear)]
 
 
+def test_a_linear_that_is_fused_with_others_is_not_left_out_silently():
+    model = tiny_model("llama")
+    apply_thresholds(model, some_thresholds(model))
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(x[..., :1].expand(*x.shape[:-1], 160))
+    with pytest.raises(FormatError, match=r"layers.1.mlp.gate_proj was not called"):
+        logits(model)
+
+
 # the step
 
 

@@ -8,12 +8,23 @@
     y = teal_linear(x, columns, threshold, bias)    # reads the columns of large inputs alone
 
 Each operator is a folder: `reference.py` says in plain torch what it computes, `layout.py` how its weights lie in
-memory, `kernel.py` is the Triton code, `launch.py` picks tiles and starts it, `__init__.py` registers the operator. The
+memory, where no other operator's do, `kernel.py` is the Triton code, `launch.py` picks tiles and starts it,
+`__init__.py` registers the operator. The
 package needs torch and, on a GPU only, triton, which it imports when a kernel first runs. Its imports are relative,
 since the Hugging Face Hub loads kernels under names of its own.
 """
 
+from .int4_gated_mlp import int4_gated_mlp
 from .int4_linear import Int4Weight, from_pack_quantized, int4_linear, to_pack_quantized
+from .int4_lora_linear import int4_lora_linear
 from .teal_linear import teal_linear
 
-__all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "teal_linear", "to_pack_quantized"]
+__all__ = [
+    "Int4Weight",
+    "from_pack_quantized",
+    "int4_gated_mlp",
+    "int4_linear",
+    "int4_lora_linear",
+    "teal_linear",
+    "to_pack_quantized",
+]

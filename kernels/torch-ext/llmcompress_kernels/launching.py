@@ -3,6 +3,7 @@
 PROGRAMS_PER_PROCESSOR, TILES_PER_SPLIT and MAX_SPLITS are declared, not measured.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+
+from .configuration import Configuration
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
 TILES_PER_SPLIT = 4  # fewer would cost more in the reduce than they gain
@@ -24,6 +27,33 @@ class Tiles:
     tokens: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a product is started: programs along outputs, tokens and splits, with `span` tiles of the inner dimension."""
+
+    tiles: Tiles
+    grid: tuple[int, int, int]
+    span: int
+
+    @property
+    def splits(self) -> int:
+        """Float32 sums to be added by a second kernel; 1: there is none."""
+        return self.grid[2]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments that any kernel takes, by name."""
+        return {"BN": self.tiles.rows, "num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
+
+
+def planned(choices: Sequence[Tiles], tokens: int, rows: int, inner: int, processors: int) -> Plan:
+    """choices: by rising tokens, the last one for all that is more. inner: tiles of the inner dimension."""
+    tiles = next((t for t in choices if tokens <= t.tokens), choices[-1])
+    programs = (triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+    span, splits = spans(inner, programs[0] * programs[1], processors)
+    return Plan(tiles, (*programs, splits), span)
 
 
 def spans(tiles: int, programs: int, processors: int) -> tuple[int, int]:
@@ -52,3 +82,11 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def configured(kernel: str, tiles: Tiles, columns: int, **constants: Any) -> Configuration:
+    """A kernel with its tiles. columns: input columns of a weight that a program makes in a round of its loop."""
+    constants |= {"BN": tiles.rows}
+    if "gemm" in kernel:
+        constants |= {"BM": tiles.tokens, "INTERPRETED": False}
+    return Configuration(kernel, constants, tiles.warps, tiles.stages, weights=tiles.rows * columns)

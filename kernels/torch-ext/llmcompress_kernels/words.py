@@ -59,3 +59,15 @@ def tile_words(words_ptr, tile, n, N):
     """The 16 words of each of the rows n of a tile, int32 [BN, 16]. Read once, so first to leave the cache."""
     at = (tile * N + n[:, None].to(tl.int64)) * WIDTH + tl.arange(0, WIDTH)[None, :]
     return tl.load(words_ptr + at, mask=(n < N)[:, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def dot(left, right, total, INTERPRETED: tl.constexpr):
+    """left @ right + total, in float32.
+
+    INTERPRETED is set for Triton's interpreter, whose tl.dot is wrong for bfloat16: factors are then cast to float32,
+    which is exact.
+    """
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
-from .layout import GROUPS, TILE, WIDTH, Int4Weight, from_pack_quantized, to_pack_quantized
+from ..checks import check_place
+from .layout import Int4Weight, check_linear, from_pack_quantized, tensors_of, to_pack_quantized
 from .reference import int4_linear_reference
 
 __all__ = ["Int4Weight", "from_pack_quantized", "int4_linear", "to_pack_quantized"]
@@ -36,24 +36,9 @@ def int4_linear(
 
 def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> None:
     """Raises ValueError for arguments that `int4_linear` does not take."""
-    check_place(NAME, x, [("words", words), ("scale", scale), ("zero", zero), ("bias", bias)])
-    check_dtype(NAME, "x", x, *FLOATS)
-    check_dtype(NAME, "words", words, torch.int32)
-    check_dtype(NAME, "scale", scale, x.dtype)
-    refuse_unless(x.dim() > 0, NAME, "x", "a scalar", "a tensor [..., in]")
-    refuse_unless(words.dim() == 3, NAME, "words", list(words.shape), "a tensor [ceil(in / 128), out, 16]")
-    refuse_unless(scale.dim() == 2, NAME, "scale", list(scale.shape), "a tensor [in / group, out]")
-    columns, out, groups = x.shape[-1], words.shape[1], scale.shape[0]
-    fits = groups > 0 and columns % groups == 0 and columns // groups in GROUPS
-    refuse_unless(fits, NAME, "scale", f"{groups} groups of {columns} columns", f"groups of {GROUPS} columns")
-    check_shape(NAME, "words", words, -(-columns // TILE), out, WIDTH)
-    check_shape(NAME, "scale", scale, groups, out)
-    if zero is not None:
-        check_dtype(NAME, "zero", zero, torch.uint8)
-        check_shape(NAME, "zero", zero, groups, out)
-    if bias is not None:
-        check_dtype(NAME, "bias", bias, x.dtype)
-        check_shape(NAME, "bias", bias, out)
+    weight = Int4Weight(words, scale, zero)
+    check_place(NAME, x, tensors_of(weight, bias))
+    check_linear(NAME, x, weight, bias)
 
 
 @torch.library.custom_op("llmcompress::int4_linear", mutates_args=(), device_types="cuda")

@@ -6,27 +6,24 @@ no rounding of the products.
 Split-K: program (n, m, s) sums a span of tiles into its own slice of a float32 workspace, and `reduce_splits` adds the
 slices in the order of s. No atomics, so the same inputs give the same bits.
 
-Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program. INTERPRETED is set for Triton's
-interpreter, whose tl.dot is wrong for bfloat16; factors of the dot are then cast to float32, which is exact.
+Names: BN rows of the weight (outputs) n and BM rows of x (tokens) m per program. Sums are functions of their own, which
+other operators end in other ways.
 """
 
 import triton
 import triton.language as tl
 
-from ..words import PLANES, TILE, WIDTH, group_of, group_zero, plane, plane16, tile_words
+from ..words import PLANES, TILE, WIDTH, dot, group_of, group_zero, plane, plane16, tile_words
 
 
 @triton.jit
-def int4_gemv(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, N, K, span,
-    GROUP: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+def gemv_sum(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, n, split, N, K, span, GROUP: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """One token, no tensor cores: y[n] = sum_k x[k] W[n, k]. Grid (ceil(N / BN), 1, splits), `span` tiles per program.
+    """sum_k x[k] W[n, k] over the `span` tiles of a split, of one token, without tensor cores: float32 [BN].
 
     Each word is read once. Three instructions per weight are the product itself: mask, subtract, multiply and add.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    split = tl.program_id(2)
     k = tl.arange(0, WIDTH)
     planes_of_group: tl.constexpr = GROUP // WIDTH
     total = tl.zeros((BN, WIDTH), dtype=tl.float32)
@@ -42,24 +39,18 @@ def int4_gemv(
                 part += x[None, :] * plane(words, zero, index)
             scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[:, None]
-    y = tl.sum(total, axis=1)
-    if bias_ptr is not None and not SPLIT:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + split.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
-def int4_gemm(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
-    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+def gemm_sum(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, n, m, split, M, N, K, stride, span,
+    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = sum_k x[m, k] W[n, k] by tensor cores. Grid (ceil(N / BN), ceil(M / BM), splits); stride of x's rows.
+    """sum_k W[n, k] x[m, k] over the tiles of a split, by tensor cores: float32 [BN, BM]; stride of x's rows.
 
     Computes Wxᵀ: the weights are made in registers, and the left factor is the one that may stay there.
     """
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    split = tl.program_id(2)
     k = tl.arange(0, WIDTH)
     planes_of_group: tl.constexpr = GROUP // WIDTH
     total = tl.zeros((BN, BM), dtype=tl.float32)
@@ -73,17 +64,42 @@ def int4_gemm(
             for index in tl.static_range(first, first + planes_of_group):
                 at_k = tile * TILE + index * WIDTH + k
                 x = tl.load(rows + at_k[:, None], mask=(m < M)[None, :] & (at_k < K)[:, None], other=0.0)
-                w = plane16(words, zero, index, x.dtype)
-                if INTERPRETED:
-                    part = tl.dot(w.to(tl.float32), x.to(tl.float32), part)
-                else:
-                    part = tl.dot(w, x, part)
+                part = dot(plane16(words, zero, index, x.dtype), x, part, INTERPRETED)
             scale = tl.load(scale_ptr + at, mask=n < N, other=0.0).to(tl.float32)
             total += part * scale[:, None]
-    if bias_ptr is not None and not SPLIT:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def int4_gemv(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, N, K, span,
+    GROUP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y[n] of one token, or parts [splits, n]. Grid (ceil(N / BN), 1, splits), `span` tiles per program."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    y = gemv_sum(x_ptr, words_ptr, scale_ptr, zero_ptr, n, split, N, K, span, GROUP, BN)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + split.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def int4_gemm(
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
+    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """y[m, n], or parts [splits, m, n]. Grid (ceil(N / BN), ceil(M / BM), splits)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    y = gemm_sum(
+        x_ptr, words_ptr, scale_ptr, zero_ptr, n, m, split, M, N, K, stride, span, GROUP, BN, BM, INTERPRETED
+    )  # fmt: skip
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
 
 @triton.jit

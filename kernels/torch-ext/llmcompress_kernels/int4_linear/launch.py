@@ -11,14 +11,13 @@ few instructions per weight. BLAS_TOKENS is declared, not measured.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..launching import Tiles, device_of, interpreted, result_dtype, rows_of_tokens, spans
+from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
 from .kernel import int4_dequantize, int4_gemm, int4_gemv, reduce_splits
 from .layout import GROUPS, TILE, Int4Weight
 
@@ -50,26 +49,42 @@ def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, proce
 
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
-    (tokens, columns), rows = x.shape, weight.words.shape[1]
-    tiles = GEMV if tokens == 1 else next((t for t in GEMM if tokens <= t.tokens), GEMM[-1])
-    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, tiles.tokens))
-    span, splits = spans(triton.cdiv(columns, TILE), grid[0] * grid[1], processors)
+    tokens, rows = x.shape[0], weight.words.shape[1]
+    plan = plan_of(x, weight, processors)
     y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    target = y if splits == 1 else torch.empty(splits, tokens, rows, dtype=torch.float32, device=x.device)
-    pointers = (x, weight.words, weight.scale, weight.zero, bias, target)
-    shared: dict[str, Any] = {
-        "GROUP": columns // weight.scale.shape[0], "BN": tiles.rows, "SPLIT": splits > 1,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
-    if tokens == 1:
-        int4_gemv[(*grid, splits)](*pointers, rows, columns, span, **shared)
+    if plan.splits == 1:
+        start(plan, x, weight, bias, y)
     else:
-        sizes = (tokens, rows, columns, x.stride(0), span)
-        int4_gemm[(*grid, splits)](*pointers, *sizes, BM=tiles.tokens, INTERPRETED=interpreted(), **shared)
-    if splits > 1:
+        parts = partial_sums(plan, x, weight)
         grid = (triton.cdiv(rows, REDUCE.rows), tokens)
-        reduce_splits[grid](target, bias, y, tokens, rows, splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
+        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
     return y.to(x.dtype)
+
+
+def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
+    """Of the product of x [M, in] with a weight."""
+    tiles, rows, _ = weight.words.shape
+    return planned((GEMV, *GEMM), x.shape[0], rows, tiles, processors)
+
+
+def partial_sums(plan: Plan, x: Tensor, weight: Int4Weight) -> Tensor:
+    """Float32 [splits, M, out], to be added up."""
+    shape = (plan.splits, x.shape[0], weight.words.shape[1])
+    parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    start(plan, x, weight, None, parts)
+    return parts
+
+
+def start(plan: Plan, x: Tensor, weight: Int4Weight, bias: Tensor | None, target: Tensor) -> None:
+    """Start the kernel that the plan names on a target [M, out], or on one [splits, M, out] without a bias."""
+    (tokens, columns), rows = x.shape, weight.words.shape[1]
+    pointers = (x, weight.words, weight.scale, weight.zero, bias, target)
+    options = plan.options | {"GROUP": columns // weight.scale.shape[0]}
+    if tokens == 1:
+        int4_gemv[plan.grid](*pointers, rows, columns, plan.span, **options)
+    else:
+        options |= {"BM": plan.tiles.tokens, "INTERPRETED": interpreted()}
+        int4_gemm[plan.grid](*pointers, tokens, rows, columns, x.stride(0), plan.span, **options)
 
 
 def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
@@ -84,14 +99,11 @@ def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All that may run, with a bias and in one span: a split launch stores float32 without a bias, in the same loop."""
-    yield Configuration("reduce_splits", {"BN": REDUCE.rows}, REDUCE.warps, REDUCE.stages)
+    """All that may run, with a bias: a split launch stores float32 without one, after the same loop."""
+    yield configured("reduce_splits", REDUCE, 0)
     for group, symmetric in itertools.product(GROUPS, (False, True)):
-        given = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
-        for kernel, tiles, more in [
-            ("int4_dequantize", DEQUANTIZE, {}),
-            ("int4_gemv", GEMV, {"SPLIT": False}),
-            *(("int4_gemm", t, {"SPLIT": False, "INTERPRETED": False, "BM": t.tokens}) for t in GEMM),
-        ]:
-            constants = given | {"BN": tiles.rows} | more
-            yield Configuration(kernel, constants, tiles.warps, tiles.stages, weights=tiles.rows * TILE)
+        weight = {"GROUP": group} | ({"zero_ptr": None} if symmetric else {})
+        yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
+        yield configured("int4_gemv", GEMV, TILE, **weight)
+        for tiles in GEMM:
+            yield configured("int4_gemm", tiles, TILE, **weight)

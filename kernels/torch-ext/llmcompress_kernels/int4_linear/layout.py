@@ -37,6 +37,38 @@ class Int4Weight(NamedTuple):
     zero: Tensor | None
 
 
+def tensors_of(weight: Int4Weight, bias: Tensor | None, prefix: str = "") -> list[tuple[str, Tensor | None]]:
+    """Names, as arguments of an operator, and tensors of a weight and its bias."""
+    tensors = {"words": weight.words, "scale": weight.scale, "zero": weight.zero, "bias": bias}
+    return [(prefix + name, tensor) for name, tensor in tensors.items()]
+
+
+def check_linear(operator: str, x: Tensor, weight: Int4Weight, bias: Tensor | None, prefix: str = "") -> None:
+    """Raises ValueError if dtypes or shapes of x [..., in], a weight [out, in] and a bias [out] do not fit together.
+
+    prefix: of the names that the operator gives to the tensors of this weight.
+    """
+    words_name, scale_name, zero_name, bias_name = (name for name, _ in tensors_of(weight, bias, prefix))
+    words, scale, zero = weight
+    check_dtype(operator, "x", x, *FLOATS)
+    check_dtype(operator, words_name, words, torch.int32)
+    check_dtype(operator, scale_name, scale, x.dtype)
+    refuse_unless(x.dim() > 0, operator, "x", "a scalar", "a tensor [..., in]")
+    refuse_unless(words.dim() == 3, operator, words_name, list(words.shape), "a tensor [ceil(in / 128), out, 16]")
+    refuse_unless(scale.dim() == 2, operator, scale_name, list(scale.shape), "a tensor [in / group, out]")
+    columns, out, groups = x.shape[-1], words.shape[1], scale.shape[0]
+    fits = groups > 0 and columns % groups == 0 and columns // groups in GROUPS
+    refuse_unless(fits, operator, scale_name, f"{groups} groups of {columns} columns", f"groups of {GROUPS} columns")
+    check_shape(operator, words_name, words, -(-columns // TILE), out, WIDTH)
+    check_shape(operator, scale_name, scale, groups, out)
+    if zero is not None:
+        check_dtype(operator, zero_name, zero, torch.uint8)
+        check_shape(operator, zero_name, zero, groups, out)
+    if bias is not None:
+        check_dtype(operator, bias_name, bias, x.dtype)
+        check_shape(operator, bias_name, bias, out)
+
+
 def from_pack_quantized(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> Int4Weight:
     """Repack a stored weight.
 

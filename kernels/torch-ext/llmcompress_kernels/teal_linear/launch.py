@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..launching import Tiles, device_of, result_dtype, spans
+from ..launching import Tiles, configured, device_of, planned, result_dtype
 from .kernel import reduce_splits, teal_gemv
 from .reference import teal_linear_reference
 
@@ -37,24 +37,19 @@ def teal_linear_triton(x: Tensor, columns: Tensor, threshold: float, bias: Tenso
 def product(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None, processors: int) -> Tensor:
     """x [in] -> [out], by one kernel or by one kernel and the reduce of its splits."""
     inner, rows = columns.shape
-    programs = triton.cdiv(rows, GEMV.rows)
-    span, splits = spans(triton.cdiv(inner, INPUTS), programs, processors)
+    plan = planned((GEMV,), 1, rows, triton.cdiv(inner, INPUTS), processors)
+    whole = plan.splits == 1
     y = torch.empty(rows, dtype=result_dtype(x.dtype), device=x.device)
-    whole = splits == 1
-    target = y if whole else torch.empty(splits, rows, dtype=torch.float32, device=x.device)
-    teal_gemv[(programs, 1, splits)](
-        x, columns, bias if whole else None, target, threshold, rows, inner, span,
-        BN=GEMV.rows, BK=INPUTS, num_warps=GEMV.warps, num_stages=GEMV.stages,
-    )  # fmt: skip
+    target = y if whole else torch.empty(plan.splits, rows, dtype=torch.float32, device=x.device)
+    pointers = (x, columns, bias if whole else None, target)
+    teal_gemv[plan.grid](*pointers, threshold, rows, inner, plan.span, BK=INPUTS, **plan.options)
     if not whole:
-        reduce_splits[(triton.cdiv(rows, REDUCE.rows), 1)](
-            target, bias, y, 1, rows, splits, BN=REDUCE.rows, num_warps=REDUCE.warps
-        )
+        grid = (triton.cdiv(rows, REDUCE.rows), 1)
+        reduce_splits[grid](target, bias, y, 1, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
     return y.to(x.dtype)
 
 
 def configurations() -> Iterator[Configuration]:
     """All that may run, with a bias: a split launch stores float32 without one, after the same loop."""
-    yield Configuration("reduce_splits", {"BN": REDUCE.rows}, REDUCE.warps, REDUCE.stages)
-    constants = {"BN": GEMV.rows, "BK": INPUTS}
-    yield Configuration("teal_gemv", constants, GEMV.warps, GEMV.stages, weights=GEMV.rows * INPUTS)
+    yield configured("reduce_splits", REDUCE, 0)
+    yield configured("teal_gemv", GEMV, INPUTS, BK=INPUTS)

@@ -1,0 +1,90 @@
+"""`llmcompress::int4_gated_mlp`: the gated half of an MLP on two 4-bit weights, in one read of its input."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_place, check_shape, refuse_unless
+from ..int4_linear import Int4Weight, int4_linear
+from ..int4_linear.layout import check_linear, tensors_of
+from .reference import ACTIVATIONS, Gated
+
+__all__ = ["int4_gated_mlp"]
+
+NAME = "int4_gated_mlp"
+
+
+def int4_gated_mlp(
+    x: Tensor, gate: Int4Weight, up: Int4Weight, activation: str = "silu",
+    gate_bias: Tensor | None = None, up_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = act(x Wgᵀ + gate_bias) * (x Wuᵀ + up_bias), elementwise in the outputs.
+
+    x           [..., in]    bfloat16 or float16, any strides; no token at all is fine
+    gate, up    [out, in]    Wg and Wu in the layout of `int4_linear`, of one group size, both or none with zeros
+    activation  "silu" (SwiGLU), "gelu" (GeGLU, by the error function) or "gelu_tanh" (its approximation)
+    biases      [out]        dtype of x, or None, each by itself
+    returns     [..., out]   dtype of x, contiguous
+
+    On a GPU sums, activation and product are in float32 and rounded once, except above 256 tokens, where weights and
+    the two linears have the dtype of x, for the BLAS. On a CPU it is two `int4_linear`, whose results are rounded, and
+    the rest in float32. The packed kernels give the same bits for the same inputs. Gradients are not computed.
+
+    Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
+    """
+    weights = Gated(gate, up, gate_bias, up_bias)
+    check(x, weights, activation)
+    return _int4_gated_mlp(x, *gate, *up, gate_bias, up_bias, activation)
+
+
+def check(x: Tensor, weights: Gated, activation: str) -> None:
+    """Raises ValueError for arguments that `int4_gated_mlp` does not take."""
+    gate, up, gate_bias, up_bias = weights
+    check_place(NAME, x, [*tensors_of(gate, gate_bias, "gate_"), *tensors_of(up, up_bias, "up_")])
+    check_linear(NAME, x, gate, gate_bias, "gate_")
+    check_linear(NAME, x, up, up_bias, "up_")
+    check_shape(NAME, "up_words", up.words, *gate.words.shape)
+    check_shape(NAME, "up_scale", up.scale, *gate.scale.shape)
+    same = (gate.zero is None) == (up.zero is None)
+    found, expected = ("absent", "one, as gate has") if up.zero is None else ("given", "None, as of gate")
+    refuse_unless(same, NAME, "up_zero", found, expected)
+    refuse_unless(activation in ACTIVATIONS, NAME, "activation", repr(activation), " or ".join(ACTIVATIONS))
+
+
+def checked(x: Tensor, *flat: Any) -> tuple[Gated, str]:
+    """Arguments of the registered operator, which can be called without the function above, gathered and checked."""
+    *tensors, activation = flat
+    weights = Gated(Int4Weight(*tensors[:3]), Int4Weight(*tensors[3:6]), *tensors[6:])
+    check(x, weights, activation)
+    return weights, activation
+
+
+@torch.library.custom_op("llmcompress::int4_gated_mlp", mutates_args=(), device_types="cuda")
+def _int4_gated_mlp(
+    x: Tensor,
+    gate_words: Tensor, gate_scale: Tensor, gate_zero: Tensor | None,
+    up_words: Tensor, up_scale: Tensor, up_zero: Tensor | None,
+    gate_bias: Tensor | None, up_bias: Tensor | None, activation: str,
+) -> Tensor:  # fmt: skip
+    """On a GPU."""
+    weights, _ = checked(
+        x, gate_words, gate_scale, gate_zero, up_words, up_scale, up_zero, gate_bias, up_bias, activation
+    )
+    from .launch import int4_gated_mlp_triton
+
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return int4_gated_mlp_triton(x, weights, activation, processors)
+
+
+@_int4_gated_mlp.register_kernel("cpu")
+def _(x: Tensor, *flat: Any) -> Tensor:
+    weights, activation = checked(x, *flat)
+    gates = ACTIVATIONS[activation](int4_linear(x, *weights.gate, weights.gate_bias).float())
+    return gates.mul_(int4_linear(x, *weights.up, weights.up_bias)).to(x.dtype)
+
+
+@_int4_gated_mlp.register_fake
+def _(x: Tensor, *flat: Any) -> Tensor:
+    weights, _activation = checked(x, *flat)
+    return x.new_empty(*x.shape[:-1], weights.gate.words.shape[1])

@@ -1,0 +1,109 @@
+"""Tiles, splits and launches of `int4_gated_mlp` on a GPU. Imports triton through kernel.py, so it is imported late.
+
+    tokens M     kernel             why
+    1            gated_gemv         a tensor core would do nothing in 15 of its 16 columns
+    2 .. 256     gated_gemm         both packed weights are read once per BM tokens, and x once for both
+    above        int4_dequantize    the weights are unpacked one after the other, and the BLAS does the rest
+
+A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. Tiles are chosen by what
+the compiler reports (kernels/resources/int4_gated_mlp.json). BLAS_TOKENS is declared, not measured.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..configuration import Configuration
+from ..int4_linear.launch import dequantize
+from ..int4_linear.layout import GROUPS, TILE
+from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
+from .kernel import gated_gemm, gated_gemv, reduce_gated
+from .reference import ACTIVATIONS, Gated
+
+BLAS_TOKENS = 256  # above this M the weights are dequantized
+
+GEMV = Tiles(rows=32, tokens=1, warps=2, stages=3)
+GEMM = (  # by rising tokens; the last one serves all that is larger
+    Tiles(rows=64, tokens=16, warps=4, stages=3),
+    Tiles(rows=64, tokens=32, warps=4, stages=3),
+    Tiles(rows=64, tokens=64, warps=4, stages=3),
+)
+REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
+
+
+def int4_gated_mlp_triton(x: Tensor, weights: Gated, activation: str, processors: int) -> Tensor:
+    """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
+    rows = weights.gate.words.shape[1]
+    if x.numel() == 0 or rows == 0:
+        return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
+    tokens = rows_of_tokens(x)
+    with device_of(x):
+        if tokens.shape[0] > BLAS_TOKENS:
+            y = unpacked_product(tokens, weights, activation)
+        else:
+            y = packed_product(tokens, weights, activation, processors)
+    return y.view(*x.shape[:-1], rows)
+
+
+def unpacked_product(x: Tensor, weights: Gated, activation: str) -> Tensor:
+    """x [M, in] -> [M, out] in the dtype of x; one unpacked weight is in memory at a time."""
+    linear, columns = torch.nn.functional.linear, x.shape[1]
+    gate = linear(x, dequantize(weights.gate, columns, x.dtype), weights.gate_bias)
+    return ACTIVATIONS[activation](gate).mul_(linear(x, dequantize(weights.up, columns, x.dtype), weights.up_bias))
+
+
+def packed_product(x: Tensor, weights: Gated, activation: str, processors: int) -> Tensor:
+    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
+    tokens, (tiles, rows, _) = x.shape[0], weights.gate.words.shape
+    plan = planned((GEMV, *GEMM), tokens, rows, tiles, processors)
+    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    if plan.splits == 1:
+        start(plan, x, weights, activation, y, None)
+    else:
+        parts = torch.empty(plan.splits, 2, tokens, rows, dtype=torch.float32, device=x.device)
+        start(plan, x, weights, activation, None, parts)
+        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
+        reduce_gated[grid](
+            parts, weights.gate_bias, weights.up_bias, y, tokens, rows, plan.splits,
+            BN=REDUCE.rows, ACTIVATION=activation, num_warps=REDUCE.warps,
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def start(plan: Plan, x: Tensor, weights: Gated, activation: str, y: Tensor | None, parts: Tensor | None) -> None:
+    """Start the kernel that the plan names, on y [M, out] or on parts [splits, 2, M, out]."""
+    (tokens, columns), rows = x.shape, weights.gate.words.shape[1]
+    pointers = (x, *weights.gate, weights.gate_bias, *weights.up, weights.up_bias, y, parts)
+    options: dict[str, Any] = plan.options | {
+        "GROUP": columns // weights.gate.scale.shape[0],
+        "ACTIVATION": activation,
+    }
+    if tokens == 1:
+        gated_gemv[plan.grid](*pointers, rows, columns, plan.span, **options)
+    else:
+        options |= {"BM": plan.tiles.tokens, "INTERPRETED": interpreted()}
+        gated_gemm[plan.grid](*pointers, tokens, rows, columns, x.stride(0), plan.span, **options)
+
+
+def configurations() -> Iterator[Configuration]:
+    """All loops that may run, with biases. How they end, by an activation or in parts, is compiled for groups of 64."""
+    for activation in ACTIVATIONS:
+        yield configured("reduce_gated", REDUCE, 0, ACTIVATION=activation)
+    whole: dict[str, Any] = {"parts_ptr": None, "ACTIVATION": "silu"}
+    for group, symmetric in itertools.product(GROUPS, (False, True)):
+        zeros = {"gate_zero_ptr": None, "up_zero_ptr": None} if symmetric else {}
+        yield from loops(**whole, GROUP=group, **zeros)
+    yield from loops(y_ptr=None, ACTIVATION="silu", GROUP=64)
+    for activation in ("gelu", "gelu_tanh"):
+        yield from loops(parts_ptr=None, ACTIVATION=activation, GROUP=64)
+
+
+def loops(**constants: Any) -> Iterator[Configuration]:
+    """Every kernel that reads weights, with further compile-time arguments."""
+    yield configured("gated_gemv", GEMV, 2 * TILE, **constants)
+    for tiles in GEMM:
+        yield configured("gated_gemm", tiles, 2 * TILE, **constants)

@@ -1,0 +1,87 @@
+"""`llmcompress::int4_lora_linear`: a linear on a 4-bit weight with a LoRA adapter beside it, added on the way."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_dtype, check_place, check_shape, refuse_unless
+from ..int4_linear import Int4Weight, int4_linear
+from ..int4_linear.layout import check_linear, tensors_of
+from .reference import Adapter
+
+__all__ = ["int4_lora_linear"]
+
+NAME = "int4_lora_linear"
+MAX_RANK = 64
+
+
+def int4_lora_linear(
+    x: Tensor, weight: Int4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0, bias: Tensor | None = None
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling * (x Aᵀ) Bᵀ.
+
+    x        [..., in]      bfloat16 or float16, any strides; no token at all is fine
+    weight   [out, in]      W in the layout of `int4_linear`
+    lora_a   [rank, in]     A, dtype of x; rank is 1 to 64
+    lora_b   [out, rank]    B, dtype of x
+    bias     [out]          dtype of x, or None
+    returns  [..., out]     dtype of x, contiguous
+
+    x Aᵀ is rounded to the dtype of x. On a GPU all else is summed in float32 and rounded once, except above 256 tokens,
+    where the weight is unpacked for the BLAS and the two products are rounded one after the other, as they are on a
+    CPU. The packed kernels give the same bits for the same inputs. Gradients are not computed.
+
+    Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
+    """
+    check(x, weight, bias, Adapter(lora_a, lora_b, scaling))
+    return _int4_lora_linear(x, *weight, bias, lora_a, lora_b, scaling)
+
+
+def check(x: Tensor, weight: Int4Weight, bias: Tensor | None, adapter: Adapter) -> None:
+    """Raises ValueError for arguments that `int4_lora_linear` does not take."""
+    a, b, scaling = adapter
+    check_place(NAME, x, [*tensors_of(weight, bias), ("lora_a", a), ("lora_b", b)])
+    check_linear(NAME, x, weight, bias)
+    check_dtype(NAME, "lora_a", a, x.dtype)
+    check_dtype(NAME, "lora_b", b, x.dtype)
+    fits = a.dim() == 2 and 1 <= a.shape[0] <= MAX_RANK
+    refuse_unless(fits, NAME, "lora_a", list(a.shape), f"a matrix [rank, in] of rank 1 to {MAX_RANK}")
+    check_shape(NAME, "lora_a", a, a.shape[0], x.shape[-1])
+    check_shape(NAME, "lora_b", b, weight.words.shape[1], a.shape[0])
+    refuse_unless(math.isfinite(scaling), NAME, "scaling", scaling, "a finite number")
+
+
+def checked(x: Tensor, *flat: Any) -> tuple[Int4Weight, Tensor | None, Adapter]:
+    """Arguments of the registered operator, which can be called without the function above, gathered and checked."""
+    weight, bias, adapter = Int4Weight(*flat[:3]), flat[3], Adapter(*flat[4:])
+    check(x, weight, bias, adapter)
+    return weight, bias, adapter
+
+
+@torch.library.custom_op("llmcompress::int4_lora_linear", mutates_args=(), device_types="cuda")
+def _int4_lora_linear(
+    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    lora_a: Tensor, lora_b: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    """On a GPU."""
+    weight, bias, adapter = checked(x, words, scale, zero, bias, lora_a, lora_b, scaling)
+    from .launch import int4_lora_linear_triton
+
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return int4_lora_linear_triton(x, weight, bias, adapter, processors)
+
+
+@_int4_lora_linear.register_kernel("cpu")
+def _(x: Tensor, *flat: Any) -> Tensor:
+    weight, bias, adapter = checked(x, *flat)
+    linear = torch.nn.functional.linear
+    update = linear(linear(x, adapter.a), adapter.b)
+    return int4_linear(x, *weight, bias).add_(update, alpha=adapter.scaling)
+
+
+@_int4_lora_linear.register_fake
+def _(x: Tensor, *flat: Any) -> Tensor:
+    weight, _bias, _adapter = checked(x, *flat)
+    return x.new_empty(*x.shape[:-1], weight.words.shape[1])

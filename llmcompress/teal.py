@@ -55,17 +55,15 @@ class Tokens:
         """A hook of the decoder, after a forward pass. Raises FormatError if a linear was never called."""
         if self.expected:
             raise FormatError(
-                f"{FILE}: {min(self.expected)} was not called in a forward pass, so its threshold had no effect; load the "
-                "model without what fuses it with others"
+                f"{FILE}: {min(self.expected)} was not called in a forward pass, so its threshold had no effect; load "
+                "the model without what fuses it with others"
             )
 
-    def masked(self, name: str, x: Tensor, threshold: float) -> Tensor:
-        """x [..., in] of all tokens, small inputs of sparse tokens zero."""
+    def note(self, name: str, x: Tensor, threshold: float) -> None:
+        """A linear has been called with x [..., in]."""
         self.expected.discard(name)
-        result = masked(x, threshold, self.sparse)
         if self.meter:
             self.meter.add(name, x, threshold, self.sparse)
-        return result
 
 
 def masked(x: Tensor, threshold: float, sparse: Tensor) -> Tensor:
@@ -94,11 +92,9 @@ class SparseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        self.tokens.expected.discard(self.name)
-        if not self.tokens.one or x.numel() != self.in_features:
-            return nn.functional.linear(self.tokens.masked(self.name, x, self.threshold), self.weight, self.bias)
-        if self.tokens.meter:
-            self.tokens.meter.add(self.name, x, self.threshold, self.tokens.sparse)
+        self.tokens.note(self.name, x, self.threshold)
+        if not self.tokens.one:
+            return nn.functional.linear(masked(x, self.threshold, self.tokens.sparse), self.weight, self.bias)
         return teal_linear(x, self.weight.T, self.threshold, self.bias)
 
     def extra_repr(self) -> str:
@@ -130,7 +126,8 @@ def masking(tokens: Tokens, name: str, threshold: float) -> Any:
     """A hook that masks the input of a linear of any kind."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (tokens.masked(name, args[0], threshold), *args[1:])
+        tokens.note(name, args[0], threshold)
+        return (masked(args[0], threshold, tokens.sparse), *args[1:])
 
     return hook
 

@@ -9,9 +9,8 @@
 
 Each operator is a folder: `reference.py` says in plain torch what it computes, `layout.py` how its weights lie in
 memory, where no other operator's do, `kernel.py` is the Triton code, `launch.py` picks tiles and starts it,
-`__init__.py` registers the operator. The
-package needs torch and, on a GPU only, triton, which it imports when a kernel first runs. Its imports are relative,
-since the Hugging Face Hub loads kernels under names of its own.
+`__init__.py` registers the operator. The package needs torch and, on a GPU only, triton, which it imports when a kernel
+first runs. Its imports are relative, since the Hugging Face Hub loads kernels under names of its own.
 """
 
 from .int4_gated_mlp import int4_gated_mlp

@@ -77,7 +77,7 @@ def masked(x: Tensor, threshold: float, sparse: Tensor) -> Tensor:
             f"{FILE}: a linear was called with {len(rows)} of {sparse.numel()} tokens; models that share tokens out "
             "over experts have no run-time sparsity here"
         )
-    return rows.masked_fill((rows.float().abs() <= threshold) & sparse.reshape(-1, 1), 0).view(x.shape)
+    return rows.masked_fill((rows.float().abs() <= threshold) & sparse.reshape(-1, 1).to(x.device), 0).view(x.shape)
 
 
 class SparseLinear(nn.Linear):
@@ -153,7 +153,7 @@ class Meter:
 
     def add(self, name: str, x: Tensor, threshold: float, sparse: Tensor) -> None:
         """Count the inputs x [..., in] of one linear."""
-        rows = x.reshape(-1, x.shape[-1])[sparse.reshape(-1)]
+        rows = x.reshape(-1, x.shape[-1])[sparse.reshape(-1).to(x.device)]
         self.left_out[name] = self.left_out.get(name, 0) + int((rows.float().abs() <= threshold).sum())
         self.seen[name] = self.seen.get(name, 0) + rows.numel()
 

@@ -13,7 +13,7 @@ called one by one: what fuses several into one operation has to leave those with
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,14 +108,14 @@ def apply_thresholds(model: Any, thresholds: Thresholds) -> Tokens:
     Raises FormatError if a linear that has a threshold is not there or has another size; then nothing has changed.
     """
     linears = {name: checked(model, name, each.in_features) for name, each in thresholds.modules.items()}
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = model.get_submodule(decoder_of(linears))
     tokens = Tokens(thresholds.dense_tokens, decoder)
     tokens.expected |= linears.keys()
     decoder.register_forward_pre_hook(tokens.before, with_kwargs=True)
     decoder.register_forward_hook(tokens.after)
     for name, linear in linears.items():
         threshold = thresholds.modules[name].threshold
-        if type(linear) is nn.Linear:
+        if is_plain(linear):
             model.set_submodule(name, SparseLinear(linear, name, threshold, tokens))
         else:
             linear.register_forward_pre_hook(masking(tokens, name, threshold))
@@ -130,6 +130,18 @@ def masking(tokens: Tokens, name: str, threshold: float) -> Any:
         return (masked(args[0], threshold, tokens.sparse), *args[1:])
 
     return hook
+
+
+def decoder_of(linears: Iterable[str]) -> str:
+    """Path of the module that calls the decoder blocks: what comes before their list and its numbers."""
+    path = next(iter(linears), "").split(".")
+    numbers = [place for place, part in enumerate(path) if part.isdigit()]
+    return ".".join(path[: numbers[0] - 1]) if numbers else ""
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it computes with a dense weight of its own, and not with one that a library unpacks for it."""
+    return type(linear) is nn.Linear and "weight" in linear._parameters and not hasattr(linear, "quantization_scheme")
 
 
 def checked(model: nn.Module, name: str, in_features: int) -> nn.Module:
@@ -174,7 +186,7 @@ def measured(tokens: Tokens) -> Iterator[Meter]:
 
 def weight_sizes(model: nn.Module, names: Mapping[str, Any]) -> dict[str, int]:
     """Weights of these linears; a dense one's `weight` has as many numbers."""
-    return {name: int(model.get_submodule(name).weight.numel()) for name in names}
+    return {name: model.get_parameter(f"{name}.weight").numel() for name in names}
 
 
 def mean_share(shares: Mapping[str, float], sizes: Mapping[str, int]) -> float:

@@ -6,7 +6,6 @@ Layout and rules: docs/formats.md.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmcompress.files import write_json
 
 FILE = "activation_thresholds.json"
 VERSION = 1
+LARGEST = 1e38  # of any number: it is also a float32
 LARGEST_FILE = 2**26  # bytes: a hundred for each of half a million linears
 MODEL_KEYS = {"version", "method", "sparsity", "dense_tokens", "modules"}
 
@@ -99,8 +99,8 @@ def one_threshold(path: Path, name: str, values: Any) -> Threshold:
 
 def number(path: Path, name: str, value: Any, allowed: Callable[[float], bool]) -> float:
     """A finite number in its range."""
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not allowed(value):
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+    if not fits or not allowed(value):
         raise FormatError(f"{path}: {name} is {value!r}, which is not a number in its range")
     return float(value)
 

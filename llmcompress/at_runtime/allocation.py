@@ -48,6 +48,8 @@ def greedy(sizes: Mapping[str, int], target: float, step: float, error: Callable
     levels, now = dict.fromkeys(sizes, 0.0), 0.0
     known = dict.fromkeys(sizes, 0.0)  # lower bounds of costs
     while (left := target * total - weights_left_out(levels, sizes)) > ROUNDING * total:
+        if left < step * total:
+            known = dict.fromkeys(sizes, 0.0)  # raises that are cut short cost less, so bounds no longer hold
         rises = {name: raised(sizes, name, levels[name], step, left) for name in sizes}
         chosen = cheapest(levels, now, known, {n: rise for n, rise in rises.items() if rise > ROUNDING}, sizes, error)
         levels, now = chosen.levels, chosen.error

@@ -49,6 +49,8 @@ class EvictingLayer(DynamicLayer):
 
     def keep(self, entries: Tensor) -> None:
         """Forget all but these entries [batch, KV heads, n]."""
+        assert self.keys is not None
+        assert self.values is not None
         at = entries[..., None]
         self.keys = self.keys.gather(2, at.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, at.expand(-1, -1, -1, self.values.shape[-1]))
@@ -105,7 +107,7 @@ class EvictingCache(Cache):
     @property
     def nbytes(self) -> int:
         """Of all keys and values that are held."""
-        held = [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        held = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 

@@ -68,7 +68,7 @@ class SnapKVLayer(EvictingLayer):
         super().reset()
         self.queries, self.waiting = None, False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """For beam search."""
         super().reorder_cache(beam_idx)
         self.queries = None if self.queries is None else self.queries.index_select(0, beam_idx.to(self.queries.device))
@@ -117,7 +117,7 @@ def shown_attention(
     result = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     layer = getattr(key, "shown_to", None)
     if layer is not None:
-        del key.shown_to  # the layer holds this tensor, which must not hold the layer
+        del key.shown_to  # type: ignore[attr-defined]  # the layer holds this tensor, which must not hold the layer
         scaling = options.get("scaling")
         layer.see(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return result

@@ -272,6 +272,7 @@ class Listing(StrEnum):
     structures = "structures"
     scores = "scores"
     trainings = "trainings"
+    runtimes = "runtimes"
     formats = "formats"
     recipes = "recipes"
     suites = "suites"
@@ -330,13 +331,18 @@ def read_recipe(given: Path, model: str | None, changes: Sequence[str] | None) -
 
 
 def local_folder(model: str) -> tuple[Path, str | None]:
-    """Local folder and fingerprint of any model; a compressed folder, or one with an adapter, is taken as it is."""
+    """Local folder and fingerprint of any model; a folder with more than dense weights is taken as it is."""
     from llmcompress.adapter import adapter_of
     from llmcompress.source import open_source
+    from llmcompress.thresholds import FILE
 
     folder = Path(model)
     config = folder / "config.json"
-    if adapter_of(folder) or (config.is_file() and "quantization_config" in config.read_text("utf-8")):
+    if (
+        adapter_of(folder)
+        or (folder / FILE).is_file()
+        or (config.is_file() and "quantization_config" in config.read_text("utf-8"))
+    ):
         return folder, None
     source = open_source(model).fetch()
     assert source.folder is not None

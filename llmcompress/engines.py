@@ -15,6 +15,7 @@ WITH_ADAPTER = {
     "vLLM": "adapter/ with --enable-lora",
     "GGUF converters": "without adapter/, which llama.cpp's convert_lora_to_gguf.py is for",
 }
+WITHOUT_THRESHOLDS = "as the dense model that it is stored as: only llmcompress.load applies the thresholds beside it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,19 @@ class Verdict:
     why: str
 
 
-def verdicts(config: Mapping[str, Any], *, adapter: bool = False) -> list[dict[str, Any]]:
-    """What transformers, vLLM and GGUF converters make of a folder with this config.json; adapter: and with LoRA."""
+def verdicts(config: Mapping[str, Any], *, adapter: bool = False, thresholds: bool = False) -> list[dict[str, Any]]:
+    """What transformers, vLLM and GGUF converters make of a folder with this config.json.
+
+    adapter: and with LoRA.  thresholds: and with a file of activation thresholds.
+    """
     found = verdicts_on_weights(config)
+    if thresholds and found[0]["engine"] != "llmcompress":
+        found.insert(0, asdict(Verdict("llmcompress", True, "llmcompress.load(folder), which applies its thresholds")))
     for row in found:
         if adapter and row["loads"]:
             row["why"] += f"; {WITH_ADAPTER[row['engine']]}"
+        if thresholds and row["loads"] and row["engine"] != "llmcompress":
+            row["why"] += f"; {WITHOUT_THRESHOLDS}"
     return found
 
 

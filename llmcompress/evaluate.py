@@ -47,6 +47,8 @@ from llmcompress.quiet import quiet
 from llmcompress.source import packaged_file
 from llmcompress.suite import Suite, TaskEntry, TextEntry, load_suite, suite_from_options, suite_paths
 from llmcompress.tasks import TaskScore, compare_task, run_tasks
+from llmcompress.teal import apply_thresholds
+from llmcompress.thresholds import thresholds_of
 
 __all__ = ["Progress", "Suite", "evaluate", "load_model", "load_suite", "suite_from_options", "suite_paths"]
 
@@ -111,6 +113,7 @@ def evaluate(
         "dtype": suite.dtype,
         "task_dtype": suite.task_dtype or suite.dtype,
         "adapter": adapter_of(folder) is not None,
+        "thresholds": thresholds_of(folder) is not None,
         "seconds": time.monotonic() - start,
         "perplexity": [_perplexity_row(e, texts[e.name], kept, len(windows[e.name])) for e in suite.perplexity],
         "divergence": _divergence_row(suite, texts) if base_folder is not None else None,
@@ -139,7 +142,8 @@ def load_model(
 
     The weights of a packed folder are unpacked into `dtype`, as stock transformers does at the first forward pass. For
     the formats of this project `runtime` is imported, as its users do. If the folder has an adapter, the model has its
-    updates, as peft computes them.
+    updates, as peft computes them; if it has activation thresholds, the model leaves out what they say, as
+    `llmcompress.load` has it.
     dtype: of weights and arithmetic, whatever the checkpoint stores ("float32", "bfloat16", "float16").
     Raises EvaluationError if the folder cannot be loaded.
     """
@@ -160,6 +164,8 @@ def load_model(
                 unpack(model)
             if adapter := adapter_of(folder):
                 model = attach(model, adapter)
+            if thresholds := thresholds_of(folder):
+                apply_thresholds(model, thresholds)
     except LOADING as exc:
         raise _unloadable(folder, exc) from exc
     return model, tokenizer

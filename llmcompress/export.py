@@ -29,6 +29,7 @@ from llmcompress.layout import CONV1D_MODELS
 from llmcompress.mask import Pattern
 from llmcompress.report import write_report
 from llmcompress.safetensors_file import read_headers
+from llmcompress.thresholds import thresholds_of
 from llmcompress.weight import CompressedWeight, Kind
 
 MADE_ANEW = {"config.json", MANIFEST, "results.json", "README.md", "report.html", "model.safetensors.index.json"}
@@ -180,7 +181,9 @@ def finish(folder: Path, checkpoint: Checkpoint, results: dict[str, Any], withou
         shutil.copytree(adapter, checkpoint.partial / adapter.name)
     checkpoint.write_index()
     size = weight_bytes(checkpoint.partial)
-    engines = verdicts(read_json(checkpoint.partial / "config.json"), adapter=adapter is not None)
+    thresholds = thresholds_of(folder) is not None  # copied above, and of the same inputs
+    config = read_json(checkpoint.partial / "config.json")
+    engines = verdicts(config, adapter=adapter is not None, thresholds=thresholds)
     before = results["size"]["before_bytes"]
     saved = {"after_bytes": size, "ratio": size / before, "parts": new_parts(results)}
     old = read_json(folder / "results.json")

@@ -15,6 +15,7 @@ from llmcompress.adapter import WEIGHTS, adapter_of
 from llmcompress.engines import verdicts
 from llmcompress.errors import FormatError
 from llmcompress.formats import FORMATS, OWN, Format
+from llmcompress.thresholds import Thresholds, thresholds_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         raise FormatError(
             f"{folder}: quantization_config says format {quantization.get('format')!r}, expected {', '.join(FORMATS)}"
         )
-    adapter = adapter_of(folder)
+    adapter, thresholds = adapter_of(folder), thresholds_of(folder)
     files = weight_files(folder) + ([adapter / WEIGHTS] if adapter else [])
     entries = [entry for path in files for entry in entries_of(path, config)]
     total = sum(entry.bytes for entry in entries)
@@ -47,8 +48,15 @@ def inspect(folder: Path) -> dict[str, Any]:
         "format": quantization.get("format", "dense"),
         "bytes": total,
         "tensors": [asdict(entry) for entry in entries],
-        "engines": verdicts(config, adapter=adapter is not None),
+        "thresholds": None if thresholds is None else summary(thresholds),
+        "engines": verdicts(config, adapter=adapter is not None, thresholds=thresholds is not None),
     }
+
+
+def summary(thresholds: Thresholds) -> dict[str, Any]:
+    """What thresholds do, as a few numbers."""
+    linears = len(thresholds.modules)
+    return {"sparsity": thresholds.sparsity, "dense_tokens": thresholds.dense_tokens, "linears": linears}
 
 
 def entries_of(path: Path, config: dict[str, Any]) -> Iterator[Entry]:

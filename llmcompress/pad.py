@@ -32,6 +32,7 @@ from llmcompress.source import CODE, PREFIX
 from llmcompress.structure.groups import KV, MLP, QUERY, find_groups, kept_positions
 from llmcompress.structure.reshape import MLP_KEYS, PER_LAYER
 from llmcompress.structure_budget import resized
+from llmcompress.thresholds import FILE
 
 Positions = dict[tuple[str, int], Tensor]  # (parameter below the block, dimension) -> where what is left belongs
 
@@ -47,6 +48,8 @@ def pad(folder: Path, output: Path) -> dict[str, Any]:
         raise PlanError(f"{folder}: its blocks are all alike, so there is nothing to pad")
     if adapter_of(folder):
         raise PlanError(f"{folder}: has LoRA weights, which fit its narrow blocks; merge them before padding")
+    if (folder / FILE).is_file():
+        raise PlanError(f"{folder}: has activation thresholds, which fit its narrow blocks; move {FILE} away first")
     if results["format"] != "dense":
         raise PlanError(f"{folder}: its weights are stored as {results['format']}; only dense ones can be padded")
     uniform, files = uniform_config(config), weight_files(folder)

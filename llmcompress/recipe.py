@@ -8,8 +8,9 @@
         group_size: 64
     output: {format: pack-quantized}
 
-A step names a `method` for single weights, a `structure` whose units go, or how to `train`. Its other options, but for
-`targets`, are the fields of that record (`llmcompress list methods`, `list structures`, `list trainings`).
+A step names a `method` for single weights, a `structure` whose units go, how to `train`, or what is left out at
+`runtime`. Its other options, but for `targets`, are the fields of that record (`llmcompress list methods`,
+`list structures`, `list trainings`, `list runtimes`).
 
 Consecutive method steps are one stage, in which every block is loaded once; any other step is a stage of its own, whose
 result is the model that the next stage starts from.
@@ -27,6 +28,7 @@ import yaml
 from pydantic import Field, field_validator
 
 import llmcompress
+from llmcompress.at_runtime import RUNTIMES, Runtime
 from llmcompress.calibrate import CalibrationOptions
 from llmcompress.errors import RecipeError
 from llmcompress.formats import FORMATS
@@ -94,7 +96,16 @@ class TrainStep:
     where: str  # path in the recipe, for messages
 
 
-AnyStep = Step | StructureStep | TrainStep
+@dataclass(frozen=True, slots=True)
+class RuntimeStep:
+    """What the finished model leaves out while it computes."""
+
+    options: Runtime
+    name: str  # its key in RUNTIMES
+    where: str  # path in the recipe, for messages
+
+
+AnyStep = Step | StructureStep | TrainStep | RuntimeStep
 
 
 class Recipe(Options):
@@ -125,8 +136,8 @@ class Recipe(Options):
     def stages(self) -> list["Stage"]:
         """The recipe as a chain, each link of method steps alone or of one step of another kind.
 
-        All but the last give a dense model, unless only training follows one that quantizes: it starts from packed
-        weights and leaves them so. Only the last is published. A recipe of method steps is one stage.
+        All but the last give a dense model, unless only steps that leave weights alone follow one that quantizes: they
+        start from packed weights and leave them so. Only the last is published. A recipe of method steps is one stage.
         """
         runs: list[list[AnyStep]] = []
         for step in self.parsed_steps():
@@ -138,7 +149,7 @@ class Recipe(Options):
         for number, steps in enumerate(runs):
             changes: dict[str, Any] = {"steps": self.steps[first : first + len(steps)]}
             if later := runs[number + 1 :]:
-                packed = quantize(steps) and all(isinstance(run[0], TrainStep) for run in later)
+                packed = quantize(steps) and all(isinstance(run[0], TrainStep | RuntimeStep) for run in later)
                 changes |= {"publish": None} | ({} if packed else {"output": Output(format="dense")})
             stages.append(Stage(self if len(runs) == 1 else self.model_copy(update=changes), steps))
             first += len(steps)
@@ -193,7 +204,7 @@ def parse_recipe(values: dict[str, Any]) -> Recipe:
 def parse_step(values: dict[str, Any], where: str) -> AnyStep:
     """One step from its plain values."""
     options = dict(values)
-    kinds = [kind for kind in ("method", "structure", "train") if kind in options]
+    kinds = [kind for kind in ("method", "structure", "train", "runtime") if kind in options]
     if len(kinds) > 1:
         raise RecipeError(f"{where}: has both `{kinds[0]}` and `{kinds[1]}`; make two steps of it")
     if "structure" in options:
@@ -202,6 +213,9 @@ def parse_step(values: dict[str, Any], where: str) -> AnyStep:
     if "train" in options:
         found, name = known_kind(options, "train", TRAININGS, where)
         return TrainStep(found.parse(options, where), name, where)
+    if "runtime" in options:
+        found, name = known_kind(options, "runtime", RUNTIMES, where)
+        return RuntimeStep(found.parse(options, where), name, where)
     name = options.pop("method", None)
     if not isinstance(name, str) or name not in METHODS:
         close = difflib.get_close_matches(str(name), METHODS, n=1)

@@ -23,9 +23,12 @@ from llmcompress.engines import verdicts
 from llmcompress.files import read_json
 from llmcompress.plan import Plan
 from llmcompress.recipe import Recipe
+from llmcompress.runtime_plan import RuntimePlan
 from llmcompress.safetensors_file import read_header
 from llmcompress.source import CODE, ModelSource
 from llmcompress.structure_budget import StructurePlan
+from llmcompress.thresholds import FILE as THRESHOLDS
+from llmcompress.thresholds import thresholds_of
 
 LIBRARIES = ("torch", "transformers", "compressed-tensors", "tokenizers", "safetensors", "lm_eval", "peft")
 PACKAGES = ("llmcompress", *LIBRARIES)
@@ -100,6 +103,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
     compress_seconds = sum(record["seconds"] for record in records)
     stages = outcome.clock.stages | {"compress": max(outcome.clock.stages["compress"], compress_seconds)}
     earlier, adapter = outcome.story.earlier, adapter_record(checkpoint.partial)
+    runtime = runtime_record(checkpoint.partial, plan, output)
     peaks = [
         outcome.peak_bytes,
         *(record["peak_bytes"] for record in records),
@@ -134,6 +138,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
             "parts": parts(origin, plan, layers) + adapter_part(adapter),
         },
         "adapter": adapter,
+        "runtime": runtime,
         "stages": stages_of(outcome, output),
         "training": outcome.story.training,
         "sparsity": sparsity(origin, plan, layers),
@@ -143,7 +148,7 @@ def collect_results(outcome: Outcome) -> dict[str, Any]:
         "plan": {"predicted": asdict(outcome.story.predicted), "measured": measured},
         "timing": {"total_seconds": sum(stages.values()), "stages": stages},
         "proof": outcome.proof,
-        "engines": verdicts(config, adapter=adapter is not None),
+        "engines": verdicts(config, adapter=adapter is not None, thresholds=runtime is not None),
         "code": CODE if "per_layer_config" in config else None,
         "scores": outcome.scores,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -161,6 +166,7 @@ def manifest(results: dict[str, Any], fingerprint: str) -> dict[str, Any]:
         "recipe",
         "format",
         "adapter",
+        "runtime",
         "calibration",
         "sparsity",
         "layers",
@@ -217,6 +223,40 @@ def adapter_record(folder: Path) -> dict[str, Any] | None:
         "parameters": sum(prod(info.shape) for info in tensors.values()),
         "bytes": (place / WEIGHTS).stat().st_size,
     }
+
+
+def runtime_record(folder: Path, plan: Plan, size: int) -> dict[str, Any] | None:
+    """What is said of the thresholds beside a model; None if it has none.
+
+    read_bytes: what one token of decoding reads of the weights, the embedding table aside where that is not the head.
+    Packed weights have no columns that could be left out.
+    """
+    found = thresholds_of(folder)
+    if found is None:
+        return None
+    table = unread_bytes(plan)
+    shapes = {linear.name: prod(linear.shape) * plan.itemsize for linear in plan.linears}
+    left_out = found.sparsity * sum(size for name, size in shapes.items() if sparse(plan, name))
+    return {
+        "method": "teal",
+        "sparsity": found.sparsity,
+        "dense_tokens": found.dense_tokens,
+        "linears": len(found.modules),
+        "file": THRESHOLDS,
+        "read_bytes": {"before": size - table, "after": int(size - table - left_out)},
+    }
+
+
+def sparse(plan: Plan, linear: str) -> bool:
+    """Whether columns of a linear are left out at run time."""
+    return isinstance(plan, RuntimePlan) and plan.format_name == "dense" and plan.sparse(linear)
+
+
+def unread_bytes(plan: Plan) -> int:
+    """Of the embedding table, of which a token reads one row; 0 where the head is the same table."""
+    vocabulary = plan.source.config.get("vocab_size")
+    tables = [info.shape for info in plan.tensors_of(None) if len(info.shape) == 2 and info.shape[0] == vocabulary]
+    return prod(tables[0]) * plan.itemsize if len(tables) > 1 else 0
 
 
 def adapter_part(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:

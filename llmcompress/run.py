@@ -53,6 +53,8 @@ from llmcompress.results import (
     peak_bytes,
     stage_record,
 )
+from llmcompress.runtime_job import RuntimeJob
+from llmcompress.runtime_plan import RuntimePlan
 from llmcompress.source import ModelSource, open_source
 from llmcompress.stages import Link, check_stages, combined, plan_stages
 from llmcompress.structure_budget import StructurePlan
@@ -134,6 +136,8 @@ def job_for(plan: Plan, shared: Shared, output: Path, built: Built | None = None
         kind = WidthJob if plan.groups else DepthJob
     elif isinstance(plan, TrainPlan):
         kind = AdapterJob if isinstance(plan, AdapterPlan) else TrainJob
+    elif isinstance(plan, RuntimePlan):
+        kind = RuntimeJob
     source = plan.source.fetch()
     return kind(replace(plan, source=source), source, shared, output, built)
 

@@ -32,6 +32,7 @@ from llmcompress.catalog import MODELS, PackagedFile
 from llmcompress.errors import SourceError
 from llmcompress.files import MANIFEST
 from llmcompress.safetensors_file import TensorInfo, hash_file, header_bytes, read_header, read_tensors
+from llmcompress.thresholds import FILE as THRESHOLDS
 
 if TYPE_CHECKING:
     import torch
@@ -228,6 +229,11 @@ def open_folder(
         raise SourceError(
             f"{path}: has LoRA weights in {adapter.name}/, which a run would leave out; merge them into a dense model "
             "(peft: `merge_and_unload`), or move that folder away"
+        )
+    if (path / THRESHOLDS).is_file():
+        raise SourceError(
+            f"{path}: has activation thresholds in {THRESHOLDS}, which are for this model alone and which a run would "
+            "leave out; take the model that it was made from, or move that file away"
         )
     tensors = _read_index(path)
     return ModelSource(

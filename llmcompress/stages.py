@@ -15,7 +15,8 @@ from llmcompress.methods import IntMethod
 from llmcompress.packed_source import PackedSource, result_after
 from llmcompress.plan import Plan, make_plan
 from llmcompress.proof import proof_blocks
-from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
+from llmcompress.recipe import Recipe, RuntimeStep, Stage, Step, StructureStep, TrainStep
+from llmcompress.runtime_plan import plan_runtime
 from llmcompress.source import ModelSource
 from llmcompress.structure import Hidden
 from llmcompress.training import Recover
@@ -37,6 +38,8 @@ class Link:
         step = self.stage.steps[0]
         if isinstance(step, StructureStep):
             return plan_units(self.stage.recipe, source, step, self.keep)
+        if isinstance(step, RuntimeStep):
+            return plan_runtime(self.stage.recipe, source, step)
         if isinstance(step, TrainStep) and isinstance(source, PackedSource):
             return plan_adapter(self.stage.recipe, source, step)
         if isinstance(step, TrainStep):
@@ -66,17 +69,25 @@ def plan_stages(recipe: Recipe, source: ModelSource) -> list[tuple[Link, Plan]]:
 
 
 def check_order(recipe: Recipe) -> None:
-    """Structure before masks, then integers, then at most LoRA; and a teacher that differs from what it teaches."""
-    pruned, quantized, adapted = None, None, None
+    """Structure before masks, then integers, then LoRA or thresholds; and a teacher unlike what it teaches."""
+    pruned, quantized, adapted, measured = None, None, None, None
     for place, step in enumerate(recipe.parsed_steps()):
         where = f"{step.where} ({step.name})"
+        if measured:
+            raise PlanError(f"{where}: would change the model whose activations {measured} has measured; put it first")
+        if adapted and isinstance(step, RuntimeStep):
+            raise PlanError(
+                f"{where}: needs plain or packed linears, and {adapted} leaves LoRA beside them; leave one out"
+            )
         if adapted:
             raise PlanError(f"{where}: would change the model that {adapted} has learned to correct; put it first")
         if isinstance(step, Step):
             pruned = where if step.method.prunes else pruned
             quantized = where if isinstance(step.method, IntMethod) else quantized
             continue
-        if quantized and isinstance(step, TrainStep) and step.options.leaves_weights:
+        if isinstance(step, RuntimeStep):
+            measured = where
+        elif quantized and isinstance(step, TrainStep) and step.options.leaves_weights:
             adapted = where
         elif quantized:
             raise PlanError(

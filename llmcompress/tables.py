@@ -7,6 +7,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from llmcompress.adapter_plan import AdapterPlan
+from llmcompress.at_runtime import RUNTIMES
 from llmcompress.catalog import DATASETS, MODELS
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
@@ -15,6 +16,7 @@ from llmcompress.methods import METHODS, Method, Pruner
 from llmcompress.options import Options
 from llmcompress.plan import Plan
 from llmcompress.recipe import recipe_paths
+from llmcompress.runtime_plan import RuntimePlan
 from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
 from llmcompress.suite import suite_paths
@@ -37,6 +39,8 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
         untouched = "is trained" if whole else "left alone"
         if linear.name in updated:
             what = f"{what}, then LoRA" if what else "LoRA"
+        if isinstance(plan, RuntimePlan) and plan.sparse(linear.name):
+            what = f"{what}, then {plan.step.name}" if what else f"{plan.step.name}; weights stay"
         row = kinds.setdefault((kind, linear.shape, what or untouched), [0, 0, 0])
         for i, value in enumerate((1, linear.before_bytes, linear.after_bytes)):
             row[i] += value
@@ -80,6 +84,7 @@ def score_table(scores: dict[str, Any]) -> Table:
     """Scores of `eval`."""
     title = f"suite {scores['suite']['name']} (version {scores['suite']['version']}), {scores['dtype']}"
     title += ", with its adapter" if scores["adapter"] else ""
+    title += ", with its thresholds" if scores["thresholds"] else ""
     table = make_table(title, "score", "model", "base")
     for row in scores["perplexity"]:
         add(table, f"perplexity {row['name']}", spread(row["compressed"], 1, 2), spread(row["base"], 1, 2))
@@ -111,6 +116,12 @@ def inspection_tables(found: dict[str, Any]) -> Iterator[Table]:
         shape = " x ".join(str(size) for size in row["shape"])
         add(table, row["name"], row["format"], shape, f"{row['bits']:.2f}", f"{row['density']:.3f}", str(row["bytes"]))
     yield table
+    if thresholds := found["thresholds"]:
+        words = (
+            f"{thresholds['sparsity']:.1%} of the weights of {thresholds['linears']} linears are left out for each "
+            f"token but the first {thresholds['dense_tokens']}, by llmcompress.load alone"
+        )
+        yield two_columns("Run time", [("thresholds", words)])
     yield two_columns(
         "Engines", [(f"{e['engine']}: {'yes' if e['loads'] else 'no'}", e["why"]) for e in found["engines"]]
     )
@@ -163,6 +174,11 @@ def listing(what: str) -> list[dict[str, Any]]:
         return [
             {"name": name, "description": STRUCTURE_WORDS[name], "options": options_of(structure)}
             for name, structure in STRUCTURES.items()
+        ]
+    if what == "runtimes":
+        return [
+            {"name": name, "description": first_line(each), "options": options_of(each)}
+            for name, each in RUNTIMES.items()
         ]
     if what == "trainings":
         return [

@@ -34,11 +34,11 @@ def case(
     return {"operator": operator, "zero": True, "bias": True, "transposed": False} | shape | more
 
 
-def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Results of interpreted_program.py, one for each case."""
+def interpreted(cases: list[dict[str, Any]], name: str = "interpreted_program.py") -> list[dict[str, Any]]:
+    """Results of a program that runs kernels in the interpreter, one for each case."""
     paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "tests/interpreted_program.py")]
+    program = [sys.executable, str(ROOT / "tests" / name)]
     ran = subprocess.run(
         program, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600, check=False
     )

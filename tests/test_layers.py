@@ -19,16 +19,17 @@ PACKAGE = Path(llmcompress.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = [  # a module imports from its own layer and from those above it in this list
-    "errors files options catalog engines progress quiet reload lazy adapter modeling_llmcompress",
-    "grid mask budget stats weight safetensors_file gguf_header",  # tensor maths and file headers
-    "methods formats runtime",
+    "errors files thresholds options catalog engines progress quiet reload lazy adapter modeling_llmcompress",
+    "grid mask budget stats histogram weight safetensors_file gguf_header",  # tensor maths and file headers
+    "methods formats runtime teal eviction",
     "source gguf_source hub_source text calibrate arch building fused stream checkpoint gradients",
-    "structure training",
+    "structure training at_runtime",
     "recipe",
     "layout plan machine assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "
-    "training_plan adapter_plan stages cost proof suite perplexity offline_tasks tasks evaluate inspection report hub",
-    "generation speed bench compress survey results job structure_job hidden_job training_job adapter_job run export "
-    "pad tables",
+    "training_plan adapter_plan runtime_plan stages cost proof suite perplexity offline_tasks tasks evaluate "
+    "inspection report hub",
+    "generation speed bench compress survey results job structure_job hidden_job training_job adapter_job runtime_job "
+    "run export pad tables",
     "cli __main__",
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

@@ -99,8 +99,8 @@ def hub_datasets(calibration: dict[str, Any] | None) -> list[str]:
 
 
 def relation(results: dict[str, Any]) -> str:
-    """What the model is to its base, in the Hub's terms: smaller dense ones count as fine-tuned."""
-    changed = any("structure" in step or "train" in step for step in results["recipe"]["steps"])
+    """What the model is to its base, in the Hub's terms: other dense ones count as fine-tuned."""
+    changed = any({"structure", "train", "runtime"} & step.keys() for step in results["recipe"]["steps"])
     return "finetune" if changed and results["format"] == "dense" else "quantized"
 
 
@@ -120,6 +120,7 @@ def view(results: dict[str, Any], recipe: str) -> dict[str, Any]:
         "kept": kept_by_reason(results["kept"]),
         "loads": loads,
         "adapter": adapter,
+        "runtime": results.get("runtime"),
         "vllm_rank": next((most for most in VLLM_RANKS if most >= rank), rank),
         "python_name": Markup(json.dumps(where)),
         "shell_name": Markup(shlex.quote(where)),

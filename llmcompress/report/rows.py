@@ -16,6 +16,7 @@ QUANTITIES = {  # keys of plan.predicted and plan.measured: name, unit
     "output_bytes": ("size of the result", "bytes"),
     "seconds": ("time", "seconds"),
 }
+KINDS = ("structure", "train", "runtime")  # of steps that are not methods
 DENOMINATORS = {  # keys of sparsity: what the zeros are a share of
     "of_pruned_linears": "the pruned linears",
     "of_decoder_linears": "all linears of the decoder blocks",
@@ -45,11 +46,25 @@ def comparison(results: dict[str, Any]) -> list[Row]:
             Row(f"zeros, of {words}", "", UNKNOWN, show(sparsity[key], "percent"), UNKNOWN)
             for key, words in DENOMINATORS.items()
         ]
+    if runtime := results.get("runtime"):
+        rows += runtime_rows(runtime)
     if scores is None:
         return rows
     rows += [perplexity_row(item) for item in scores["perplexity"]]
     rows += divergence_rows(scores["divergence"]) if scores["divergence"] else []
     return rows + [task_row(item) for item in scores["tasks"]]
+
+
+def runtime_rows(runtime: dict[str, Any]) -> list[Row]:
+    """What a token of decoding leaves out and reads."""
+    reads = runtime["read_bytes"]
+    change = Markup(f"× {show(reads['after'] / reads['before'], 'ratio')}")
+    detail = f"each token but the first {show(runtime['dense_tokens'], 'count')}, by llmcompress.load alone"
+    share = show(runtime["sparsity"], "percent")
+    return [
+        Row(f"weights left out at run time, of {runtime['linears']} linears", detail, UNKNOWN, share, UNKNOWN),
+        Row("weights read for a token", detail, show(reads["before"], "bytes"), show(reads["after"], "bytes"), change),
+    ]
 
 
 def perplexity_row(item: dict[str, Any]) -> Row:
@@ -124,7 +139,7 @@ def schemes(layers: list[dict[str, Any]]) -> str:
 def what_was_done(results: dict[str, Any]) -> str:
     """All stages in words, the last with its details; LoRA comes after the linears' methods, which it leaves alone."""
     stages = [one_line(stage["name"]) for stage in results.get("stages") or []][1:-1]
-    steps = [step.get("structure") or step.get("train") for step in results["recipe"]["steps"]]
+    steps = [next((step[k] for k in KINDS if k in step), None) for step in results["recipe"]["steps"]]
     last = schemes(results["layers"]) or one_line(str(steps[-1] or ""))
     if adapter := results.get("adapter"):
         stages, last = stages[:-1], f"{last}, then {steps[-1]} by LoRA of rank {show(adapter['rank'], 'count')}"

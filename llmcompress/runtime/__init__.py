@@ -28,6 +28,8 @@ from llmcompress.runtime.linears import CompressedLinear, PackedLinear, StoredLi
 from llmcompress.runtime.mlp import GatedMLP
 from llmcompress.runtime.quantizers import LLMCompressConfig
 from llmcompress.runtime.swap import Accelerated, accelerate
+from llmcompress.teal import apply_thresholds
+from llmcompress.thresholds import thresholds_of
 
 __all__ = [
     "Accelerated",
@@ -48,13 +50,15 @@ def load(folder: str | Path, *, packed: bool = True, **options: Any) -> Any:
 
     packed: linears that compute with their packed weights, where an operator takes them; False: ordinary linears with
     the same values. If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft
-    needs them.
+    needs them. If it has activation thresholds, the model leaves out what they say.
     Raises FormatError if a packed tensor is damaged or of another size than config.json says, and what transformers
     raises for a folder that it cannot load.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
+    if thresholds := thresholds_of(Path(folder)):
+        apply_thresholds(model, thresholds)
     adapter = adapter_of(Path(folder))
     if (adapter or not packed) and getattr(model, "hf_quantizer", None) is not None:
         unpack(model)

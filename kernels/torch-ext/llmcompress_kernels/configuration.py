@@ -9,6 +9,7 @@ from typing import Any
 
 TYPES = {  # of kernel arguments that are neither int32 nor a pointer to the dtype of x; the same in every operator
     "scaling": "fp32",
+    "threshold": "fp32",
     "words_ptr": "*i32",
     "gate_words_ptr": "*i32",
     "up_words_ptr": "*i32",

@@ -1,0 +1,31 @@
+"""TEAL: inputs of linears that are small count as zero, and their columns are not read.
+
+Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models", arXiv:2408.14690. For a linear with input
+x and threshold t, y = W s(x) with s(x)[k] = x[k] where |x[k]| > t, else 0; t is the quantile of |x| on calibration data
+at the linear's share of zeros, and a greedy search spreads the block's share over its linears (`allocation.py`).
+
+- runtime: teal
+  sparsity: 0.4
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmcompress.options import Options
+
+
+class Runtime(Options):
+    """What all run-time steps have: the linears that they are for."""
+
+    targets: list[str] = Field(["*"], min_length=1, description="globs on module names")
+
+
+class Teal(Runtime):
+    """Options of `runtime: teal`."""
+
+    sparsity: float = Field(0.4, ge=0, le=0.9, description="share of a block's weights that a token does not read")
+    allocation: Literal["greedy", "uniform"] = Field("greedy", description="how it is spread over a block's linears")
+    step: float = Field(0.02, gt=0, le=0.2, description="greedy: share of the block's weights that a raise leaves out")
+    search_samples: int = Field(2, ge=1, description="greedy: calibration windows that outputs are compared on")
+    dense_tokens: int = Field(16, ge=0, description="tokens at the start of every text that use all weights")

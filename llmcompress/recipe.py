@@ -8,8 +8,9 @@
         group_size: 64
     output: {format: pack-quantized}
 
-A step names a `method` for single weights, a `structure` whose units go, or how to `train`. Its other options, but for
-`targets`, are the fields of that record (`llmcompress list methods`, `list structures`, `list trainings`).
+A step names a `method` for single weights, a `structure` whose units go, or how to `train`: recovery, or a technique.
+Its other options, but for `targets`, are the fields of that record (`llmcompress list methods`, `list structures`,
+`list trainings`).
 
 Consecutive method steps are one stage, in which every block is loaded once; any other step is a stage of its own, whose
 result is the model that the next stage starts from.

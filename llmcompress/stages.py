@@ -18,7 +18,6 @@ from llmcompress.proof import proof_blocks
 from llmcompress.recipe import Recipe, Stage, Step, StructureStep, TrainStep
 from llmcompress.source import ModelSource
 from llmcompress.structure import Hidden
-from llmcompress.training import Recover
 from llmcompress.training_plan import plan_training
 
 if TYPE_CHECKING:
@@ -85,8 +84,11 @@ def check_order(recipe: Recipe) -> None:
             )
         if isinstance(step, StructureStep) and pruned:
             raise PlanError(f"{where}: would break the pattern that {pruned} has pruned; put structure steps first")
-        taught = isinstance(step, TrainStep) and isinstance(step.options, Recover) and step.options.has_teacher
-        if taught and place == 0:
+        if not isinstance(step, TrainStep):
+            continue
+        changes = step.options.leaves is not None or step.options.begins_anew
+        pruned = where if step.options.leaves else pruned
+        if step.options.has_teacher and not changes and place == 0:
             raise PlanError(
                 f"{where}: the model that the run begins with is the teacher, so there is nothing to learn from it "
                 "yet; put it after a step that changes the model, or set `loss: cross_entropy`"
@@ -96,7 +98,7 @@ def check_order(recipe: Recipe) -> None:
 def check_teacher(stage: Stage, teacher: ModelSource, source: ModelSource) -> None:
     """Hidden states are compared number by number, so both models must have as many."""
     step = stage.steps[0]
-    if not isinstance(step, TrainStep) or not isinstance(step.options, Recover) or "hidden" not in step.options.loss:
+    if not isinstance(step, TrainStep) or "hidden" not in step.options.loss:
         return
     there, here = (each.config.get("hidden_size", each.config.get("n_embd")) for each in (teacher, source))
     if there != here:

@@ -22,7 +22,7 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "errors files options catalog engines progress quiet reload lazy adapter modeling_llmcompress",
     "grid mask budget stats weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats runtime",
-    "source gguf_source hub_source text calibrate arch building fused stream checkpoint gradients",
+    "source gguf_source hub_source new_model text calibrate arch building fused stream checkpoint gradients",
     "structure training",
     "recipe",
     "layout plan machine assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "

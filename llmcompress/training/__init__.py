@@ -1,7 +1,28 @@
-"""Training: techniques that learn. TRAININGS are their options, by the name that recipes use."""
+"""Training: recovery, and techniques that become sparse while they learn.
 
-from llmcompress.training.step import Recover, Train
+TRAININGS are their options, by the name that recipes use.
+"""
 
-TRAININGS: dict[str, type[Train]] = {"recover": Recover}
+from llmcompress.training.step import Learn, Recover, Train
+from llmcompress.training.techniques.dense import Dense
+from llmcompress.training.techniques.gradual import Gradual
+from llmcompress.training.techniques.grasp import Grasp
+from llmcompress.training.techniques.masked import Masked
+from llmcompress.training.techniques.random import Random
+from llmcompress.training.techniques.rigl import RigL
+from llmcompress.training.techniques.set import SET
+from llmcompress.training.techniques.snip import Snip
 
-__all__ = ["TRAININGS", "Recover", "Train"]
+TRAININGS: dict[str, type[Train]] = {
+    "recover": Recover,
+    "dense": Dense,
+    "masked": Masked,
+    "random": Random,
+    "snip": Snip,
+    "grasp": Grasp,
+    "rigl": RigL,
+    "set": SET,
+    "gradual": Gradual,
+}
+
+__all__ = ["TRAININGS", "Learn", "Recover", "Train"]

@@ -148,7 +148,7 @@ def length_of(plan: TrainPlan) -> int:
 
 
 def predict(plan: TrainPlan) -> Cost:
-    """What the step will take: the whole model in float32, what of it is trained three times more, one pass."""
+    """What the step will take: the whole model in float32, what of it is trained three times more, masks, one pass."""
     options, length = plan.step.options, length_of(plan)
     parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
     trained = lora_parameters(plan) if options.lora else parameters
@@ -157,7 +157,8 @@ def predict(plan: TrainPlan) -> Cost:
     inside = 2 if options.precision == "bfloat16" else 4
     kept = (1 if options.gradient_checkpointing else plan.count) * 2.5 * sum(sum(shape) for shape in first)
     window = options.micro_batch * length * (kept * inside + 4 * 4 * vocabulary)
-    memory = LIBRARIES + 4 * parameters + 3 * 4 * trained + window
+    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
+    memory = LIBRARIES + 4 * parameters + max(3 * 4 * trained + window, options.scoring_bytes * pruned) + pruned
     output = parameters * plan.itemsize + HEADER * len(plan.source.tensors)
     operations = 2.0 * parameters * options.steps * options.batch * length
     passes = 4.0 if options.gradient_checkpointing else 3.0

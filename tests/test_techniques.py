@@ -1,7 +1,8 @@
-"""Techniques beside the loop: exact counts, masks that move as their papers say, zeros that are zero, exact resumption."""
+"""Techniques beside the loop: exact counts, masks that move as their papers say, zeros that stay, exact resumption."""
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,7 @@ def test_masks_trade_weights_until_they_stay(name, tmp_path):
 
     learn(tmp_path, SPARSE[name], watch)
     assert all(counts(each) == counts(masks[0]) for each in masks)
-    moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in zip(masks, masks[1:], strict=False)]
+    moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in pairwise(masks)]
     assert [step for step, changed in enumerate(moved, 1) if changed] == [3, 6]
     assert all(grown)
     assert len(grown) == 2
@@ -317,9 +318,7 @@ def test_a_mask_is_taken_from_another_model(run_here):
     for name in [name for name in old if "_proj" in name]:
         assert torch.equal(old[name] == 0, new[name] == 0)
         assert not torch.equal(old[name], new[name])
-    with pytest.raises(
-        PlanError, match=r"is a mask for another model: model\.layers\.0\.self_attn\..*weight is \[96, 96"
-    ):
+    with pytest.raises(PlanError, match=r"is a mask for another model: model\.layers\.0\.self_attn\.\w+\.weight is "):
         run_here("qwen3", step, keep=[])
 
 

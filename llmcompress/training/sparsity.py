@@ -17,6 +17,7 @@ from llmcompress.mask import first_of
 from llmcompress.training.step import Learn
 from llmcompress.training.technique import Learner, Technique
 
+RANKING = 24  # bytes per weight: its gradient, score and place, before and after sorting
 Shapes = Mapping[str, tuple[int, int]]  # name -> [out, in]
 
 

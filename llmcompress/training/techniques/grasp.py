@@ -12,10 +12,12 @@ which needs no second derivative of attention kernels, that have none. SynFlow (
 data, was not taken: its flow passes softmax and norms of a transformer only if something else stands for them.
 """
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
-from llmcompress.training.sparsity import Sparse, Static
+from llmcompress.training.sparsity import RANKING, Sparse, Static
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.snip import WINDOWS, drawn, ranked
 
@@ -24,6 +26,8 @@ STEP = 1e-2  # of the difference, relative to the weights; in float32 a smaller 
 
 class Grasp(Sparse):
     """Options of `train: grasp`."""
+
+    scoring_bytes: ClassVar[int] = RANKING
 
     windows: int = Field(WINDOWS, ge=1, description="windows of text that the score is taken on")
 

@@ -8,18 +8,20 @@
 The mask is drawn once with `seed` and never moves.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
-from llmcompress.training.sparsity import Shapes, Sparse, Spread, Static, random_masks, spread_counts
+from llmcompress.training.sparsity import RANKING, Shapes, Sparse, Spread, Static, random_masks, spread_counts
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.snip import WINDOWS, ranked, snip_scores
 
 
 class Random(Sparse):
     """Options of `train: random`."""
+
+    scoring_bytes: ClassVar[int] = RANKING
 
     spread: Literal["erk", "uniform", "snip"] = Field(
         "erk", description="densities: erk, more where a matrix is small; uniform, the same; snip, by its ranking"

@@ -7,12 +7,13 @@ may leave some matrix without a weight, which is a known weakness of the method:
 """
 
 from math import prod
+from typing import ClassVar
 
 from pydantic import Field
 
 from llmcompress.errors import NumericalError
 from llmcompress.lazy import Tensor, torch
-from llmcompress.training.sparsity import Sparse, Static, best_of_all, kept_in_all
+from llmcompress.training.sparsity import RANKING, Sparse, Static, best_of_all, kept_in_all
 from llmcompress.training.technique import Learner, Technique
 
 WINDOWS = 32
@@ -20,6 +21,8 @@ WINDOWS = 32
 
 class Snip(Sparse):
     """Options of `train: snip`."""
+
+    scoring_bytes: ClassVar[int] = RANKING
 
     windows: int = Field(WINDOWS, ge=1, description="windows of text that the score is taken on")
 

@@ -23,6 +23,7 @@ from llmcompress.run import run
 from llmcompress.training import TRAININGS
 from llmcompress.training.loop import Curve, Task, rate, train
 from llmcompress.training.losses import cross_entropy
+from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.sparsity import best_of_all, kept_in_all, spread_counts
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.grasp import grasp_scores
@@ -396,3 +397,10 @@ def test_bad_input_ends_the_command_with_code_2_and_one_message(tiny_folders, te
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: steps[0]")
     assert [each.name for each in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_weights_that_are_shared_out_are_refused(monkeypatch):
+    refuse_sharing("rigl")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PlanError, match="rigl ranks all weights of a matrix; launch plain processes"):
+        refuse_sharing("rigl")

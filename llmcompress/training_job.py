@@ -174,8 +174,8 @@ class TrainJob(Job):
             return {}
         if full := [name for name in self._targets() if name in masks]:
             raise PlanError(
-                f"{full[0]}: holds many zeros already, which {self.plan.step.name} would choose anew; `train: dense` keeps "
-                "them"
+                f"{full[0]}: holds many zeros already, which {self.plan.step.name} would choose anew; `train: dense` "
+                "keeps them"
             )
         return {name: mask for name, mask in masks.items() if not kept(name, self.plan.recipe.keep)}
 

@@ -70,7 +70,7 @@ def ranked(scores: dict[str, Tensor], options: Ranked) -> dict[str, Tensor]:
     masks = best_of_all(above, kept_in_all(shapes, options.density))
     if empty := [name for name, mask in masks.items() if not bool(mask.any())]:
         raise NumericalError(
-            f"{empty[0]}: none of its {prod(shapes[empty[0]]):,} scores is among the best {options.density:.2%} of all; "
-            "raise `least`, or use `train: random`, which gives every matrix its share"
+            f"{empty[0]}: none of its {prod(shapes[empty[0]]):,} scores is among the best {options.density:.2%} of all; use"
+            " a larger `least`, or `train: random`, which gives every matrix its share"
         )
     return masks

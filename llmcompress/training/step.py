@@ -94,6 +94,11 @@ class Train(Options):
         """The model whose zeros are the mask to train with, if the step names one."""
         return None
 
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """Kinds of units (`structure/`) that it zeroes as a whole, for a structure step to remove."""
+        return ()
+
     def technique(self) -> "Technique":
         """What happens beside the gradient steps: here nothing."""
         from llmcompress.training.technique import Technique
@@ -102,6 +107,9 @@ class Train(Options):
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError if it cannot do what it is told with linears of these shapes [out, in]."""
+
+    def check_units(self, model: Any) -> None:
+        """Raise ValueError if it cannot do what it is told with the units of a model, which may be a skeleton."""
 
 
 class Recover(Train):

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 from llmcompress.arch import Architecture, Module, match_names
 from llmcompress.building import build

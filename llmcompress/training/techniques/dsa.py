@@ -4,16 +4,17 @@ allocation, Ning et al. 2020, arXiv:2004.02164.
     p_i = 1 / (1 + (β1 / b_i)^β2)        β1 such that mean p_i = α        m_i ~ Bernoulli(p_i)
     minimize L(W, m) over W and α, subject to F(α) <= B
 
-b_i: importance of unit i of a block, the norm of everything that goes with it; its logarithms are standardized, so that
-β2 means the same in every block. β2 grows, which makes p a step: the α U most important of U units. α gets its gradient
-through the masks (straight-through) and through β1, which is a function of α: dp_i/dα = U softmax(log p'_i). F is linear,
-the cost of a unit times how many there are. The constraint is held by an augmented Lagrangian,
+b_i: importance of unit i of a block, the norm of everything that goes with it; its logarithms are standardized, so
+that β2 means the same in every block. β2 grows, which makes p a step: the α U most important of U units. α gets its
+gradient through the masks (straight-through) and through β1, which is a function of α: dp_i/dα = U softmax(log p'_i).
+F is linear, the cost of a unit times how many there are. The constraint is held by an augmented Lagrangian,
 
     μ g + ρ/2 g²      g = F(α) / B_t - 1      μ <- max(0, μ + ρ g)
 
 with B_t falling from everything to the budget B in the first half of the time. At the end ratios become counts: the α
-are shifted together until the counts, rounded down, just fit, and what is left of the budget is filled up by the largest
-remainders. The most important units of each block stay. α = sigmoid(`speed` θ), trained by the model's optimizer.
+are shifted together until the counts, rounded down, just fit, and what is left of the budget is filled up by the
+largest remainders. The most important units of each block stay. α = sigmoid(`speed` θ), trained by the model's
+optimizer.
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.training.technique import Learner, Technique
-from llmcompress.training.units import Units, UnitLearn, UnitTechnique
+from llmcompress.training.units import UnitLearn, Units, UnitTechnique
 
 
 class GroupLasso(UnitLearn):

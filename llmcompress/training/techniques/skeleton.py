@@ -5,8 +5,8 @@ filter in filter (PFF), Meng et al. 2020, arXiv:2009.14410.
 
 In a convolution a stripe is one of the k x k places of a filter. A linear has no such places; here W_ij is a run of
 `stripe` input columns of one output row, and S [out, in / stripe] holds a number for each, 1 at first. As in
-`group_lasso` the L1 norm is followed by its proximal step, S <- sign(S) max(0, |S| - λ η), with the learning rate η of S,
-which is `speed` times that of the weights. After the last step S is multiplied into W, so that nothing of it is left.
+`group_lasso` the L1 norm is followed by its proximal step, S <- sign(S) max(0, |S| - λ η), with the learning rate η of
+S, which is `speed` times that of the weights. After the last step S is multiplied into W, so nothing of it is left.
 
 Which matrices lose how much is learned. With `density`, as many stripes as are above it go at the end, those of the
 smallest |S| of all.

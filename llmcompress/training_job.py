@@ -172,6 +172,11 @@ class TrainJob(Job):
                     "which keeps them"
                 )
             return {}
+        if full := [name for name in self._targets() if name in masks]:
+            raise PlanError(
+                f"{full[0]}: holds many zeros already, which {self.plan.step.name} would choose anew; `train: dense` "
+                "keeps them"
+            )
         return {name: mask for name, mask in masks.items() if not kept(name, self.plan.recipe.keep)}
 
     def _rows(self, index: int) -> Iterator[dict[str, Any]]:

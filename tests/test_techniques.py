@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_budget import SMOLLM
@@ -196,7 +196,8 @@ def toy() -> tuple[Learner, Tensor]:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     x = torch.randn(6, 3, dtype=torch.float64)
     weights = {f"{i}.weight": model[i].weight for i in (0, 2)}
-    return Learner(model, weights, lambda rows: model(x[rows]).square().sum(1).mean(), 6), torch.arange(6)
+    rows = torch.arange(6)
+    return Learner(model, weights, lambda rows: model(x[rows]).square().sum(1).mean(), rows), rows
 
 
 def test_scores_of_snip_are_their_equation():
@@ -260,7 +261,7 @@ def test_rigl_takes_the_largest_gradients_and_gives_up_the_smallest_weights():
     """At step 3 of 9, with drop 0.5: 0.375 of five weights, which is one."""
     technique = parse_step(SHORT | RIGL | {"drop": 0.5}, "steps[0]").options.technique()
     weight = nn.Parameter(torch.tensor([[1.0, -0.1, 0.5, 0.0], [0.0, 0.0, 2.0, -3.0]]))
-    learner = Learner(nn.Linear(1, 1), {"w": weight}, lambda rows: rows, 1)
+    learner = Learner(nn.Linear(1, 1), {"w": weight}, lambda rows: rows, torch.arange(1))
     technique.masks = {"w": weight != 0}
     weight.grad = torch.tensor([[9.0, 9.0, 0.0, 1.0], [-5.0, 0.5, 0.0, 0.0]])
     assert technique.before_step(2, learner) is True
@@ -321,6 +322,23 @@ def test_a_mask_is_taken_from_another_model(run_here):
         assert not torch.equal(old[name], new[name])
     with pytest.raises(PlanError, match=r"is a mask for another model: model\.layers\.0\.self_attn\.\w+\.weight is "):
         run_here("qwen3", step, keep=[])
+
+
+def test_zeros_of_a_model_are_not_chosen_anew(run_here, tmp_path):
+    """Zeros that no manifest tells of: those of a folder that somebody else has pruned."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(torch.rand(weight.shape) > 0.5 if "_proj" in name else 1)
+    model.save_pretrained(tmp_path / "zeros")
+    tiny_tokenizer().save_pretrained(tmp_path / "zeros")
+    with pytest.raises(PlanError, match="holds many zeros already, which set would choose anew"):
+        run_here(str(tmp_path / "zeros"), SHORT | SPARSE["set"])
+
+
+def test_a_score_may_be_taken_on_what_the_dense_model_says(run_here):
+    step = sparse_run("snip", loss="distillation", windows=8)
+    assert run_here("llama", step)[1]["training"][0]["loss"] == {"distillation": 1.0}
 
 
 @pytest.mark.parametrize("name", ["rigl", pytest.param("gradual", marks=pytest.mark.slow)])

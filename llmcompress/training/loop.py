@@ -70,7 +70,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     """
     accelerator = start(cpu=task.cpu)
     technique = task.technique or Technique(options)
-    learner = learner_of(model, task, accelerator)
+    learner = learner_of(model, options, task, accelerator)
     technique.prepare(learner)
     agreed(technique.masks, accelerator)
     groups = parameter_groups(trainable(model), options)
@@ -132,12 +132,13 @@ def share_of_batch(options: Train, processes: int) -> int:
     return share
 
 
-def learner_of(model: Any, task: Task, accelerator: Any) -> Learner:
+def learner_of(model: Any, options: Train, task: Task, accelerator: Any) -> Learner:
     """What the technique sees; where there are weights for it, the model is put where it will learn."""
     if task.targets:  # only then: weights that will be shared out need not fit one device
         model.to(accelerator.device)
     weights = {name: model.get_parameter(name) for name in task.targets}
-    return Learner(model, weights, partial(task.loss, model), task.windows, task.given)
+    rows = torch.tensor(drawn_rows(task.windows, options))
+    return Learner(model, weights, partial(task.loss, model), rows, task.given)
 
 
 def agreed(masks: dict[str, Tensor], accelerator: Any) -> None:

@@ -35,7 +35,7 @@ class Learner:
     model: "nn.Module"
     weights: "Mapping[str, nn.Parameter]"  # by parameter name: the matrices that it is for, float32
     loss: Callable[[Tensor], Tensor]  # windows [n] int64 -> mean loss, with its graph
-    windows: int  # how many there are
+    rows: Tensor  # [n] int64: the windows that some step takes
     given: Mapping[str, Tensor] = field(default_factory=dict)  # masks of these weights that the options name
     optimizer: Any = None  # AdamW; None while the technique is prepared
     rate: float = 0.0  # learning rate of the step

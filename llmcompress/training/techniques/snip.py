@@ -48,7 +48,7 @@ def snip_scores(learner: Learner, windows: int, seed: int) -> dict[str, Tensor]:
 def drawn(learner: Learner, windows: int, seed: int) -> Tensor:
     """Some windows of the training text, [n] int64: `windows` of them, or all that there are."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(learner.windows, generator=generator)[:windows].sort().values
+    return learner.rows[torch.randperm(len(learner.rows), generator=generator)[:windows].sort().values]
 
 
 def ranked(scores: dict[str, Tensor], density: float) -> dict[str, Tensor]:

@@ -93,14 +93,15 @@ class Ledger:
             low, high = (middle, high) if self.cost(counts) <= self.budget else (low, middle)
         wishes = self.wishes(logits, low)
         counts = [max(1, floor(wish)) for wish in wishes]
-        while self.left(counts) >= min(self.prices):
+        while True:
             missing = [i for i, count in enumerate(counts) if count < self.counts[i]]
             fitting = [i for i in missing if self.prices[i] <= self.left(counts)]
+            if not fitting and self.left(counts) <= SLACK * self.budget:
+                return counts
             most = max(fitting or missing, key=lambda i: wishes[i] - counts[i])
             if not fitting and not self.make_room(counts, wishes, self.prices[most]):
-                break
+                return counts
             counts[most] += 1
-        return counts
 
     def left(self, kept: Sequence[int]) -> float:
         """Of the budget, with so many units."""

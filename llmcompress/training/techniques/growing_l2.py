@@ -7,7 +7,8 @@ Wang et al. 2021, arXiv:2012.09243.
 Chosen are, in every block, the units with the smallest sum of |w|. Pulled slowly, the model has time to give their work
 to others, so that removing them at the end changes little. The paper adds λ/2 ||W_G||² to the loss; under Adam, which
 divides a gradient by its size, that would not grow, so the pull is taken apart from the gradient as AdamW's decay is
-(Loshchilov and Hutter 2019). η: the learning rate of the step. For a model that has been trained already.
+(Loshchilov and Hutter 2019). Adam moves a weight by up to η, so what it holds against the pull is about 1 / λ. η: the
+learning rate of the step. For a model that has been trained already.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from llmcompress.training.units import Fewer, UnitTechnique, lowest
 class GrowingL2(Fewer):
     """Options of `train: growing_l2`."""
 
-    ceiling: float = Field(100.0, gt=0, description="λ at the end; a weight is multiplied by exp(-η λ) at each step")
+    ceiling: float = Field(1000.0, gt=0, description="λ at the end; a weight is multiplied by exp(-η λ) at each step")
     every: int = Field(5, ge=1, description="steps between two λ")
 
     @property

@@ -76,7 +76,7 @@ class Proximal(Technique):
                 if step == self.options.end:
                     found += int((matrix.reshape(-1, PATTERN.m).count_nonzero(1) > PATTERN.n).sum())
                     groups += len(fours)
-                    self.masks[name] = as_matrix(linear, keep_best(matrix.abs(), PATTERN, 0.5))
+                    self.masks[name] = as_matrix(linear, keep_best(matrix.abs(), PATTERN, 0.5)).contiguous()
         self.forced = found / groups if groups else self.forced
 
     def state(self) -> dict[str, Tensor]:

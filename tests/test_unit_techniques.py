@@ -397,10 +397,8 @@ def test_the_smaller_model_computes_the_same(run_here, tmp_path_factory):
         second.scale(torch.tensor([0.05, 0.05]))
     model.save_pretrained(start)
     tiny_tokenizer().save_pretrained(start)
-    step, kinds = (
-        SHORT | LASSO | {"strength": 2.0, "learning_rate": 1e-3},
-        ("attention", "mlp", "kv_group", "mlp_channel"),
-    )
+    step = SHORT | LASSO | {"strength": 2.0, "learning_rate": 1e-3}
+    kinds = ("attention", "mlp", "kv_group", "mlp_channel")
     full, _ = run_here(str(start), step, dtype="float32")
     small, results = run_here(str(start), step, *cut_out(*kinds), dtype="float32")
     config = json.loads((small / "config.json").read_text())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llmcompress.cli import main
 from llmcompress.errors import NumericalError, PlanError, RecipeError, ResumeError
+from llmcompress.progress import Silent
 from llmcompress.recipe import parse_step
 from llmcompress.run import run
 from llmcompress.training import TRAININGS
@@ -27,7 +28,7 @@ from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.sparsity import best_of_all, kept_in_all, spread_counts
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.grasp import grasp_scores
-from llmcompress.training.techniques.snip import ranked, snip_scores
+from llmcompress.training.techniques.snip import Snip, ranked, snip_scores
 
 SHORT = {
     "steps": 12, "batch": 2, "micro_batch": 2, "learning_rate": 1e-2, "warmup": 1, "weight_decay": 0.1,
@@ -164,10 +165,10 @@ def test_penalties_count_and_are_not_in_the_curve(tmp_path):
 
     options = TRAININGS["dense"].parse(SHORT | {"steps": 30}, "")
     model, name = tiny_model("llama"), "model.layers.0.mlp.up_proj.weight"
-    before = float(model.get_parameter(name).norm())
+    before = float(model.get_parameter(name).detach().norm())
     task = Task(8, 16, loss, {}, cpu=True, technique=Pull(options), targets=(name,))
     curve = train(model, options, task, tmp_path, lambda *_: None)
-    assert float(model.get_parameter(name).norm()) < 0.2 * before
+    assert float(model.get_parameter(name).detach().norm()) < 0.2 * before
     assert max(curve.losses) < 100
 
 
@@ -202,7 +203,7 @@ def toy() -> tuple[Learner, Tensor]:
 
 def test_scores_of_snip_are_their_equation():
     learner, rows = toy()
-    found = snip_scores(learner, 6, seed=0)
+    found = snip_scores(learner, Snip(density=0.5, windows=6))
     gradients = torch.autograd.grad(learner.loss(rows), list(learner.weights.values()))
     for (name, weight), gradient in zip(learner.weights.items(), gradients, strict=True):
         torch.testing.assert_close(found[name], (weight * gradient).abs())
@@ -225,9 +226,17 @@ def test_scores_of_grasp_are_those_of_the_hessian():
 def test_a_ranking_that_empties_a_matrix_is_refused():
     scores = {"a": torch.rand(4, 4) + 1, "b": torch.rand(4, 4)}
     with pytest.raises(NumericalError, match=r"b: none of its 16 scores is among the best 25.00% of all"):
-        ranked(scores, 0.25)
+        ranked(scores, Snip(density=0.25, least=0.0))
     with pytest.raises(NumericalError, match="NaN"):
-        ranked({"a": torch.full((2, 2), torch.nan)}, 0.5)
+        ranked({"a": torch.full((2, 2), torch.nan)}, Snip(density=0.5))
+
+
+def test_every_matrix_has_its_least_of_a_ranking():
+    """Of its own scores the best, out of the same total."""
+    scores = {"a": torch.rand(4, 4) + 1, "b": torch.rand(4, 4)}
+    masks = ranked(scores, Snip(density=0.25, least=0.5))
+    assert counts(masks) == {"a": 6, "b": 2}
+    assert scores["b"][masks["b"]].min() > scores["b"][~masks["b"]].max()
 
 
 # masks that move
@@ -341,22 +350,67 @@ def test_a_score_may_be_taken_on_what_the_dense_model_says(run_here):
     assert run_here("llama", step)[1]["training"][0]["loss"] == {"distillation": 1.0}
 
 
-@pytest.mark.parametrize("name", ["rigl", pytest.param("gradual", marks=pytest.mark.slow)])
-def test_a_killed_training_continues_with_the_same_bytes(name, tiny_folders, tmp_path):
-    """Killed after its first state, which lies between two updates of the masks."""
-    model, text, folder = tiny_folders("llama"), write_text(tmp_path / "t.txt"), tmp_path / "killed"
-    moment = {"folder": str(folder), "side": "after", "file": "train.json"}
-    run_die_at([moment], tmp_path / "whole", values(model, text, sparse_run(name)))
+class Stopped(Exception):
+    """Ends a training in the middle."""
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_stopped_training_continues_to_the_same_masks_and_weights(name, tmp_path):
+    """After step 5 of 12, with the state of step 4; masks that move do so at steps 3 and 6."""
+
+    def stop(step: int, technique: Technique, learner: Learner) -> None:
+        if step == 5:
+            raise Stopped
+
+    step = SPARSE[name] | {"checkpoint_every": 4}
+    whole, technique, curve = learn(tmp_path / "whole", step)
+    with pytest.raises(Stopped):
+        learn(tmp_path / "stopped", step, stop)
+    steps: list[int] = []
+    again, other, losses = learn(tmp_path / "stopped", step, lambda step, *_: steps.append(step))
+    assert steps == list(range(4, 12))
+    assert losses.losses == curve.losses
+    assert other.record() == technique.record()
+    for key, weight in whole.named_parameters():
+        assert torch.equal(again.get_parameter(key), weight), key
+
+
+class StopAt(Silent):
+    """Ends a run in its training."""
+
+    def advance(self, done: int, detail: str = "") -> None:
+        """Told of step 6, it does."""
+        if detail.startswith("loss") and done == 6:
+            raise Stopped
+
+
+def test_a_stopped_run_continues_with_its_own_seed_and_data_alone(tiny_folders, tmp_path):
+    model, text, folder = tiny_folders("llama"), write_text(tmp_path / "t.txt"), tmp_path / "stopped"
+    mine = recipe(model, text, sparse_run("rigl"))
     with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+        run(mine, tmp_path / "whole")
+        with pytest.raises(Stopped):
+            run(mine, folder, progress=StopAt())
         with pytest.raises(ResumeError, match="another model, data, recipe or version"):
-            run(recipe(model, text, sparse_run(name, seed=1)), folder)
-        content = text.read_text()
-        text.write_text(content[::-1])
+            run(recipe(model, text, sparse_run("rigl", seed=1)), folder)
+        content = text.read_bytes()
+        text.write_bytes(content[::-1])
         with pytest.raises(ResumeError, match="another model, data, recipe or version"):
-            run(recipe(model, text, sparse_run(name)), folder)
-        text.write_text(content)
-        run(recipe(model, text, sparse_run(name)), folder)
+            run(mine, folder)
+        text.write_bytes(content)
+        assert not folder.exists()
+        run(mine, folder)
     assert digests(folder) == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rigl", "gradual"])
+def test_a_killed_run_continues_with_the_same_bytes(name, tiny_folders, text, tmp_path):
+    moment = {"folder": str(tmp_path / "a"), "side": "after", "file": "train.json"}
+    run_die_at([moment], tmp_path / "whole", values(tiny_folders("llama"), text, sparse_run(name)))
+    with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+        run(recipe(tiny_folders("llama"), text, sparse_run(name)), tmp_path / "a")
+    assert digests(tmp_path / "a") == digests(tmp_path / "whole")
 
 
 # bad input

@@ -11,7 +11,7 @@
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,8 +26,6 @@ LOSSES = ("cross_entropy", "distillation", "hidden")
 
 class Train(Options):
     """What all train steps have: data, length, loss, optimizer."""
-
-    scoring_bytes: ClassVar[int] = 0  # of a weight to prune, besides itself, while masks are chosen
 
     loss: dict[str, float] = Field(
         {"cross_entropy": 1.0}, description="cross_entropy, distillation, hidden; or a mapping to weights"
@@ -98,6 +96,11 @@ class Train(Options):
     def unit_kinds(self) -> tuple[str, ...]:
         """Kinds of units (`structure/`) that it zeroes as a whole, for a structure step to remove."""
         return ()
+
+    @property
+    def scoring_bytes(self) -> int:
+        """For each weight to prune, besides itself, while masks are chosen."""
+        return 0
 
     def technique(self) -> "Technique":
         """What happens beside the gradient steps: here nothing."""

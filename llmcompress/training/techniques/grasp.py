@@ -12,24 +12,16 @@ which needs no second derivative of attention kernels, that have none. SynFlow (
 data, was not taken: its flow passes softmax and norms of a transformer only if something else stands for them.
 """
 
-from typing import ClassVar
-
-from pydantic import Field
-
 from llmcompress.lazy import Tensor, torch
-from llmcompress.training.sparsity import RANKING, Sparse, Static
+from llmcompress.training.sparsity import Static
 from llmcompress.training.technique import Learner, Technique
-from llmcompress.training.techniques.snip import WINDOWS, drawn, ranked
+from llmcompress.training.techniques.snip import Ranked, drawn, ranked
 
 STEP = 1e-2  # of the difference, relative to the weights; in float32 a smaller one is mostly rounding
 
 
-class Grasp(Sparse):
+class Grasp(Ranked):
     """Options of `train: grasp`."""
-
-    scoring_bytes: ClassVar[int] = RANKING
-
-    windows: int = Field(WINDOWS, ge=1, description="windows of text that the score is taken on")
 
     def technique(self) -> Technique:
         """A mask by this score."""
@@ -41,8 +33,8 @@ class GraspMask(Static):
 
     def choose(self, learner: Learner) -> dict[str, Tensor]:
         """The lowest of all scores stay."""
-        scores = grasp_scores(learner, drawn(learner, self.options.windows, self.options.seed))
-        return ranked({name: -score for name, score in scores.items()}, self.options.density)
+        scores = grasp_scores(learner, drawn(learner, self.options))
+        return ranked({name: -score for name, score in scores.items()}, self.options)
 
 
 def grasp_scores(learner: Learner, rows: Tensor) -> dict[str, Tensor]:

@@ -8,25 +8,27 @@
 The mask is drawn once with `seed` and never moves.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
-from llmcompress.training.sparsity import RANKING, Shapes, Sparse, Spread, Static, random_masks, spread_counts
+from llmcompress.training.sparsity import Shapes, Spread, Static, random_masks, spread_counts
 from llmcompress.training.technique import Learner, Technique
-from llmcompress.training.techniques.snip import WINDOWS, ranked, snip_scores
+from llmcompress.training.techniques.snip import Ranked, ranked, snip_scores
 
 
-class Random(Sparse):
-    """Options of `train: random`."""
-
-    scoring_bytes: ClassVar[int] = RANKING
+class Random(Ranked):
+    """Options of `train: random`; `windows` and `least` are for the spread `snip`."""
 
     spread: Literal["erk", "uniform", "snip"] = Field(
         "erk", description="densities: erk, more where a matrix is small; uniform, the same; snip, by its ranking"
     )
-    windows: int = Field(WINDOWS, ge=1, description="snip: windows of text that the score is taken on")
+
+    @property
+    def scoring_bytes(self) -> int:
+        """None without scores."""
+        return super().scoring_bytes if self.spread == "snip" else 0
 
     def check_shapes(self, shapes: Shapes) -> None:
         """What is known before the scores are."""
@@ -46,7 +48,7 @@ class RandomMask(Static):
         """Every matrix keeps what its density says."""
         options = self.options
         if options.spread == "snip":
-            masks = ranked(snip_scores(learner, options.windows, options.seed), options.density)
+            masks = ranked(snip_scores(learner, options), options)
             counts = {name: int(mask.sum()) for name, mask in masks.items()}
         else:
             counts = spread_counts(learner.shapes, options.density, options.spread)

@@ -86,9 +86,10 @@ def check_order(recipe: Recipe) -> None:
             raise PlanError(f"{where}: would break the pattern that {pruned} has pruned; put structure steps first")
         if not isinstance(step, TrainStep):
             continue
-        changes = step.options.leaves is not None or step.options.begins_anew
-        pruned = where if step.options.leaves else pruned
-        if step.options.has_teacher and not changes and place == 0:
+        options = step.options
+        changes = options.leaves is not None or bool(options.unit_kinds) or options.begins_anew
+        pruned = where if options.leaves else pruned
+        if options.has_teacher and not changes and place == 0:
             raise PlanError(
                 f"{where}: the model that the run begins with is the teacher, so there is nothing to learn from it "
                 "yet; put it after a step that changes the model, or set `loss: cross_entropy`"

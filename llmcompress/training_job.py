@@ -172,7 +172,7 @@ class TrainJob(Job):
                     "which keeps them"
                 )
             return {}
-        if full := [name for name in self._targets() if name in masks]:
+        if self._options.leaves and (full := [name for name in self._targets() if name in masks]):
             raise PlanError(
                 f"{full[0]}: holds many zeros already, which {self.plan.step.name} would choose anew; `train: dense` "
                 "keeps them"

@@ -27,7 +27,8 @@ class TrainPlan(Plan):
     @property
     def targets(self) -> list[PlannedLinear]:
         """The linears that the step prunes."""
-        return updated_linears(self) if self.step.options.leaves else []
+        options = self.step.options
+        return updated_linears(self) if options.leaves or options.unit_kinds else []
 
     @property
     def result(self) -> ModelSource:
@@ -61,6 +62,7 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
     plan = TrainPlan(**values, step=step)
     check_start(plan)
     check_pruning(plan)
+    check_units(plan)
     return replace(plan, predicted=predict(plan), notes=[describe(plan)])
 
 
@@ -109,9 +111,30 @@ def check_pruning(plan: TrainPlan) -> None:
     try:
         options.check_shapes(shapes)
     except ValueError as exc:
-        raise PlanError(f"{step.where}.density: {exc}") from None
+        raise PlanError(f"{step.where} ({step.name}): {exc}") from None
     if options.mask_source is not None:
         check_mask(open_source(options.mask_source), plan)
+
+
+def check_units(plan: TrainPlan) -> None:
+    """Units to let go that the model has and that are not kept, and a budget that these can meet."""
+    source, step, options = plan.source, plan.step, plan.step.options
+    if not options.unit_kinds:
+        return
+    from llmcompress.building import build  # the model is built, so this needs torch
+    from llmcompress.structure.groups import all_groups
+    from llmcompress.width_plan import NO_GROUP, check_kept
+
+    model, architecture = build(source, plan.dtype, trust_remote_code=plan.recipe.trust_remote_code)
+    found = all_groups(model, architecture)
+    for kind in options.unit_kinds:
+        if kind not in found:
+            raise PlanError(f"{source.name}: {type(model).__name__} has no {kind}: {NO_GROUP[kind]}")
+        check_kept(plan, architecture, found[kind], step)
+    try:
+        options.check_units(model)
+    except ValueError as exc:
+        raise PlanError(f"{step.where} ({step.name}): {exc}") from None
 
 
 def check_mask(other: ModelSource, plan: TrainPlan) -> None:
@@ -135,6 +158,8 @@ def describe(plan: TrainPlan) -> str:
     what = f" of {'LoRA' if options.lora else 'all parameters'} by {losses}"
     what += " from random weights" if options.begins_anew else ""
     left = f"; prunes {len(plan.targets)} linears" if plan.targets else ""
+    if options.unit_kinds:
+        left = f"; units may go: {', '.join(options.unit_kinds)}"
     if options.leaves and options.leaves[1]:
         left += f", of whose weights {1 - options.leaves[1]:.4g} stay"
     return f"{plan.step.name}: {options.steps} steps{what}, {tokens:,} tokens{left}"

@@ -93,6 +93,11 @@ class Train(Options):
         return None
 
     @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """Kinds of units (`structure/`) that it zeroes as a whole, for a structure step to remove."""
+        return ()
+
+    @property
     def scoring_bytes(self) -> int:
         """For each weight to prune, besides itself, while masks are chosen."""
         return 0
@@ -105,6 +110,9 @@ class Train(Options):
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Raise ValueError if it cannot do what it is told with linears of these shapes [out, in]."""
+
+    def check_units(self, model: Any) -> None:
+        """Raise ValueError if it cannot do what it is told with the units of a model, which may be a skeleton."""
 
 
 class Recover(Train):

@@ -6,12 +6,14 @@ TRAININGS are their options, by the name that recipes use.
 from llmcompress.training.step import Learn, Recover, Train
 from llmcompress.training.techniques.dense import Dense
 from llmcompress.training.techniques.dsa import DSA
+from llmcompress.training.techniques.early_bird import EarlyBird
 from llmcompress.training.techniques.geometric_median import SoftGeometricMedian
 from llmcompress.training.techniques.gradual import Gradual
 from llmcompress.training.techniques.grasp import Grasp
 from llmcompress.training.techniques.group_lasso import GroupLasso
 from llmcompress.training.techniques.growing_l2 import GrowingL2
 from llmcompress.training.techniques.l0 import L0
+from llmcompress.training.techniques.lottery_ticket import LotteryTicket
 from llmcompress.training.techniques.masked import Masked
 from llmcompress.training.techniques.proximal_24 import Proximal24
 from llmcompress.training.techniques.random import Random
@@ -37,6 +39,8 @@ TRAININGS: dict[str, type[Train]] = {
     "dsa": DSA,
     "growing_l2": GrowingL2,
     "l0": L0,
+    "lottery_ticket": LotteryTicket,
+    "early_bird": EarlyBird,
 }
 
 __all__ = ["TRAININGS", "Learn", "Recover", "Train"]

@@ -16,6 +16,7 @@ from llmcompress.checkpoint import Checkpoint, read_tensors
 from llmcompress.files import MANIFEST, read_json, replacing, write_json
 from llmcompress.job import Job
 from llmcompress.packed_source import PackedSource
+from llmcompress.training import Recover
 from llmcompress.training_job import TrainJob
 
 
@@ -57,6 +58,7 @@ class AdapterJob(TrainJob):
     def _add_updates(self) -> None:
         """Let every linear of the stream add (alpha / rank) B A x to its output."""
         options = self._options
+        assert isinstance(options, Recover)
         for index in range(self.plan.count):
             for linear in self.architecture.at(index).linears:
                 module = f"{self.architecture.block(index)}.{linear}"

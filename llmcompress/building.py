@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from llmcompress.arch import Architecture, discover, skeleton
+from llmcompress.arch import Architecture, discover, random_model, skeleton
 from llmcompress.errors import LLMCompressError, SourceError
 from llmcompress.source import ModelSource
 
 Built = tuple[Any, Architecture]
+
+UNBUILDABLE = "transformers cannot build a model from its config.json"
 
 
 def build(source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Built:
@@ -20,7 +22,7 @@ def build(source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = 
     """
     from transformers import AutoConfig
 
-    with stock_errors(source, "transformers cannot build a model from its config.json"):
+    with stock_errors(source, UNBUILDABLE):
         foreign = trust_remote_code and source.needs_remote_code
         if foreign and source.folder:  # the class of the configuration may be code in the folder
             config = AutoConfig.from_pretrained(
@@ -30,6 +32,14 @@ def build(source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = 
             config = AutoConfig.for_model(**source.config)
         model = skeleton(config, dtype, trust_remote_code=trust_remote_code)
     return model, discover(model)
+
+
+def build_random(source: ModelSource, seed: int) -> Any:
+    """The model in float32 with the random weights that its class begins with, the same ones for the same seed."""
+    from transformers import AutoConfig
+
+    with stock_errors(source, UNBUILDABLE):
+        return random_model(AutoConfig.for_model(**source.config), seed)
 
 
 @contextmanager

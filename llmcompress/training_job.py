@@ -1,7 +1,8 @@
 """One train step on a model at hand: the teacher's lessons, the loop, and the files of what was learned.
 
 The model is in memory as a whole, in float32; the dense model that teaches it goes through the stream before, block by
-block. Weights that are zero because a step has pruned them stay zero.
+block. Weights that are zero because a step has pruned them stay zero. A technique may begin with random weights, prunes
+the linears of the blocks that are not kept, and leaves zeros that later steps keep.
 """
 
 import hashlib
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmcompress.arch import first, match_names
+from llmcompress.arch import match_names
+from llmcompress.building import build_random
 from llmcompress.calibrate import load_calibration, tokens_sha256
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
 from llmcompress.compress import ZEROS
@@ -23,11 +25,13 @@ from llmcompress.files import write_json
 from llmcompress.job import Data, Job, build_for, data_from, tensors_by_parameter
 from llmcompress.recipe import matches
 from llmcompress.results import version
+from llmcompress.source import open_source
 from llmcompress.stream import StreamedModel, assign
-from llmcompress.training import Recover
+from llmcompress.training import Recover, Train
 from llmcompress.training.loop import Task, drawn_rows, share_of_batch, train
-from llmcompress.training.losses import cross_entropy, distillation, hidden_error
+from llmcompress.training.objective import TextLoss
 from llmcompress.training.processes import launched, tell_others, training_together
+from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
 
@@ -42,7 +46,7 @@ class TrainJob(Job):
         path = checkpoint.state / "trained.safetensors"
         if not path.exists():
             model, student = self._learn(checkpoint)
-            model = student.merge_and_unload() if self._options.parameters == "lora" else model
+            model = student.merge_and_unload() if self._options.lora else model
             learned = {name: p.detach().to(self.plan.dtype).cpu() for name, p in model.named_parameters()}
             write_tensors(path, learned)
             shutil.rmtree(checkpoint.state / "lessons", ignore_errors=True)
@@ -75,6 +79,8 @@ class TrainJob(Job):
         """The trained model in float32, and the same as what was trained: with LoRA, wrapped by peft."""
         options, state = self._options, checkpoint.state
         share_of_batch(options, launched())  # before the teacher is asked, and by the first process alone
+        if self.plan.targets:
+            refuse_sharing(self.plan.step.name)
         model, student, task = self._prepare(state)
         if options.has_teacher:
             windows = self.text.tokens
@@ -88,6 +94,7 @@ class TrainJob(Job):
             curve = train(student, options, task, state, self.progress.advance)
         record: dict[str, Any] = {"name": self.plan.step.name, "loss": options.loss, "losses": curve.losses}
         record |= {"tokens": curve.tokens, "seconds": curve.seconds, "data": self.text.record}
+        record |= task.technique.record() if task.technique else {}
         write_json(state / "curve.json", record)
         return model, student
 
@@ -99,24 +106,40 @@ class TrainJob(Job):
     def _prepare(self, state: Path) -> tuple[Any, Any, Task]:
         """The model, the same with what is trained requiring gradients, and what it learns."""
         options = self._options
-        model, _ = build_for(self.plan, torch.float32)
-        load_all(model, self.source, self.stored)
-        masks = self._masks(model)
-        loss = RecoverLoss(options, self.text.tokens, Lessons(options, state / "lessons"))
+        if options.begins_anew:
+            model = build_random(self.source, options.seed)
+        else:
+            model, _ = build_for(self.plan, torch.float32)
+            load_all(model, self.source, self.stored)
+        masks = {} if options.begins_anew else self._masks(model)
+        loss = TextLoss(options, self.text.tokens, Lessons(options, state / "lessons"))
         windows, length = self.text.tokens.shape
-        task = Task(windows, length, loss, masks, cpu=self.plan.device.type == "cpu")
+        cpu = self.plan.device.type == "cpu"
+        task = Task(windows, length, loss, masks, cpu, options.technique(), self._targets(), self._given())
         return model, prepared(model, options, self.plan.recipe.keep), task
 
+    def _targets(self) -> tuple[str, ...]:
+        """Names of the parameters that the technique prunes."""
+        modules = {linear.name for linear in self.plan.targets}
+        return tuple(name for name, found in self.stored.items() if found[0].removesuffix(".weight") in modules)
+
+    def _given(self) -> dict[str, Tensor]:
+        """Masks of these out of another model, if the step names one."""
+        if self._options.mask_source is None:
+            return {}
+        tensor = {name: self.stored[name][0] for name in self._targets()}
+        values = open_source(self._options.mask_source).fetch().load(tensor.values(), dtype=torch.float32)
+        return {name: values[tensor[name]] != 0 for name in tensor}
+
     @property
-    def _options(self) -> Recover:
-        options = self.plan.step.options
-        assert isinstance(options, Recover)
-        return options
+    def _options(self) -> Train:
+        return self.plan.step.options
 
     def fingerprint(self) -> str:
         """Also of the text that is learned from, of the teacher, and of how sums are shared out over processes."""
         parts = [super().fingerprint(), tokens_sha256(self.text.tokens), self.shared.origin.source.fingerprint]
         parts += [str(launched()), *(version(name) or "" for name in ("accelerate", "peft"))]
+        parts += [open_source(self._options.mask_source).fingerprint] if self._options.mask_source is not None else []
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     @cached_property
@@ -142,7 +165,7 @@ class TrainJob(Job):
             zeros = p.numel() - int(p.count_nonzero())
             if p.ndim == 2 and zeros and (module in self.source.pruned or zeros >= ZEROS * p.numel()):
                 masks[name] = p != 0
-        if self._options.parameters == "lora":
+        if self._options.lora:
             inside = [name for name in masks if name.startswith(self.architecture.blocks + ".")]
             if inside:
                 raise PlanError(
@@ -150,19 +173,25 @@ class TrainJob(Job):
                     "which keeps them"
                 )
             return {}
+        if self._options.leaves and (full := [name for name in self._targets() if name in masks]):
+            raise PlanError(
+                f"{full[0]}: holds many zeros already, which {self.plan.step.name} would choose anew; `train: dense` "
+                "keeps them"
+            )
         return {name: mask for name, mask in masks.items() if not kept(name, self.plan.recipe.keep)}
 
     def _rows(self, index: int) -> Iterator[dict[str, Any]]:
-        """Rows of results.json for the linears of a block that an earlier step has pruned."""
+        """Rows of results.json for the linears of a block that this step or an earlier one has pruned."""
+        pruned = self.plan.result.pruned
         for linear in self.plan.linears:
-            if linear.block == index and linear.name in self.source.pruned:
+            if linear.block == index and linear.name in pruned:
                 weight = self._as_stored([f"{linear.name}.weight"])[f"{linear.name}.weight"]
                 zeros = weight.numel() - int(weight.count_nonzero())
                 yield {
                     "name": linear.name,
                     "block": index,
                     "method": self.plan.step.name,
-                    "pattern": self.source.pruned[linear.name][0],
+                    "pattern": pruned[linear.name][0],
                     "zeros": zeros,
                     "sparsity": zeros / weight.numel(),
                     "before_bytes": linear.before_bytes,
@@ -178,59 +207,20 @@ class TrainJob(Job):
         """Every parameter is trained."""
 
 
-class RecoverLoss:
-    """The weighted sum of a recipe's losses on some windows."""
-
-    def __init__(self, options: Recover, windows: Tensor, lessons: Lessons) -> None:
-        self.options, self.windows, self.lessons = options, windows, lessons
-
-    def __call__(self, model: Any, rows: Tensor) -> Tensor:
-        """For windows [n] int64, with its graph."""
-        tokens, weights = self.windows[rows].to(next(model.parameters()).device), self.options.loss
-        seen: list[Tensor] = []
-        wanted = "hidden" in weights
-        hook = last_block(model).register_forward_hook(lambda m, a, o: seen.append(first(o))) if wanted else None
-        try:
-            logits = model(tokens, use_cache=False).logits
-        finally:
-            if hook:
-                hook.remove()
-        total = torch.zeros((), device=logits.device)
-        if "cross_entropy" in weights:
-            total = total + weights["cross_entropy"] * cross_entropy(logits, tokens)
-        if self.options.has_teacher:
-            taught = self.lessons.read(rows, logits.device)
-            if "distillation" in weights:
-                total = total + weights["distillation"] * distillation(logits, taught, self.options.temperature)
-            if "hidden" in weights:
-                total = total + weights["hidden"] * hidden_error(seen[-1], taught)
-        return total
-
-
-def last_block(model: Any) -> nn.Module:
-    """The last decoder block, however the model is wrapped."""
-    from llmcompress.arch import find_blocks
-
-    inner = getattr(model, "module", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    blocks: Any = find_blocks(inner)[1]
-    return blocks[-1]
-
-
 def kept(parameter: str, keep: list[str]) -> bool:
     """Whether a parameter is left alone on purpose."""
     return matches(parameter.rpartition(".")[0], keep)
 
 
-def prepared(model: Any, options: Recover, keep: list[str]) -> Any:
+def prepared(model: Any, options: Train, keep: list[str]) -> Any:
     """The model with what is to be trained requiring gradients; keep: globs on modules that stay as they are."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(options.parameters == "all" and not kept(name, keep))
+        parameter.requires_grad_(not options.lora and not kept(name, keep))
     if options.compile:
         compile_blocks(model, all_but_last="hidden" in options.loss)
-    if options.parameters == "all":
+    if not isinstance(options, Recover) or not options.lora:
         return model
     from peft import LoraConfig, get_peft_model
 

@@ -11,7 +11,7 @@ from llmcompress.errors import PlanError
 from llmcompress.layout import is_expert
 from llmcompress.plan import Plan, PlannedLinear, check_length, dense_plan
 from llmcompress.recipe import Recipe, TrainStep, matches
-from llmcompress.source import ModelSource
+from llmcompress.source import ModelSource, open_source
 from llmcompress.training import Recover
 
 
@@ -25,6 +25,19 @@ class TrainPlan(Plan):
     def needs_data(self) -> bool:
         """Whether it learns from the recipe's calibration text; without, that text still proves the result."""
         return self.recipe.calibration is not None
+
+    @property
+    def targets(self) -> list[PlannedLinear]:
+        """The linears that the step prunes."""
+        options = self.step.options
+        return updated_linears(self) if options.leaves or options.unit_kinds else []
+
+    @property
+    def result(self) -> ModelSource:
+        """The model with the zeros that the step leaves."""
+        leaves = self.step.options.leaves
+        pruned = {} if leaves is None else {linear.name: leaves for linear in self.targets}
+        return replace(self.source, pruned=self.source.pruned | pruned)
 
     @property
     def advice(self) -> str:
@@ -41,7 +54,7 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
             f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
             "dense ones; remove it, or quantize in a later step"
         )
-    if isinstance(options, Recover) and options.parameters == "lora" and source.pruned:
+    if options.lora and source.pruned:
         raise PlanError(
             f"{step.where}: merging LoRA would fill the zeros of {len(source.pruned)} pruned linears; set "
             "`parameters: all`, which keeps them"
@@ -50,6 +63,9 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
     check_compiler(dense, step)
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__}
     plan = TrainPlan(**values, step=step)
+    check_start(plan)
+    check_pruning(plan)
+    check_units(plan)
     return replace(plan, predicted=predict(plan), notes=[describe(plan)])
 
 
@@ -71,15 +87,92 @@ def check_compiler(dense: Plan, step: TrainStep) -> None:
         raise PlanError(f"{step.where}.compile: there is no {compiler} on this machine; install it, or set it to false")
 
 
+def check_start(plan: TrainPlan) -> None:
+    """Random weights to begin with must not fill an earlier step's zeros, nor stay as they are drawn."""
+    recipe, source, step = plan.recipe, plan.source, plan.step
+    if not step.options.begins_anew:
+        return
+    if source.pruned:
+        raise PlanError(
+            f"{step.where}.start: random weights would fill the zeros of {len(source.pruned)} pruned linears; set "
+            "`start: model`"
+        )
+    matrices = [name.removesuffix(".weight") for name, info in source.tensors.items() if len(info.shape) > 1]
+    if left := [name for name in matrices if matches(name, recipe.keep)]:
+        raise PlanError(
+            f"{step.where}.start: random weights, of which `keep` {recipe.keep} would leave {left[0]} as it is drawn; "
+            "set `keep: []`"
+        )
+
+
+def check_pruning(plan: TrainPlan) -> None:
+    """Linears to prune that are not pruned yet, a budget that these can meet, and a mask of their shapes."""
+    source, step, options = plan.source, plan.step, plan.step.options
+    if options.leaves is None:
+        return
+    shapes = {linear.name: linear.shape for linear in plan.targets}
+    if not shapes:
+        raise PlanError(f"{step.where}: `keep` {plan.recipe.keep} leaves no linear for {step.name} to prune")
+    if done := sorted(source.pruned.keys() & shapes.keys()):
+        raise PlanError(
+            f"{step.where}: {done[0]} is pruned already, and {step.name} would choose its zeros anew; `train: dense` "
+            "keeps them"
+        )
+    try:
+        options.check_shapes(shapes)
+    except ValueError as exc:
+        raise PlanError(f"{step.where} ({step.name}): {exc}") from None
+    if options.mask_source is not None:
+        check_mask(open_source(options.mask_source), plan)
+
+
+def check_units(plan: TrainPlan) -> None:
+    """Units to let go that the model has and that are not kept, and a budget that these can meet."""
+    source, step, options = plan.source, plan.step, plan.step.options
+    if not options.unit_kinds:
+        return
+    from llmcompress.building import build  # the model is built, so this needs torch
+    from llmcompress.structure.groups import all_groups
+    from llmcompress.width_plan import NO_GROUP, check_kept
+
+    model, architecture = build(source, plan.dtype, trust_remote_code=plan.recipe.trust_remote_code)
+    found = all_groups(model, architecture)
+    for kind in options.unit_kinds:
+        if kind not in found:
+            raise PlanError(f"{source.name}: {type(model).__name__} has no {kind}: {NO_GROUP[kind]}")
+        check_kept(plan, architecture, found[kind], step)
+    try:
+        options.check_units(model)
+    except ValueError as exc:
+        raise PlanError(f"{step.where} ({step.name}): {exc}") from None
+
+
+def check_mask(other: ModelSource, plan: TrainPlan) -> None:
+    """Raise PlanError unless another model has all linears that are pruned, in their shapes."""
+    for linear in plan.targets:
+        name = f"{linear.name}.weight"
+        wanted = plan.source.tensors[name].shape
+        found = other.tensors[name].shape if name in other.tensors else None
+        if found != wanted:
+            raise PlanError(
+                f"{plan.step.where}.mask: {other.name} is a mask for another model: {name} is "
+                f"{'missing' if found is None else list(found)} there and {list(wanted)} in {plan.source.name}"
+            )
+
+
 def describe(plan: TrainPlan) -> str:
     """The step in a line."""
     options = plan.step.options
     tokens = options.steps * options.batch * length_of(plan)
-    what = ""
-    if isinstance(options, Recover):
-        losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in options.loss.items())
-        what = f" of {'all parameters' if options.parameters == 'all' else 'LoRA'} by {losses}"
-    return f"{plan.step.name}: {options.steps} steps{what}, {tokens:,} tokens"
+    losses = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in options.loss.items())
+    what = f" of {'LoRA' if options.lora else 'all parameters'} by {losses}"
+    what += " from random weights" if options.begins_anew else ""
+    left = f"; prunes {len(plan.targets)} linears" if plan.targets else ""
+    if options.unit_kinds:
+        left = f"; units may go: {', '.join(options.unit_kinds)}"
+    if options.leaves and options.leaves[1]:
+        left += f", of whose weights {1 - options.leaves[1]:.4g} stay"
+    return f"{plan.step.name}: {options.steps} steps{what}, {tokens:,} tokens{left}"
 
 
 def length_of(plan: TrainPlan) -> int:
@@ -90,24 +183,24 @@ def length_of(plan: TrainPlan) -> int:
 
 
 def predict(plan: TrainPlan) -> Cost:
-    """What the step will take: the whole model in float32, what of it is trained three times more, one pass."""
+    """What the step will take: the whole model in float32, what of it is trained three times more, masks, one pass."""
     options, length = plan.step.options, length_of(plan)
     parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
-    lora = isinstance(options, Recover) and options.parameters == "lora"
-    trained = lora_parameters(plan) if lora else parameters
+    trained = lora_parameters(plan) if options.lora else parameters
     first = [linear.shape for linear in plan.linears if linear.block == 0]
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     inside = 2 if options.precision == "bfloat16" else 4
     kept = (1 if options.gradient_checkpointing else plan.count) * 2.5 * sum(sum(shape) for shape in first)
     window = options.micro_batch * length * (kept * inside + 4 * 4 * vocabulary)
-    memory = LIBRARIES + 4 * parameters + 3 * 4 * trained + window
+    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
+    memory = LIBRARIES + 4 * parameters + max(3 * 4 * trained + window, options.scoring_bytes * pruned) + pruned
     output = parameters * plan.itemsize + HEADER * len(plan.source.tensors)
     operations = 2.0 * parameters * options.steps * options.batch * length
     passes = 4.0 if options.gradient_checkpointing else 3.0
     seconds = 20.0 + 2.0 * passes * operations / speed(plan, options.precision)
     disk = output + plan.source.fetch_bytes
     disk += 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
-    if isinstance(options, Recover) and options.has_teacher:
+    if options.has_teacher:
         windows = min(options.steps * options.batch, windows_of(plan))
         seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan)
         width = int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))

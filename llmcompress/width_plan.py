@@ -4,24 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from typing import Any
 
-from llmcompress.arch import (
-    Architecture,
-    Heads,
-    Module,
-    couplings_of,
-    find_couplings,
-    layer_config,
-    match_names,
-)
+from llmcompress.arch import Architecture, Module, match_names
 from llmcompress.building import build
 from llmcompress.errors import PlanError
 from llmcompress.lazy import torch
 from llmcompress.plan import Plan
-from llmcompress.recipe import StructureStep, matches
+from llmcompress.recipe import StructureStep, TrainStep, matches
 from llmcompress.structure import Sublayer, Width
-from llmcompress.structure.groups import Group, find_groups, kept_positions
+from llmcompress.structure.groups import Group, groups_of, kept_positions
 from llmcompress.structure.reshape import HEADS, bias_key, build_smaller, narrower, with_biases
 from llmcompress.structure.selection import Share, total_width, uniform_width
 from llmcompress.structure_budget import (
@@ -58,6 +49,8 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
     check_kept(dense, architecture, free, step)
     if options.compensate == "mean":
         check_bias(model, architecture, free, step)
+    if options.zeros:
+        return with_zeros(dense, step, model, architecture, groups, free)
     costs = unit_costs(model, architecture, groups)
     totals = totals_of(model, architecture, groups, costs)
     per_unit = sum(free[i].units * costs[i] for i in free) / sum(group.units for group in free.values())
@@ -78,19 +71,20 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
     return with_widths(dense, step, model, architecture, groups, widths)
 
 
-def groups_of(model: Module, architecture: Architecture, kind: str) -> dict[int, Group]:
-    """The group of a kind in every block that has it; blocks that are alike share one."""
-    found = find_couplings(model)
-    known: dict[Any, Group | None] = {}
-    groups = {}
-    for index, layout in enumerate(architecture.layouts):
-        if id(layout) not in known:
-            heads = Heads.of(layer_config(model.config, index))
-            block = model.get_submodule(architecture.block(index))
-            known[id(layout)] = find_groups(block, couplings_of(found, layout.linears, heads)).get(kind)
-        if group := known[id(layout)]:
-            groups[index] = group
-    return groups
+def with_zeros(
+    dense: Plan,
+    step: StructureStep,
+    model: Module,
+    architecture: Architecture,
+    groups: Mapping[int, Group],
+    free: Mapping[int, Group],
+) -> StructurePlan:
+    """The plan as if no unit were zero, which the weights will tell. Raises PlanError if stock code could lose none."""
+    widths = {index: group.units for index, group in groups.items()}
+    first, fewest = min(free), step.options.fewest  # type: ignore[attr-defined]  # of structures with groups
+    with_widths(dense, step, model, architecture, groups, widths | {first: max(widths[first] - 1, fewest)})
+    plan = with_widths(dense, step, model, architecture, groups, widths)
+    return replace(plan, notes=[f"{step.name}: units that are zero go, of {sum(widths.values())}"])
 
 
 def unit_costs(model: Module, architecture: Architecture, groups: Mapping[int, Group]) -> dict[int, int]:
@@ -209,7 +203,8 @@ def describe(
     gone = sum((group.units - widths[index]) * costs[index] for index, group in groups.items())
     changed = {groups[index].units: widths[index] for index in groups if widths[index] < groups[index].units}
     if step.options.widths == "global":  # type: ignore[attr-defined]  # only structures with groups are described
-        what = f"{units} -> {kept} in {len(groups)} blocks together, by one ranking,"
+        how = "of which the others are zero" if step.options.zeros else "by one ranking"  # type: ignore[attr-defined]
+        what = f"{units} -> {kept} in {len(groups)} blocks together, {how},"
     else:
         before, after = next(iter(changed.items()))
         count = sum(widths[index] < groups[index].units for index in groups)
@@ -217,7 +212,9 @@ def describe(
     return f"{step.name}: {what} removes " + shares(totals, gone)
 
 
-def check_kept(dense: Plan, architecture: Architecture, groups: Mapping[int, Group], step: StructureStep) -> None:
+def check_kept(
+    dense: Plan, architecture: Architecture, groups: Mapping[int, Group], step: StructureStep | TrainStep
+) -> None:
     """What is kept on purpose cannot become narrower."""
     for index, group in groups.items():
         for linear in group.linears:

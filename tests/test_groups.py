@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 
-from llmcompress import width_plan
 from llmcompress.arch import discover, find_couplings, match_names
 from llmcompress.errors import PlanError
+from llmcompress.structure import groups
 from llmcompress.structure.groups import (
     ATTENTION_LAYER,
     KV,
@@ -17,11 +17,12 @@ from llmcompress.structure.groups import (
     MLP_LAYER,
     QUERY,
     cut,
+    groups_of,
     kept_positions,
     mask_units,
+    zero_units,
 )
 from llmcompress.structure.reshape import build_smaller, narrower
-from llmcompress.width_plan import groups_of
 
 FIXED_HEADS = {"gpt2", "gpt_neox", "opt"}  # the size of a head follows from the width
 SOME = {"llama", "phi3", "gemma2", "gpt_neox", "opt"}  # the layout of their blocks differs most
@@ -37,7 +38,7 @@ def _observed_once():
         return known.setdefault(type(model).__name__, known.get(type(model).__name__) or find_couplings(model))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(width_plan, "find_couplings", found)
+        patch.setattr(groups, "find_couplings", found)
         yield
 
 
@@ -51,6 +52,7 @@ def shrink(model: Any, kind: str, removed: list[torch.Tensor], config: Any = Non
         name = found.block(index)
         block = masked.get_submodule(name)
         mask_units(block, group, removed[index])
+        assert zero_units(block, group).nonzero().flatten().tolist() == removed[index].tolist()
         shapes = {key: tuple(value.shape) for key, value in block.named_parameters()}
         kept = kept_positions(group, removed[index], shapes)
         for key in shapes:

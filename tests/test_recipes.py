@@ -7,11 +7,14 @@ import pytest
 
 from llmcompress.catalog import DATASETS, MODELS
 from llmcompress.methods import IntMethod
+from llmcompress.plan import Plan
 from llmcompress.recipe import load_recipe, recipe_paths
 from llmcompress.source import open_source
 from llmcompress.stages import plan_stages
 from llmcompress.structure_budget import StructurePlan
 from llmcompress.suite import load_suite
+from llmcompress.training import TRAININGS
+from llmcompress.training_plan import TrainPlan
 
 ROOT = Path(__file__).parent.parent
 RECIPES = recipe_paths()
@@ -43,8 +46,8 @@ def test_recipe_can_be_planned(name):
     plans = [plan for _, plan in plan_stages(recipe, open_source(recipe.model))]
     plan = plans[-1]
     assert plan.format_name != "dense" or recipe.output.format == "dense"
-    assert isinstance(plan, StructurePlan) or all(linear.steps for linear in plan.linears)
-    assert plan.predicted.output_bytes < plans[0].before_bytes
+    assert isinstance(plan, StructurePlan | TrainPlan) or all(linear.steps for linear in plan.linears)
+    assert plan.predicted.output_bytes < plans[0].before_bytes or size_is_unknown(plan)
     for step in plan.steps:
         if isinstance(step.method, IntMethod):
             assert f"w{step.method.bits}a16" in name
@@ -53,8 +56,21 @@ def test_recipe_can_be_planned(name):
             assert str(step.method.prunes).replace(":", "to") in name
 
 
+def size_is_unknown(plan: Plan) -> bool:
+    """What training leaves is as large as before, or says by its zeros what is left."""
+    return isinstance(plan, TrainPlan) or (
+        isinstance(plan, StructurePlan) and getattr(plan.step.options, "zeros", None) is True
+    )
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_uses_data_that_is_listed_or_on_the_hub(name):
     recipe = load_recipe(RECIPES[name])
     for source in recipe.calibration.sources() if recipe.calibration else ():
         assert source.data in DATASETS or source.data.count("/") == 1
+
+
+def test_every_technique_has_a_recipe():
+    """`masked` needs a model of yours."""
+    trained = {step["train"] for path in RECIPES.values() for step in load_recipe(path).steps if "train" in step}
+    assert trained == set(TRAININGS) - {"masked"}

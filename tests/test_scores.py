@@ -185,7 +185,7 @@ def test_a_structure_step_is_read():
         ({"score": {"method": "taylor", "ordr": "first"}}, "ordr: unknown option; did you mean 'order'"),
         ({"ratio": 0}, "greater than 0"),
         ({"ratio": 1.0}, "less than 1"),
-        ({"parameters": 5}, "expected one of ratio, parameters and bytes, found ratio and parameters"),
+        ({"parameters": 5}, "expected one of ratio, parameters, bytes and zeros, found ratio and parameters"),
         ({"ratio": None}, "found none"),
         ({"multiple": 0}, "greater than or equal to 1"),
         ({"compensate": "yes"}, "least_squares"),

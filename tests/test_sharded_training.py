@@ -204,3 +204,29 @@ def test_what_is_shared_out_comes_back_whole(alone):
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert model[0].weight is model[1].weight
     assert [p.requires_grad for p in model[0].parameters()] == [True, False]
+
+
+TECHNIQUE = RECOVER | {"train": "rigl", "start": "random", "density": 0.3, "every": 1}
+
+
+@pytest.mark.slow
+def test_masks_move_alike_in_every_process(tiny_folders, text, tmp_path, run_here):
+    """Two plain processes, killed in the middle and given again, and one: the same masks."""
+    recipe_values = values(tiny_folders("llama"), text, TECHNIQUE)
+    for name, die in [("whole", None), ("killed", "train.json"), ("killed", None)]:
+        done = program(PLAIN, "run", recipe=recipe_values, folder=str(tmp_path / name), die=die)
+        assert (done.returncode == 0) == (die is None), done.stderr
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+    alone, found = run_here("llama", TECHNIQUE)[1], read_json(tmp_path / "whole" / "results.json")
+    assert found["training"][0]["losses"] == pytest.approx(alone["training"][0]["losses"], rel=1e-3)
+    assert found["training"][0]["density"] == alone["training"][0]["density"]
+
+
+@pytest.mark.slow
+def test_a_technique_does_not_share_out_its_weights(tiny_folders, text, tmp_path):
+    done = program(
+        FSDP, "run", recipe=values(tiny_folders("llama"), text, TECHNIQUE), folder=str(tmp_path / "o"), die=None
+    )
+    assert done.returncode != 0
+    assert "rigl ranks all weights of a matrix" in done.stderr
+    assert not (tmp_path / "o").exists()

@@ -20,6 +20,7 @@ from llmcompress.arch.discovery import (
     layer_config,
     match_names,
     per_layer_class,
+    random_model,
     skeleton,
 )
 from llmcompress.arch.links import Heads, Link, row_factors, scale_consumers, scale_producer
@@ -55,6 +56,7 @@ __all__ = [
     "match_names",
     "per_layer_class",
     "quiet_transformers",
+    "random_model",
     "row_factors",
     "rows_of",
     "scale_consumers",

@@ -47,14 +47,27 @@ class Architecture:
 def skeleton(config: Any, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Module:
     """The model of `config` with its parameters on the meta device and its buffers real; costs no weight memory."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        if per_layer := per_layer_class(config):
-            model = per_layer._from_config(config, dtype=dtype)
-        else:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = model_of(config, dtype, trust_remote_code=trust_remote_code)
     model.tie_weights()  # moving parameters to the meta device one by one has untied them
+    return model.eval()
+
+
+def model_of(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The model of `config` as its class makes it."""
+    from transformers import AutoModelForCausalLM
+
+    if per_layer := per_layer_class(config):
+        return per_layer._from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def random_model(config: Any, seed: int) -> Module:
+    """The model of `config` in float32 with the random weights that its class begins with; by `seed`, on the CPU."""
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        model: Module = model_of(config, torch.float32)
     return model.eval()
 
 

@@ -18,7 +18,18 @@ from math import prod
 import torch
 from torch import Tensor
 
-from llmcompress.arch import Channels, HeadRows, Module, is_transposed, rows_of
+from llmcompress.arch import (
+    Architecture,
+    Channels,
+    HeadRows,
+    Heads,
+    Module,
+    couplings_of,
+    find_couplings,
+    is_transposed,
+    layer_config,
+    rows_of,
+)
 
 MLP, KV, QUERY = "mlp_channel", "kv_group", "query_head"
 ATTENTION_LAYER, MLP_LAYER = "attention", "mlp"  # whole sub-layers: groups of one unit
@@ -57,6 +68,26 @@ class Group:
         """Parameters that go with one unit; shapes: of the block's parameters."""
         slices = ((m.index.shape[1], shapes[m.parameter], m.dim) for m in self.members)
         return sum(count * prod(shape) // shape[dim] for count, shape, dim in slices)
+
+
+def groups_of(model: Module, architecture: Architecture, kind: str) -> dict[int, Group]:
+    """The group of a kind in every block that has it."""
+    return all_groups(model, architecture).get(kind, {})
+
+
+def all_groups(model: Module, architecture: Architecture) -> dict[str, dict[int, Group]]:
+    """Every kind of group, in every block that has it; blocks that are alike share one."""
+    coupled = find_couplings(model)
+    known: dict[int, dict[str, Group]] = {}  # by identity of the layout
+    found: dict[str, dict[int, Group]] = {}
+    for index, layout in enumerate(architecture.layouts):
+        if id(layout) not in known:
+            heads = Heads.of(layer_config(model.config, index))
+            block = model.get_submodule(architecture.block(index))
+            known[id(layout)] = find_groups(block, couplings_of(coupled, layout.linears, heads))
+        for kind, group in known[id(layout)].items():
+            found.setdefault(kind, {})[index] = group
+    return found
 
 
 def find_groups(block: Module, couplings: Iterable[Channels | HeadRows]) -> dict[str, Group]:
@@ -139,6 +170,17 @@ def mask_units(block: Module, group: Group, removed: Tensor) -> None:
         parameter = block.get_parameter(member.parameter)
         index = member.index[removed].flatten().to(parameter.device)
         parameter.index_fill_(member.dim, index, 0)
+
+
+@torch.no_grad()
+def zero_units(block: Module, group: Group) -> Tensor:
+    """Which units are as `mask_units` leaves them: everything of them is zero; [units] bool."""
+    zero = torch.ones(group.units, dtype=torch.bool)
+    for member in group.members:
+        parameter = block.get_parameter(member.parameter)
+        used = (parameter != 0).movedim(member.dim, 0).flatten(1).any(1) if parameter.ndim > 1 else parameter != 0
+        zero &= ~used.cpu()[member.index].any(1)
+    return zero
 
 
 def kept_positions(

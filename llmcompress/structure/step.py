@@ -5,6 +5,8 @@
   ratio: 0.2                   # of the model's parameters, unless `of` says otherwise
   multiple: 128
   compensate: least_squares
+- structure: mlp_channel
+  zeros: true                  # instead of a score and a budget: what training has left at zero
 """
 
 import difflib
@@ -17,6 +19,8 @@ from llmcompress.options import Options, parse_bytes
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES, BlockScore, ChannelScore, UnitScore
 
 Denominator = Literal["model", "decoder", "group"]
+BUDGETS = ("ratio", "parameters", "bytes", "zeros")
+ZEROS = {"score": "magnitude", "widths": "global", "compensate": "none"}  # what follows from `zeros`
 
 
 class Structure(Options):
@@ -36,10 +40,11 @@ class Structure(Options):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        given = [name for name in ("ratio", "parameters", "bytes") if getattr(self, name) is not None]
+        *known, last = [name for name in BUDGETS if name in type(self).model_fields]
+        given = [name for name in (*known, last) if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"expected one of ratio, parameters and bytes, found {' and '.join(given) if given else 'none'}"
+                f"expected one of {', '.join(known)} and {last}, found {' and '.join(given) if given else 'none'}"
             )
         return self
 
@@ -51,7 +56,24 @@ class Blockwise(Structure):
     protect_last: int = Field(0, ge=0, description="blocks at the end that stay as they are")
 
 
-class Width(Blockwise):
+class OfUnits(Blockwise):
+    """What structures have whose units are coupled rows and columns."""
+
+    zeros: Literal[True] | None = Field(
+        None, description="instead of a score and a budget: exactly the units that are zero go, which changes no output"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _zeros(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("zeros") is not True:
+            return values
+        if settled := [name for name in (*ZEROS, "rounds") if name in values]:
+            raise ValueError(f"with `zeros` there is nothing to choose, so leave out `{settled[0]}`")
+        return {name: value for name, value in ZEROS.items() if name in cls.model_fields} | values
+
+
+class Width(OfUnits):
     """Options of `structure: mlp_channel`, `kv_group` and `query_head`: blocks become narrower."""
 
     fewest: ClassVar[int] = 1  # units that stay in every block
@@ -71,7 +93,7 @@ class Width(Blockwise):
         return parse_score(value, UNIT_SCORES)
 
 
-class Sublayer(Blockwise):
+class Sublayer(OfUnits):
     """Options of `structure: attention` and `mlp`: some blocks lose theirs, and pass on what comes in."""
 
     fewest: ClassVar[int] = 0

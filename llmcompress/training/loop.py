@@ -3,7 +3,11 @@
 Each optimizer step takes `batch` windows of a fixed order, so what a step sees depends on its number alone. Every
 `checkpoint_every` steps the trained tensors and both moments of Adam are written as safetensors, then a record of how
 far that is; a run that continues reads them and goes on. Pruned weights stay zero: their gradients are cleared before
-the norm is taken, and they are set to zero again after the step, since Adam's moments would move them.
+the norm is taken, and they are set to zero again after the step, since Adam's moments would move them. Weight decay is
+AdamW's, a share of the weight itself, which leaves zeros alone.
+
+What is done beside these steps is the business of a technique (`technique.py`), which is called before and after them
+and keeps masks of its own; its tensors are part of the state.
 
 Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`. The first one
 writes everything and keeps the result.
@@ -13,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from llmcompress.errors import CalibrationError
 from llmcompress.files import read_json, write_json
 from llmcompress.training.sharding import put_together, shared_out, start, whole
 from llmcompress.training.step import Train
+from llmcompress.training.technique import MOMENTS, Learner, Technique
 
 FLOOR = 0.1  # of the learning rate, at the end of the cosine
 BETAS = (0.9, 0.95)
@@ -51,6 +56,9 @@ class Task:
     loss: Loss
     masks: Mapping[str, Tensor]  # parameter name -> bool, False where the weight must stay zero
     cpu: bool  # stay there, whatever the machine has
+    technique: Technique | None = None  # what happens beside the steps
+    targets: tuple[str, ...] = ()  # names of the parameters that the technique is for
+    given: Mapping[str, Tensor] = field(default_factory=dict)  # masks of these for it
 
 
 def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Curve:
@@ -61,47 +69,53 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     launch of a kind that does not work.
     """
     accelerator = start(cpu=task.cpu)
-    rounded = options.precision == "bfloat16"
-    share = share_of_batch(options, accelerator.num_processes)
+    technique = task.technique or Technique(options)
+    learner = learner_of(model, options, task, accelerator)
+    technique.prepare(learner)
+    agreed(technique.masks, accelerator)
     groups = parameter_groups(trainable(model), options)
     fused = True if task.cpu else None  # one pass over memory; on GPUs torch chooses
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=BETAS, fused=fused)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
+    learner.optimizer = optimizer
     trained = trainable(model)  # only now: sharding replaces parameters
     masks = {name: shared_out(mask, trained[name]) for name, mask in task.masks.items()}
-    curve = load_state(state, trained, optimizer)
+    curve, remembered = load_state(state, trained, optimizer)
+    if curve.losses:
+        technique.load(remembered, learner)
+    cleared(trained, technique.masks, learner)
     model.train()
     for step in range(len(curve.losses), options.steps):
         began = time.monotonic()
         torch.manual_seed(options.seed * 1_000_003 + step)  # of a model's own dropout, if it has any
-        rows = batch_rows(task.windows, options, step)
-        mine = rows[accelerator.process_index * share :][:share]
-        total = torch.zeros((), device=accelerator.device)
-        for part in mine.split(options.micro_batch):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=rounded):
-                value = task.loss(wrapped, part) * (len(part) / share)
-            accelerator.backward(value)
-            total += value.detach()
-        mean = float(accelerator.reduce(total, "mean"))
+        penalty = partial(technique.penalty, step, learner)
+        mean = backward(accelerator, wrapped, task.loss, batch_rows(task.windows, options, step), options, penalty)
         if not math.isfinite(mean):
             if not accelerator.is_main_process:
                 return curve  # the first process says so
             raise CalibrationError(f"step {step}: the loss is {mean}; lower `learning_rate`, or look at the data")
         masked(trained, masks, gradients=True)
+        learner.rate = rate(step, options, technique.schedule(step))
+        taken = technique.before_step(step, learner)
+        masked(trained, technique.masks, gradients=True)
         accelerator.clip_grad_norm_(trained.values(), options.clip)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, options)
-        optimizer.step()
+            group["lr"] = learner.rate
+        if taken:
+            optimizer.step()
+        technique.after_step(step, learner)
         optimizer.zero_grad(set_to_none=True)
         masked(trained, masks, gradients=False)
+        cleared(trained, technique.masks, learner)
         curve.losses.append(mean)
-        curve.tokens += len(rows) * task.length
+        curve.tokens += options.batch * task.length
         curve.seconds += time.monotonic() - began
         tell(step + 1, f"loss {mean:.3f}, {curve.tokens / curve.seconds:.0f} tokens/s")
         if (step + 1) % options.checkpoint_every == 0:
             tensors = state_tensors(trained, optimizer, keep=accelerator.is_main_process)
             if accelerator.is_main_process:
-                save_state(state, tensors, curve)
+                save_state(state, tensors | {f"technique.{key}": t for key, t in technique.state().items()}, curve)
+    technique.finish(learner)
     put_together(model, keep=accelerator.is_main_process)
     model.eval()
     return curve
@@ -118,6 +132,40 @@ def share_of_batch(options: Train, processes: int) -> int:
     return share
 
 
+def learner_of(model: Any, options: Train, task: Task, accelerator: Any) -> Learner:
+    """What the technique sees; where there are weights for it, the model is put where it will learn."""
+    if task.targets:  # only then: weights that will be shared out need not fit one device
+        model.to(accelerator.device)
+    weights = {name: model.get_parameter(name) for name in task.targets}
+    rows = torch.tensor(drawn_rows(task.windows, options))
+    return Learner(model, weights, partial(task.loss, model), rows, task.given)
+
+
+def agreed(masks: dict[str, Tensor], accelerator: Any) -> None:
+    """Let all processes have the masks of the first: sums on GPUs may round differently, and scores lie close."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast
+
+        for name, mask in masks.items():
+            masks[name] = broadcast(mask.to(torch.uint8)).bool()
+
+
+def backward(
+    accelerator: Any, wrapped: Any, loss: Loss, rows: Tensor, options: Train, penalty: Callable[[], Tensor | None]
+) -> float:
+    """Gradients of a step's loss and penalty over the windows `rows` [batch] of all processes; the mean loss alone."""
+    share = share_of_batch(options, accelerator.num_processes)
+    mine = rows[accelerator.process_index * share :][:share]
+    total = torch.zeros((), device=accelerator.device)
+    for number, part in enumerate(mine.split(options.micro_batch)):
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+            value = loss(wrapped, part) * (len(part) / share)
+        total += value.detach()
+        extra = None if number else penalty()
+        accelerator.backward(value if extra is None else value + extra)
+    return float(accelerator.reduce(total, "mean"))
+
+
 def trainable(model: Any) -> dict[str, Tensor]:
     """Parameters that require gradients, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -131,11 +179,15 @@ def parameter_groups(trained: Mapping[str, Tensor], options: Train) -> list[dict
     return [group for group in groups if group["params"]]
 
 
-def rate(step: int, options: Train) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then a cosine down to FLOOR of it."""
+def rate(step: int, options: Train, place: tuple[int, int] | None = None) -> float:
+    """Learning rate of a step (from 0): linear warm-up, then a cosine down to FLOOR of it.
+
+    place: which step of how many it is in a schedule that is not that of all steps.
+    """
+    step, steps = place or (step, options.steps)
     if step < options.warmup:
         return options.learning_rate * (step + 1) / (options.warmup + 1)
-    done = (step - options.warmup) / max(1, options.steps - options.warmup)
+    done = (step - options.warmup) / max(1, steps - options.warmup)
     return options.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * done)) / 2)
 
 
@@ -165,6 +217,15 @@ def masked(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, gradie
             target.mul_(mask)
 
 
+@torch.no_grad()
+def cleared(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], learner: Learner) -> None:
+    """Zero where a technique has pruned: the weight, and its moments, which masks that move would leave behind."""
+    masked(trained, masks, gradients=False)
+    for name, mask in masks.items():
+        for moment in learner.moments(trained[name]):
+            moment.mul_(mask)
+
+
 def state_tensors(trained: Mapping[str, Tensor], optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
     """Trained tensors and Adam's moments, whole; empty unless this process is to keep them, but all have to call."""
     tensors = {}
@@ -188,14 +249,17 @@ def save_state(folder: Path, tensors: Mapping[str, Tensor], curve: Curve) -> Non
 
 
 @torch.no_grad()
-def load_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any) -> Curve:
-    """Continue from what `save_state` wrote, if it has written anything."""
+def load_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any) -> tuple[Curve, dict[str, Tensor]]:
+    """Continue from what `save_state` wrote, if it has written anything; also what the technique remembers."""
     record = read_json(folder / "train.json")
     if not record:
-        return Curve()
+        return Curve(), {}
     tensors = read_tensors(folder / record["file"])
     for name, parameter in trained.items():
         parameter.copy_(shared_out(tensors[f"weight.{name}"], parameter))
-        moments = {key: shared_out(tensors[f"{key}.{name}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
-    return Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))
+        if f"step.{name}" in tensors:  # a parameter that no step has reached has no moments
+            moments = {key: shared_out(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
+    curve = Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))
+    mine = "technique."
+    return curve, {key.removeprefix(mine): tensor for key, tensor in tensors.items() if key.startswith(mine)}

@@ -63,6 +63,15 @@ def start(*, cpu: bool, timeout: "timedelta | None" = None) -> "Accelerator":
     return accelerator
 
 
+def refuse_sharing(technique: str) -> None:
+    """Raise PlanError if this launch shares out the weights, of which a technique has to see the whole."""
+    if switched_on("ACCELERATE_USE_FSDP"):
+        raise PlanError(
+            f"accelerate launch: was set up for FSDP, and {technique} ranks all weights of a matrix; launch plain "
+            "processes"
+        )
+
+
 def switched_on(variable: str) -> bool:
     """Whether `accelerate launch` has set a switch."""
     return os.environ.get(variable, "").lower() in ("true", "1")

@@ -1,24 +1,37 @@
-"""Options of a train step: how a smaller model learns to be like the dense one again.
+"""Options of a train step: data, length, loss and optimizer, which all have; and those of recovery and techniques.
 
-- train: recover
+- train: recover               # a smaller model learns to be like the dense one again
   loss: distillation           # or cross_entropy, or weights such as {distillation: 1, hidden: 0.1}
   steps: 200
   batch: 4                     # windows of `calibration.length` tokens per optimizer step
   parameters: all              # or lora: merged into dense weights, kept beside quantized ones
+- train: rigl                  # a technique of `techniques/`: learns, and becomes sparse
+  start: random                # from scratch; or model: onwards
+  density: 0.2
 """
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from llmcompress.calibrate import CalibrationOptions
 from llmcompress.options import Options
 
+if TYPE_CHECKING:
+    from llmcompress.training.technique import Technique
+
 LOSSES = ("cross_entropy", "distillation", "hidden")
 
 
 class Train(Options):
-    """What all train steps have: data, length, optimizer."""
+    """What all train steps have: data, length, loss, optimizer."""
+
+    loss: dict[str, float] = Field(
+        {"cross_entropy": 1.0}, description="cross_entropy, distillation, hidden; or a mapping to weights"
+    )
+    temperature: float = Field(1.0, gt=0, description="distillation: softens both models' predictions")
+    top_k: int = Field(64, ge=1, description="distillation: tokens kept of each of the dense model's predictions")
 
     steps: int = Field(200, ge=1, description="optimizer steps")
     batch: int = Field(4, ge=1, description="windows per optimizer step, over all processes")
@@ -32,31 +45,7 @@ class Train(Options):
     gradient_checkpointing: bool = Field(False, description="recompute blocks on the way back, to save memory")
     compile: bool = Field(False, description="fuse what blocks compute by torch.compile; on a CPU it needs g++")
     checkpoint_every: int = Field(50, ge=1, description="steps between states from which a killed run continues")
-    seed: int = Field(0, ge=0, description="of the order of the windows")
-
-    @model_validator(mode="after")
-    def _batches(self) -> Self:
-        if self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
-        return self
-
-    @property
-    def leaves_weights(self) -> bool:
-        """Whether what is learned can stay beside the weights."""
-        return False
-
-
-class Recover(Train):
-    """Options of `train: recover`."""
-
-    loss: dict[str, float] = Field(
-        {"distillation": 1.0}, description="cross_entropy, distillation, hidden; or a mapping to weights"
-    )
-    temperature: float = Field(1.0, gt=0, description="distillation: softens both models' predictions")
-    top_k: int = Field(64, ge=1, description="distillation: tokens kept of each of the dense model's predictions")
-    parameters: Literal["all", "lora"] = Field("all", description="what is trained")
-    rank: int = Field(8, ge=1, description="lora: of the update of each linear")
-    alpha: int = Field(16, ge=1, description="lora: its scale is alpha / rank")
+    seed: int = Field(0, ge=0, description="of the order of the windows, and of whatever else is drawn")
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -68,12 +57,89 @@ class Recover(Train):
             raise ValueError("weights of losses must be numbers above 0")
         return {name: float(weight) for name, weight in weights.items()}
 
-    @property
-    def leaves_weights(self) -> bool:
-        """LoRA does."""
-        return self.parameters == "lora"
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        return self
 
     @property
     def has_teacher(self) -> bool:
         """Whether the dense model's predictions or hidden states are needed."""
         return "distillation" in self.loss or "hidden" in self.loss
+
+    @property
+    def lora(self) -> bool:
+        """Whether only updates of low rank are trained."""
+        return False
+
+    @property
+    def leaves_weights(self) -> bool:
+        """Whether what is learned can stay beside the weights."""
+        return self.lora
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether the weights to begin with are random."""
+        return False
+
+    @property
+    def leaves(self) -> tuple[str, float] | None:
+        """Pattern and share of the zeros that it leaves in the decoder linears; None if it prunes nothing."""
+        return None
+
+    @property
+    def mask_source(self) -> str | None:
+        """The model whose zeros are the mask to train with, if the step names one."""
+        return None
+
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """Kinds of units (`structure/`) that it zeroes as a whole, for a structure step to remove."""
+        return ()
+
+    @property
+    def scoring_bytes(self) -> int:
+        """For each weight to prune, besides itself, while masks are chosen."""
+        return 0
+
+    def technique(self) -> "Technique":
+        """What happens beside the gradient steps: here nothing."""
+        from llmcompress.training.technique import Technique
+
+        return Technique(self)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise ValueError if it cannot do what it is told with linears of these shapes [out, in]."""
+
+    def check_units(self, model: Any) -> None:
+        """Raise ValueError if it cannot do what it is told with the units of a model, which may be a skeleton."""
+
+
+class Recover(Train):
+    """Options of `train: recover`."""
+
+    loss: dict[str, float] = Field(
+        {"distillation": 1.0}, description="cross_entropy, distillation, hidden; or a mapping to weights"
+    )
+    parameters: Literal["all", "lora"] = Field("all", description="what is trained")
+    rank: int = Field(8, ge=1, description="lora: of the update of each linear")
+    alpha: int = Field(16, ge=1, description="lora: its scale is alpha / rank")
+
+    @property
+    def lora(self) -> bool:
+        """As `parameters` says."""
+        return self.parameters == "lora"
+
+
+class Learn(Train):
+    """What all techniques have: they train all parameters, onwards or from scratch."""
+
+    start: Literal["model", "random"] = Field(
+        "model", description="weights to begin with: the model's, or random ones drawn with `seed`"
+    )
+
+    @property
+    def begins_anew(self) -> bool:
+        """As `start` says."""
+        return self.start == "random"

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmcompress.checkpoint import read_tensors, write_tensors
 from llmcompress.stream import StreamedModel, stream_blocks
 from llmcompress.training.losses import Taught, keep_largest
-from llmcompress.training.step import Recover
+from llmcompress.training.step import Train
 
 CHUNK = 128  # windows per walk over the blocks
 
@@ -21,7 +21,7 @@ CHUNK = 128  # windows per walk over the blocks
 class Lessons:
     """What the teacher said of windows [n, length] int64; folder: where it is kept."""
 
-    def __init__(self, options: Recover, folder: Path) -> None:
+    def __init__(self, options: Train, folder: Path) -> None:
         self.options = options
         self.folder = folder
 

@@ -1,0 +1,52 @@
+"""Geometric median, soft: units that the others can stand in for are silenced now and then, and go on learning. FPGM,
+He et al. 2019, arXiv:1811.00250.
+
+    d(u) = Σ_v ||c_u - c_v||        c_u: everything that goes with unit u, each matrix scaled to the same total size
+
+The units of a block with the smallest d, those nearest to its geometric median, are the most replaceable; norms play no
+part. Every `every` steps a share `ratio` of them is silenced: what they give to the rest of the model is set to zero,
+their columns of the down or output projection. The paper zeroes a filter's weights and keeps the next layer's, through
+which it may recover; here a unit's own rows stay, for the same reason, as a unit of which everything is zero gets no
+gradient. The last time, those that are chosen go for good, as a whole.
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from llmcompress.lazy import Tensor
+from llmcompress.structure.scores import GeometricMedian, Seen
+from llmcompress.training.technique import Learner, Technique
+from llmcompress.training.units import Fewer, Units, UnitTechnique, lowest
+
+
+class SoftGeometricMedian(Fewer):
+    """Options of `train: geometric_median`."""
+
+    every: int = Field(20, ge=1, description="steps between choices")
+
+    def technique(self) -> Technique:
+        """Silence, and let learn."""
+        return SoftPruning(self)
+
+
+class SoftPruning(UnitTechnique):
+    """Silence, and let learn."""
+
+    options: Any
+
+    def after_step(self, step: int, learner: Learner) -> None:
+        """Choose if it is time, anew every time; at the end for good."""
+        if not self.options.turn(step, self.options.every):
+            return
+        for units in self.units:
+            stay = lowest(distances(units), round(self.options.ratio * units.count))
+            if step == self.options.end:
+                units.mask(self.masks, stay)
+            else:
+                units.scale_outputs(stay.float())
+
+
+def distances(units: Units) -> Tensor:
+    """The sum of distances of each unit to all others, [units]."""
+    return GeometricMedian().score(units.group, Seen(units.block, units.weights()))

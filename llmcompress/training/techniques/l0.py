@@ -1,0 +1,183 @@
+"""L0: a random gate for every unit learns how often it is open, and the number of open gates is what costs. Louizos et
+al. 2018, arXiv:1712.01312; held to a share by Lagrange multipliers as in Xia et al. 2022 (CoFi), arXiv:2204.00408, and
+2023 (Sheared LLaMA), arXiv:2310.06694.
+
+    z = clamp(s (ζ - γ) + γ, 0, 1)      s = sigmoid((log u - log(1 - u) + log α) / β)      u uniform in (0, 1)
+    P(z > 0) = sigmoid(log α - β log(-γ / ζ))
+    minimize over W and α, maximize over λ:   L(W, z) + λ1 (t - s̄) + λ2 (t - s̄)²,   s̄ = 1 - mean P(z > 0)
+
+with γ = -0.1, ζ = 1.1, β = 2/3: z is exactly 0 or 1 most of the time, and still has a gradient (hard concrete). t, the
+share that is to be closed, rises to `ratio` in the first half of the time. At the end the gates of each kind with the
+highest α in all blocks stay, exactly the share that was asked for; from then on they are no longer random,
+
+    z = clamp(sigmoid(log α) (ζ - γ) + γ, FLOOR, 1)
+
+and after the last step they are multiplied into the weights, so that nothing of them is left in the model. Gates are
+trained by the model's optimizer as log α = `speed` θ, which makes their steps so many times as large.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from math import log
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from llmcompress.lazy import Tensor, torch
+from llmcompress.training.sparsity import best_of_all
+from llmcompress.training.technique import Learner, Technique
+from llmcompress.training.units import WHOLE, Fewer, Units, UnitTechnique, units_in
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
+OPEN = 3.0  # log α at first: a gate is open 99 times of 100
+FLOOR = 0.05  # of a gate that stays: at zero it would have no gradient
+
+
+class L0(Fewer):
+    """Options of `train: l0`."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("mlp_channel", "kv_group", "query_head", "attention", "mlp")
+
+    speed: float = Field(50.0, gt=0, description="steps of a gate, in learning rates")
+    pressure: float = Field(1.0, gt=0, description="learning rate of the multipliers")
+
+    def check_units(self, model: Any) -> None:
+        """Of whole sub-layers the share is of all blocks together, of other kinds too; some have to stay."""
+        for kind, group in by_kind(units_in(model, self.unit_kinds)):
+            total = sum(units.count for units in group)
+            gone, fewest = round(self.ratio * total), 1 if kind in WHOLE else len(group)
+            if not 0 < gone <= total - fewest:
+                raise ValueError(
+                    f"ratio: {self.ratio:g} takes {gone} of the {total} units ({kind}) of all blocks; from 1 to "
+                    f"{total - fewest} can go"
+                )
+
+    def target(self, step: int) -> float:
+        """Share of the gates that is to be closed at a step."""
+        return self.ratio * min(1.0, 2 * self.done(step))
+
+    def technique(self) -> Technique:
+        """Gates that learn."""
+        return HardConcrete(self)
+
+
+class HardConcrete(UnitTechnique):
+    """Gates that learn."""
+
+    options: Any
+
+    def prepare(self, learner: Learner) -> None:
+        """Give the model a gate for each unit."""
+        super().prepare(learner)
+        device = next(learner.model.parameters()).device
+        self.multipliers = {kind: torch.zeros(2, device=device) for kind in self.options.unit_kinds}
+        self.closed: dict[str, float] = {}  # expected share of closed gates of each kind, when they were chosen
+        self.hooks = []
+        for units in self.units:
+            start = torch.full((units.count,), OPEN / self.options.speed, device=device)
+            learner.model.register_parameter(gate_name(units), torch.nn.Parameter(start))
+            self.hooks.append(units.gated(partial(self.gates, learner.model, units)))
+
+    def gates(self, model: "nn.Module", units: Units) -> Tensor:
+        """z of each unit, [units]: random until it is settled which units stay."""
+        log_alpha = self.log_alpha(model, units)
+        if self.masks:
+            return stretched(log_alpha.sigmoid()).clamp(FLOOR, 1)
+        u = torch.rand_like(log_alpha).clamp(1e-6, 1 - 1e-6)
+        return stretched(((u.logit() + log_alpha) / BETA).sigmoid()).clamp(0, 1)
+
+    def log_alpha(self, model: "nn.Module", units: Units) -> Tensor:
+        """log α of each unit, [units]."""
+        return self.options.speed * model.get_parameter(gate_name(units))
+
+    def penalty(self, step: int, learner: Learner) -> Tensor | None:
+        """λ1 (t - s̄) + λ2 (t - s̄)² of every kind, until it is settled which units stay."""
+        if self.masks:
+            return None
+        total = torch.zeros((), device=next(learner.model.parameters()).device)
+        for kind, group in by_kind(self.units):
+            gap = self.options.target(step) - self.expected(learner.model, group)
+            first, second = self.multipliers[kind]
+            total = total + first * gap + second * gap.square()
+        return total
+
+    def expected(self, model: "nn.Module", group: list[Units]) -> Tensor:
+        """s̄: the share of gates that is closed, on average, with its graph."""
+        return 1 - torch.cat([open_share(self.log_alpha(model, units)) for units in group]).mean()
+
+    def before_step(self, step: int, learner: Learner) -> bool:
+        """The multipliers climb."""
+        if not self.masks:
+            with torch.no_grad():
+                for kind, group in by_kind(self.units):
+                    gap = self.options.target(step) - self.expected(learner.model, group)
+                    self.multipliers[kind] += self.options.pressure * torch.stack([gap, gap.square()])
+        return True
+
+    def after_step(self, step: int, learner: Learner) -> None:
+        """At the end of its time, settle which units stay."""
+        if step != self.options.end:
+            return
+        with torch.no_grad():
+            for kind, group in by_kind(self.units):
+                self.closed[kind] = float(self.expected(learner.model, group))
+                stay = chosen({units.name: self.log_alpha(learner.model, units) for units in group}, self.options.ratio)
+                for units in group:
+                    units.mask(self.masks, stay[units.name])
+
+    def finish(self, learner: Learner) -> None:
+        """Multiply the gates into the weights, and take them out of the model."""
+        for units, hook in zip(self.units, self.hooks, strict=True):
+            units.scale_outputs(self.gates(learner.model, units).detach())
+            hook.remove()
+            delattr(learner.model, gate_name(units))
+
+    def state(self) -> dict[str, Tensor]:
+        """Also the multipliers, and what was expected; gates are parameters of the model."""
+        mine = {f"multipliers.{kind}": pair for kind, pair in self.multipliers.items()}
+        return super().state() | mine | {f"closed.{k}": torch.tensor(v) for k, v in self.closed.items()}
+
+    def load(self, state: Mapping[str, Tensor], learner: Learner) -> None:
+        """Also these."""
+        super().load(state, learner)
+        for kind, pair in self.multipliers.items():
+            pair.copy_(state[f"multipliers.{kind}"])
+        self.closed = {kind: float(state[f"closed.{kind}"]) for kind in self.multipliers if f"closed.{kind}" in state}
+
+    def record(self) -> dict[str, Any]:
+        """Also the expected share of closed gates, when they were chosen."""
+        return super().record() | {"expected_closed": self.closed}
+
+
+def gate_name(units: Units) -> str:
+    """Of the parameter."""
+    return f"gate_{units.name}"
+
+
+def stretched(s: Tensor) -> Tensor:
+    """From (0, 1) to (γ, ζ)."""
+    return s * (HIGH - LOW) + LOW
+
+
+def open_share(log_alpha: Tensor) -> Tensor:
+    """P(z > 0)."""
+    return (log_alpha - BETA * log(-LOW / HIGH)).sigmoid()
+
+
+def by_kind(units: list[Units]) -> "Iterator[tuple[str, list[Units]]]":
+    """The units of each kind."""
+    for kind in dict.fromkeys(each.kind for each in units):
+        yield kind, [each for each in units if each.kind == kind]
+
+
+def chosen(log_alpha: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
+    """Which units of each group [units] stay, bool, by one ranking; of a group with several the best stays anyway."""
+    total = sum(map(len, log_alpha.values()))
+    scores = {name: values.clone() for name, values in log_alpha.items()}
+    for values in scores.values():
+        if len(values) > 1:
+            values[values.argmax()] = torch.inf
+    return best_of_all(scores, total - round(ratio * total))

@@ -1,0 +1,40 @@
+"""A mask from elsewhere: where another model of the same shape has zeros, this one keeps them while it learns.
+
+With `start: random` it tells what a mask is worth without the weights that it was found with (Frankle and Carbin 2019,
+arXiv:1803.03635, section 2; Liu et al. 2019, arXiv:1810.05270).
+"""
+
+from pydantic import Field
+
+from llmcompress.lazy import Tensor
+from llmcompress.training.sparsity import Static
+from llmcompress.training.step import Learn
+from llmcompress.training.technique import Learner, Technique
+
+
+class Masked(Learn):
+    """Options of `train: masked`."""
+
+    mask: str = Field(description="model whose zeros are the mask: a folder, a listed name or a Hub id")
+
+    @property
+    def leaves(self) -> tuple[str, float] | None:
+        """How many zeros there are is not known before the weights are read."""
+        return "layer", 0.0
+
+    @property
+    def mask_source(self) -> str | None:
+        """As `mask` says."""
+        return self.mask
+
+    def technique(self) -> Technique:
+        """The mask that was given."""
+        return Given(self)
+
+
+class Given(Static):
+    """The mask that was given."""
+
+    def choose(self, learner: Learner) -> dict[str, Tensor]:
+        """Where the other model is not zero."""
+        return {name: learner.given[name].to(weight.device) for name, weight in learner.weights.items()}

@@ -1,0 +1,527 @@
+"""Techniques that take units, stripes and halves of four away while a model learns: exact zeros, counts and budgets."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_techniques import SHORT, TOKENS, loss
+from tiny_runs import logits, reloaded, tensors
+from torch import Tensor
+
+from llmcompress.arch import find_couplings
+from llmcompress.errors import PlanError, RecipeError
+from llmcompress.mask import Pattern, follows
+from llmcompress.recipe import parse_step
+from llmcompress.structure import groups
+from llmcompress.training.loop import Curve, Task, train
+from llmcompress.training.technique import Learner, Technique
+from llmcompress.training.techniques.dsa import SLACK, Ledger, probabilities
+from llmcompress.training.techniques.geometric_median import distances
+from llmcompress.training.techniques.group_lasso import shrinkage
+from llmcompress.training.techniques.l0 import open_share
+from llmcompress.training.techniques.proximal_24 import shrunk, triples
+from llmcompress.training.units import lowest, units_in
+
+LASSO = {"train": "group_lasso", "strength": 1.0, "units": ["mlp_channel", "kv_group", "attention", "mlp"]}
+DSA = {"train": "dsa", "keep": 0.8, "units": ["mlp_channel", "kv_group"]}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "group_lasso": LASSO,
+    "geometric_median": {"train": "geometric_median", "ratio": 0.25, "every": 3},
+    "growing_l2": {"train": "growing_l2", "ratio": 0.25, "every": 2, "ceiling": 100.0},
+    "l0": {"train": "l0", "ratio": 0.25, "speed": 50.0},
+    "dsa": DSA,
+    "proximal_24": {"train": "proximal_24", "every": 2},
+    "skeleton": {"train": "skeleton", "strength": 0.5, "threshold": 0.6},
+}
+UNITS = [name for name in TECHNIQUES if name not in ("proximal_24", "skeleton")]
+END = 9  # the step after which nothing goes any more, of 12
+CHANNELS = "model.layers.{}.mlp.{}_proj.weight"
+
+Watch = Callable[[int, Technique, Learner], None]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _observed_once():
+    """What couples which rows is seen on a tiny model of the same class, whatever the sizes are."""
+    known: dict[str, Any] = {}
+
+    def found(model: Any) -> Any:
+        return known.setdefault(type(model).__name__, known.get(type(model).__name__) or find_couplings(model))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "find_couplings", found)
+        yield
+
+
+def uneven(kind: str = "llama") -> Any:
+    """A tiny model whose MLP channels differ in size, from a tenth to all."""
+    model = tiny_model(kind)
+    with torch.no_grad():
+        for units in units_in(model, ("mlp_channel",)):
+            units.scale(torch.linspace(0.1, 1, units.count))
+    return model
+
+
+def learn(state: Path, step: dict[str, Any], watch: Watch = lambda *_: None, model: Any = None) -> tuple[Any, ...]:
+    """A tiny model after the loop, its technique and its losses; `watch` sees what each step has left."""
+    options = parse_step(SHORT | step, "steps[0]").options
+    model, technique = model or tiny_model("llama"), options.technique()
+    targets = tuple(name for name, _ in model.named_parameters() if "_proj" in name)
+    seen: list[Learner] = []
+    prepare = technique.prepare
+
+    def prepared(learner: Learner) -> None:
+        seen.append(learner)
+        prepare(learner)
+
+    technique.prepare = prepared
+    task = Task(8, 16, loss, {}, cpu=True, technique=technique, targets=targets)
+    curve: Curve = train(model, options, task, state, lambda done, _: watch(done - 1, technique, seen[0]))
+    return model, technique, curve
+
+
+def values(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# what all have in common
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_what_went_is_zero_from_then_on_and_nothing_is_left_in_the_model(name, tmp_path):
+    before: dict[str, Tensor] = {}
+
+    def watch(step: int, technique: Technique, learner: Learner) -> None:
+        for key, mask in technique.masks.items():
+            parameter = learner.model.get_parameter(key)
+            assert not (mask & ~before.get(key, mask)).any(), (step, key)  # what went stays away
+            assert not parameter[~mask].any(), (step, key)
+            for moment in learner.moments(parameter):
+                assert not moment[~mask].any(), (step, key)
+        assert bool(technique.masks) or step < END or name == "group_lasso"
+        before.update(technique.masks)
+
+    model, technique, curve = learn(tmp_path, TECHNIQUES[name], watch)
+    assert curve.losses[-1] < curve.losses[0]
+    assert set(values(model)) == set(values(tiny_model("llama")))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert {type(module) for module in model.modules()} == {type(module) for module in tiny_model("llama").modules()}
+    assert json.dumps(technique.record())
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_training_that_stopped_continues_to_the_same_bytes(name, tmp_path):
+    """Once while things go, and once after."""
+
+    def stop(at: int) -> Watch:
+        def watch(step: int, *_: Any) -> None:
+            if step == at:
+                raise KeyboardInterrupt
+
+        return watch
+
+    step = TECHNIQUES[name] | {"checkpoint_every": 5}
+    whole, technique, _ = learn(tmp_path / "whole", step)
+    for at in (7, 11):
+        with pytest.raises(KeyboardInterrupt):
+            learn(tmp_path / "again", step, stop(at))
+    again, other, _ = learn(tmp_path / "again", step)
+    assert all(torch.equal(value, values(again)[key]) for key, value in values(whole).items())
+    assert technique.record() == other.record()
+
+
+@pytest.mark.parametrize("name", ["l0", "dsa", "skeleton"])
+def test_taking_the_helpers_out_changes_no_output(name, tmp_path):
+    """Multiplied into the weights, or of no use any more."""
+    seen: list[Tensor] = []
+
+    def watch(step: int, technique: Technique, learner: Learner) -> None:
+        if step == 11:
+            with torch.no_grad():
+                seen.append(learner.model(TOKENS, use_cache=False).logits)
+
+    model, _, _ = learn(tmp_path, TECHNIQUES[name], watch)
+    with torch.no_grad():
+        found = model(TOKENS, use_cache=False).logits
+    torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-5)
+
+
+def counts(model: Any, kind: str) -> list[int]:
+    """Units of each block that are zero."""
+    return [int(units.zero().sum()) for units in units_in(model, (kind,))]
+
+
+@pytest.mark.parametrize("name", ["geometric_median", "growing_l2"])
+def test_every_block_loses_the_same_share(name, tmp_path):
+    model, technique, _ = learn(tmp_path, TECHNIQUES[name] | {"units": ["mlp_channel", "query_head"], "ratio": 0.3})
+    assert counts(model, "mlp_channel") == [48, 48]
+    assert counts(model, "query_head") == [1, 1]
+    assert technique.record()["units"] == {"mlp_channel": {"zero": 96, "of": 320}, "query_head": {"zero": 2, "of": 6}}
+
+
+# group lasso
+
+
+def test_the_proximal_step_of_a_norm():
+    found = shrinkage(torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0]), 1.0)
+    assert found.tolist() == [0.75, 0.5, 0.0, 0.0, 0.0]
+
+
+def test_more_units_are_exactly_zero_with_a_larger_strength(tmp_path):
+    found = []
+    for strength in (1.0, 4.0, 8.0):
+        step = LASSO | {"strength": strength, "units": ["mlp_channel"], "learning_rate": 1e-3}
+        model, technique, _ = learn(tmp_path / str(strength), step, model=uneven())
+        found.append(sum(counts(model, "mlp_channel")))
+        assert technique.record()["units"]["mlp_channel"]["zero"] == found[-1]
+    assert found == sorted(found)
+    assert len(set(found)) == 3
+    assert found[-1] < 320
+
+
+def test_heads_and_sublayers_go_too(tmp_path):
+    model, _, _ = learn(tmp_path, LASSO | {"strength": 3.0, "units": ["query_head", "mlp"]})
+    assert counts(model, "mlp") == [1, 1]
+    assert counts(model, "query_head") == [3, 3]
+
+
+# geometric median
+
+
+def test_copies_are_nearest_to_the_median_whatever_their_norm():
+    """Half of the channels are one and the same, large one: they can stand in for each other."""
+    model = tiny_model("llama")
+    units = units_in(model, ("mlp_channel",))[0]
+    with torch.no_grad():
+        for parameter, member in units.parts():
+            lines = parameter.movedim(member.dim, 0)
+            lines[1:80] = 2 * lines[:1].clone()
+            lines[0] = lines[1]
+    assert not lowest(distances(units), 80)[:80].any()
+    assert lowest(units.norms(), 80)[:80].all()
+
+
+def test_silenced_units_learn_on_until_the_last_choice(tmp_path):
+    silent: dict[int, list[int]] = {}
+
+    def watch(step: int, technique: Technique, learner: Learner) -> None:
+        down, up = (learner.weights[CHANNELS.format(0, name)] for name in ("down", "up"))
+        silent[step] = [int((down == 0).all(0).sum()), int((up == 0).all(1).sum())]
+
+    learn(tmp_path, TECHNIQUES["geometric_median"], watch)
+    assert silent[0] == silent[2] == silent[3] == [0, 0]  # choices after steps 1, 4 and 7, the last after step 9
+    assert silent[1] == silent[4] == silent[7] == [40, 0]
+    assert silent[8] == [0, 0]
+    assert silent[9] == silent[11] == [40, 40]
+
+
+# growing regularization
+
+
+def test_units_are_chosen_by_size_and_fade_before_they_go(tmp_path):
+    norms: list[Tensor] = []
+    model = uneven()
+    before = units_in(model, ("mlp_channel",))[0].norms()
+    small = ~lowest(units_in(model, ("mlp_channel",))[0].sums(torch.abs), 40)
+
+    def watch(step: int, technique: Technique, learner: Learner) -> None:
+        norms.append(units_in(learner.model, ("mlp_channel",))[0].norms())
+
+    learn(tmp_path, TECHNIQUES["growing_l2"] | {"ceiling": 2000.0}, watch, model)
+    assert (norms[-1] == 0).tolist() == small.tolist()
+    assert float(norms[END - 1][small].max()) < 0.2 * float(before[small].min())
+    assert float((norms[END - 1][~small] / before[~small]).min()) > 0.5
+
+
+# L0
+
+
+def test_gates_close_to_the_share_that_was_asked_for(tmp_path):
+    step = TECHNIQUES["l0"] | {"steps": 60, "units": ["mlp_channel", "kv_group"], "ratio": 0.3, "pressure": 3.0}
+    model, technique, _ = learn(tmp_path, step)
+    assert sum(counts(model, "mlp_channel")) == 96
+    assert sum(counts(model, "kv_group")) == 1
+    assert max(counts(model, "kv_group")) == 1  # of two: one stays in every block
+    assert technique.record()["expected_closed"]["mlp_channel"] == pytest.approx(0.3, abs=0.02)
+
+
+def test_the_share_of_open_gates_is_what_is_drawn():
+    technique = parse_step(SHORT | TECHNIQUES["l0"], "").options.technique()
+    log_alpha = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0]).repeat_interleave(4000)
+    technique.log_alpha = lambda model, units: log_alpha
+    torch.manual_seed(0)
+    drawn = technique.gates(None, None)
+    assert drawn.min() == 0
+    assert drawn.max() == 1
+    found = (drawn > 0).float().reshape(5, -1).mean(1)
+    torch.testing.assert_close(found, open_share(log_alpha).reshape(5, -1).mean(1), rtol=0, atol=0.03)
+
+
+# DSA
+
+PRICES = [([288, 288, 15360, 15360], [1600, 1600, 2, 2], 1000), ([5, 7], [3000, 2000], 0), ([288, 90000], [900, 2], 10)]
+
+
+@settings(max_examples=100)
+@given(
+    case=st.sampled_from(PRICES),
+    keep=st.floats(0.3, 0.99),
+    shares=st.lists(st.floats(0.001, 0.999), min_size=4, max_size=4),
+)
+def test_rounded_ratios_meet_the_budget_and_are_never_above(case, keep, shares):
+    prices, units, fixed = case
+    total = fixed + sum(price * count for price, count in zip(prices, units, strict=True))
+    ledger = Ledger(prices, units, fixed, total, keep * total)
+    if ledger.cost([1] * len(units)) > ledger.budget:
+        return
+    kept = ledger.rounded(shares[: len(units)])
+    assert all(1 <= count <= most for count, most in zip(kept, units, strict=True))
+    assert ledger.cost(kept) <= ledger.budget
+    assert ledger.cost(kept) >= (1 - SLACK) * ledger.budget or (len(set(prices)) > 1 and prices[-1] == 90000)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 4.0, 10.0])
+def test_probabilities_have_the_share_as_their_mean_and_its_derivative(sharpness):
+    torch.manual_seed(0)
+    importance = torch.rand(40, dtype=torch.float64) + 0.1
+    share = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
+    p = probabilities(importance, share, sharpness)
+    assert float(p.mean()) == pytest.approx(0.37, abs=1e-6)
+    assert torch.equal(p.argsort(), importance.argsort())
+    weight = torch.randn(40, dtype=torch.float64)
+    (slope,) = torch.autograd.grad((weight * p).sum(), share)
+    ends = [(weight * probabilities(importance, torch.tensor(0.37 + e), sharpness)).sum() for e in (1e-3, -1e-3)]
+    assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / 2e-3, rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize("of", ["parameters", "flops"])
+def test_ratios_differ_and_cost_what_the_budget_says(of, tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():  # one MLP that hardly matters
+        units_in(model, ("mlp_channel",))[1].scale_outputs(torch.full((160,), 1e-3))
+    _, technique, _ = learn(tmp_path, DSA | {"steps": 40, "of": of, "keep": 0.7}, model=model)
+    costs, kept = technique.record()["costs"], technique.record()["kept"]
+    blocks = sum(p.numel() for name, p in tiny_model("llama").named_parameters() if "layers" in name)
+    norms = 4 * 96
+    attention = 2 * 4 * 256 * 96
+    assert costs["before"] == (blocks if of == "parameters" else 2 * (blocks - norms) + attention)
+    assert (1 - SLACK) * costs["budget"] <= costs["used"] <= costs["budget"]
+    assert kept["mlp_channel_0"] > kept["mlp_channel_1"]
+    zero = [160 - count for count in counts(model, "mlp_channel")]
+    assert zero == [kept["mlp_channel_0"], kept["mlp_channel_1"]]
+
+
+# 2:4
+
+
+@settings(max_examples=60)
+@given(
+    u=st.lists(st.floats(-3, 3), min_size=4, max_size=4),
+    strength=st.floats(0.01, 5),
+    seed=st.integers(0, 99),
+)
+def test_the_proximal_step_of_products_of_three_is_a_minimum(u, strength, seed):
+    """Nothing near it, nothing with other zeros and nothing at random has a lower value; not checked for all points."""
+    point = torch.tensor([u], dtype=torch.float64)
+
+    def value(v: Tensor) -> Tensor:
+        return (v - point).square().sum(1) / 2 + strength * triples(v.abs().T)
+
+    found = shrunk(point, strength)
+    generator = torch.Generator().manual_seed(seed)
+    near = found + 1e-2 * torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    far = point * torch.rand(400, 4, generator=generator, dtype=torch.float64)
+    far[::2] *= torch.rand(200, 4, generator=generator) < 0.7
+    assert float(value(torch.cat([near, far, point])).min()) >= float(value(found)) - 1e-3
+    assert ((found == 0) | (found.sign() == point.sign())).all()
+
+
+def test_matrices_end_with_two_of_four_everywhere(tmp_path):
+    """The harder the pull, the fewer groups had to be forced."""
+    forced = []
+    for strength in (0.5, 30.0):
+        step = TECHNIQUES["proximal_24"] | {"strength": strength}
+        model, technique, _ = learn(tmp_path / str(strength), step)
+        for name, value in values(model).items():
+            if "_proj" in name:
+                assert follows(value != 0, Pattern("n:m", 2, 4)), name
+                assert int((value != 0).sum()) <= value.numel() // 2
+        forced.append(technique.record()["forced"])
+    assert forced[0] > 0.5
+    assert forced[1] < 0.1
+
+
+# stripes
+
+
+def test_stripes_fall_whole_and_a_density_is_met(tmp_path):
+    found = {}
+    for density in (None, 0.4):
+        step = TECHNIQUES["skeleton"] | {"density": density, "stripe": 8}
+        model, technique, _ = learn(tmp_path / str(density), step)
+        stripes = {name: value.reshape(-1, 8) for name, value in values(model).items() if "_proj" in name}
+        zero = {name: (each == 0).all(1) for name, each in stripes.items()}
+        assert all(bool((stripes[name][~zero[name]] != 0).all()) for name in stripes)
+        found[density] = 1 - float(torch.cat(list(zero.values())).float().mean())
+        assert technique.record()["density"] == pytest.approx(found[density], abs=1e-6)
+    assert found[0.4] == pytest.approx(0.4, abs=1e-3)
+    assert 0.4 < found[None] < 1
+
+
+def test_a_skeleton_of_ones_changes_nothing(tmp_path):
+    _, _, curve = learn(tmp_path / "plain", {"train": "dense", "steps": 1})
+    _, _, other = learn(tmp_path / "skeleton", TECHNIQUES["skeleton"] | {"steps": 2, "begin": 0.0, "until": 1.0})
+    assert other.losses[0] == pytest.approx(curve.losses[0], rel=1e-6)
+
+
+# whole runs: what is zero is cut out
+
+
+def cut_out(*kinds: str) -> list[dict[str, Any]]:
+    return [{"structure": kind, "zeros": True} for kind in kinds]
+
+
+def test_the_smaller_model_computes_the_same(run_here, tmp_path_factory):
+    """Channels of blocks that differ, a KV group, and a whole attention."""
+    model, start = uneven(), tmp_path_factory.mktemp("uneven")
+    with torch.no_grad():
+        first, second = units_in(model, ("kv_group",))
+        first.scale(torch.tensor([0.05, 1.0]))
+        second.scale(torch.tensor([0.05, 0.05]))
+    model.save_pretrained(start)
+    tiny_tokenizer().save_pretrained(start)
+    step = SHORT | LASSO | {"strength": 2.0, "learning_rate": 1e-3}
+    kinds = ("attention", "mlp", "kv_group", "mlp_channel")
+    full, _ = run_here(str(start), step, dtype="float32")
+    small, results = run_here(str(start), step, *cut_out(*kinds), dtype="float32")
+    config = json.loads((small / "config.json").read_text())
+    assert config["per_layer_config"]["1"]["skip"] == ["self_attn"]
+    assert tensors(small)["model.layers.0.self_attn.k_proj.weight"].shape == (16, 96)
+    assert results["proof"]["passed"]
+    gone = results["training"][0]["units"]
+    assert 0 < gone["mlp_channel"]["zero"] < gone["mlp_channel"]["of"]
+    sizes = [sum(t.numel() for t in tensors(folder).values()) for folder in (full, small)]
+    assert sizes[1] < sizes[0]
+    left = sum(int(t.count_nonzero()) for name, t in tensors(full).items() if "_proj" in name)
+    assert left <= sum(t.numel() for name, t in tensors(small).items() if "_proj" in name)
+    expected, found = logits(reloaded(full)), logits(reloaded(small, trust_remote_code=True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["geometric_median", pytest.param("growing_l2", marks=pytest.mark.slow)])
+def test_equal_shares_leave_a_model_of_one_width(name, run_here):
+    folder, results = run_here("llama", SHORT | TECHNIQUES[name], *cut_out("mlp_channel"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["intermediate_size"] == 120
+    assert "per_layer_config" not in config
+    assert [stage["name"] for stage in results["stages"]] == ["before", name, "mlp_channel"]
+    reloaded(folder)
+
+
+@pytest.mark.parametrize("name", ["l0", "dsa"])
+def test_unequal_widths_are_cut_out_and_proved(name, run_here):
+    folder, results = run_here("llama", SHORT | TECHNIQUES[name] | {"units": ["mlp_channel"]}, *cut_out("mlp_channel"))
+    widths = [len(tensors(folder)[CHANNELS.format(block, "up")]) for block in (0, 1)]
+    gone = results["training"][0]["units"]["mlp_channel"]["zero"]
+    assert sum(widths) == 320 - gone
+    assert gone
+
+
+def test_without_zeros_nothing_goes_and_widths_keep_their_multiple(run_here):
+    same, _ = run_here("llama", *cut_out("mlp_channel"))
+    assert json.loads((same / "config.json").read_text())["intermediate_size"] == 160
+    step = {"structure": "mlp_channel", "zeros": True, "multiple": 32}
+    folder, _ = run_here("llama", SHORT | TECHNIQUES["geometric_median"], step)
+    assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 128
+
+
+def test_zeros_in_stripes_and_in_fours_outlive_quantization(run_here):
+    bits = {"method": "rtn", "bits": 8, "group_size": 32}
+    for name in ("skeleton", "proximal_24"):
+        _, results = run_here("llama", SHORT | TECHNIQUES[name], bits)
+        assert results["proof"]["passed"]
+        assert results["sparsity"]["of_pruned_linears"] > 0.05
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (LASSO | {"begin": 0.8, "until": 0.5}, "it would end before it starts: from step 9 to step 6 of 12"),
+        (TECHNIQUES["proximal_24"] | {"until": 0.05}, "it would end before it starts"),
+        (TECHNIQUES["growing_l2"] | {"every": 20}, "λ would never grow"),
+        (LASSO | {"units": ["mlp_chanel"]}, "units"),
+        (LASSO | {"units": []}, "units"),
+        (LASSO | {"units": ["kv_group", "query_head"]}, "share rows"),
+        (LASSO | {"units": ["mlp", "mlp"]}, "names one kind twice"),
+        (DSA | {"units": ["attention"]}, "attention is not for this technique, which takes mlp_channel, kv_group"),
+        (DSA | {"keep": 1.0}, "less than 1"),
+        ({"train": "l0"}, "ratio: this option is required"),
+        ({"train": "skeleton", "threshold": 0.0}, "greater than 0"),
+    ],
+)
+def test_a_bad_option_is_one_message(changes, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_step(SHORT | changes, "steps[0]")
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "more", "message"),
+    [
+        ("llama", DSA | {"keep": 0.05}, {}, r"keep: 0.05 is .* parameters of the decoder blocks, .* use at least 0.1"),
+        ("llama", DSA | {"units": ["kv_group"], "keep": 0.9}, {}, "no rounding meets .* let mlp_channel go too"),
+        ("llama", TECHNIQUES["geometric_median"] | {"units": ["kv_group"], "ratio": 0.1}, {}, "takes 0 of the 2 units"),
+        ("llama", TECHNIQUES["l0"] | {"units": ["kv_group"], "ratio": 0.9}, {}, "takes 4 of the 4 units"),
+        ("opt", LASSO | {"units": ["query_head"]}, {}, "has no query_head: its attention heads do not share"),
+        ("llama", LASSO, {"keep": ["up_proj"]}, "is kept, and .* would make it narrower"),
+        ("llama", {"train": "skeleton", "stripe": 36}, {}, "not made of stripes of 36"),
+    ],
+)
+def test_what_does_not_fit_is_a_plan_error(kind, step, more, message, run_here, tmp_path):
+    with pytest.raises(PlanError, match=message):
+        run_here(kind, SHORT | step, **more)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"zeros": True, "ratio": 0.5}, "expected one of ratio, parameters, bytes and zeros"),
+        ({"zeros": True, "compensate": "mean"}, "leave out `compensate`"),
+        ({"zeros": True, "rounds": 2}, "leave out `rounds`"),
+        ({"zeros": False}, "zeros"),
+    ],
+)
+def test_a_removal_of_zeros_chooses_nothing(step, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_step({"structure": "mlp_channel"} | step, "steps[0]")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gemma2", pytest.param("opt", marks=pytest.mark.slow)])
+def test_units_of_other_architectures_are_cut_out_too(kind, run_here):
+    """Fused and transposed matrices, biases, norms after a sub-layer."""
+    _, results = run_here(kind, SHORT | TECHNIQUES["geometric_median"], *cut_out("mlp_channel"))
+    assert results["proof"]["passed"]
+    assert results["training"][0]["units"]["mlp_channel"]["zero"]
+
+
+def test_scaling_outputs_is_what_a_gate_does():
+    for kind in ("llama", "gpt2", "phi3"):
+        for unit in ("mlp_channel", "kv_group"):
+            model = tiny_model(kind)
+            copied = copy.deepcopy(model)
+            torch.manual_seed(0)
+            for units, same in zip(units_in(model, (unit,)), units_in(copied, (unit,)), strict=True):
+                factors = torch.rand(units.count)
+                units.gated(lambda factors=factors: factors)
+                same.scale_outputs(factors)
+            torch.testing.assert_close(logits(model), logits(copied), rtol=1e-4, atol=1e-5)

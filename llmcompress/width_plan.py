@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 from llmcompress.arch import Architecture, Module, match_names
 from llmcompress.building import build

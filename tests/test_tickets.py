@@ -1,5 +1,6 @@
 """Lottery tickets and Early-Bird tickets: densities, weights that go back to the bit, and draws that settle."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_what_went_stays_away_and_is_the_smallest(tmp_path):
         sizes.append({name: mask.clone() for name, mask in technique.masks.items()})
 
     learn(tmp_path, TICKET, watch)
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         assert all(not (after[name] & ~before[name]).any() for name in before)
     _, technique, after, _ = trained(tmp_path / "again", TICKET | {"rounds": 1, "steps": 6, "back": "rate"})
     kept = torch.cat([after[3][name].abs()[mask] for name, mask in technique.masks.items()])
@@ -171,7 +172,7 @@ def test_a_ticket_is_drawn_when_draws_agree(tmp_path):
     """Channels of very unlike size, and steps that are small: four draws are three distances."""
     records = []
     for n in range(2):
-        model, technique, _ = learn(tmp_path / str(n), BIRD, model=uneven())
+        _, technique, _ = learn(tmp_path / str(n), BIRD, model=uneven())
         records.append(technique.record())
     found = records[0]["early_bird"]
     assert records[0] == records[1]

@@ -37,7 +37,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] -> [..., hidden]. What has been unpacked since is computed as in any other MLP."""
         gate, up = self.gate_proj, self.up_proj
-        if fusable(gate, up) and gate.takes(x):
+        if fusable(gate, up) and gate.takes(x) and not (is_watched(gate) or is_watched(up)):
             weights = gate.packed(), up.packed()
             middle = llmcompress_kernels.int4_gated_mlp(x, *weights, self.activation, gate.bias, up.bias)
         else:
@@ -68,6 +68,11 @@ def fuse_gated(model: nn.Module) -> list[str]:
             model.set_submodule(name, new)
             fused.append(name)
     return fused
+
+
+def is_watched(linear: nn.Module) -> bool:
+    """Whether somebody wants to see, or change, what this linear gets or gives, such as activation thresholds."""
+    return bool(linear._forward_pre_hooks or linear._forward_hooks)
 
 
 def is_gated(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ PYTHON ?= python3
 TEXT   ?= wikitext2
 RUN     = $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow check bench bench-gpu bench-large
+.PHONY: setup demo test test-slow check bench shelf bench-gpu bench-large
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,9 @@ check: setup
 
 bench: setup
 	$(RUN) evals/compare_peers.py --calibration $(TEXT)/wiki.valid.raw --test $(TEXT)/wiki.test.raw
+
+shelf: setup
+	$(RUN) evals/shelf.py --run
 
 bench-gpu: setup
 	mkdir -p outputs

@@ -8,8 +8,8 @@
         group_size: 64
     output: {format: pack-quantized}
 
-A step names a `method` for single weights, a `structure` whose units go, how to `train` (recovery, or a technique), or what
-is left out at `runtime`. Its other options, but for `targets`, are the fields of that record (`llmcompress list
+A step names a `method` for single weights, a `structure` whose units go, how to `train` (recovery, or a technique), or
+what is left out at `runtime`. Its other options, but for `targets`, are the fields of that record (`llmcompress list
 methods`, `list structures`, `list trainings`, `list runtimes`).
 
 Consecutive method steps are one stage, in which every block is loaded once; any other step is a stage of its own, whose

@@ -8,11 +8,12 @@ at the linear's share of zeros, and a greedy search spreads the block's share ov
   sparsity: 0.4
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from llmcompress.options import Options
+from llmcompress.shelf import Shelf
 
 
 class Runtime(Options):
@@ -23,6 +24,13 @@ class Runtime(Options):
 
 class Teal(Runtime):
     """Options of `runtime: teal`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "at run time",
+        "inputs of linears that are small, and the columns that they meet",
+        "bytes read for each token, with llmcompress.load",
+        "achieved sparsity is near what was asked; the sparse product is the masked one; first tokens are dense",
+    )
 
     sparsity: float = Field(0.4, ge=0, le=0.9, description="share of a block's weights that a token does not read")
     allocation: Literal["greedy", "uniform"] = Field("greedy", description="how it is spread over a block's linears")

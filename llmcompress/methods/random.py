@@ -1,15 +1,24 @@
 """Random pruning: the baseline that every score has to beat. Which weights go depends on the seed and the weight."""
 
 import zlib
+from typing import ClassVar
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import ScoreMethod
+from llmcompress.shelf import HALVES, Shelf
 
 
 class Random(ScoreMethod):
     """Options of `method: random`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "single weights, or two of four",
+        HALVES,
+        "exact counts of each pattern; masks survive every later step",
+    )
 
     seed: int = Field(0, ge=0, lt=2**32)
 

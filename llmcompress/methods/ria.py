@@ -12,11 +12,19 @@ from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.methods.base import ScoreMethod, required
+from llmcompress.shelf import HALVES, Shelf
 from llmcompress.stats import InputSquares, Statistics
 
 
 class RIA(ScoreMethod):
     """Options of `method: ria`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "single weights, or two of four",
+        HALVES,
+        "exact counts of each pattern; masks survive every later step",
+    )
 
     a: float = Field(0.5, ge=0, le=2, description="weight of the activations")
     needs: ClassVar[Statistics | None] = InputSquares

@@ -18,6 +18,7 @@ from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import Pattern, first_of, kept
 from llmcompress.methods.base import Pruner, required
 from llmcompress.methods.sweep import SWEPT, Sweep, reversed_factor
+from llmcompress.shelf import HALVES, Shelf
 from llmcompress.stats import InputGram, Statistics
 from llmcompress.weight import CompressedWeight
 
@@ -26,6 +27,13 @@ BLOCK = 128  # columns whose weights compete for their place, where the pattern 
 
 class SparseGPT(Pruner):
     """Options of `method: sparsegpt`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "single weights, or two of four",
+        HALVES,
+        "exact counts of each pattern; masks survive every later step; better than Wanda",
+    )
 
     act_order: bool = Field(False, description="columns with large inputs first, whole groups of m together")
     damp: float = Field(0.01, gt=0, lt=1, description="added to the diagonal, relative to its mean")

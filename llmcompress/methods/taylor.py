@@ -10,11 +10,19 @@ from typing import ClassVar
 
 from llmcompress.lazy import Tensor
 from llmcompress.methods.base import ScoreMethod, required
+from llmcompress.shelf import HALVES, Shelf
 from llmcompress.stats import GradientSquare, Statistics
 
 
 class Taylor(ScoreMethod):
     """Options of `method: taylor`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "single weights, or two of four",
+        HALVES,
+        "exact counts of each pattern; masks survive every later step",
+    )
 
     needs: ClassVar[Statistics | None] = GradientSquare
 

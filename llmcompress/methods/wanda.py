@@ -10,11 +10,19 @@ from typing import ClassVar
 
 from llmcompress.lazy import Tensor
 from llmcompress.methods.base import ScoreMethod, required
+from llmcompress.shelf import HALVES, Shelf
 from llmcompress.stats import InputSquares, Statistics
 
 
 class Wanda(ScoreMethod):
     """Options of `method: wanda`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "single weights, or two of four",
+        HALVES,
+        "exact counts of each pattern; masks survive every later step; better than magnitude",
+    )
 
     needs: ClassVar[Statistics | None] = InputSquares
 

@@ -21,11 +21,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import floor, log
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import UNITS, Shelf
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import UnitLearn, Units, UnitTechnique, lowest, units_in
 
@@ -40,6 +41,13 @@ SHARPEST = 10.0  # β2 at the end, in standard deviations of log b; at first 1
 
 class DSA(UnitLearn):
     """Options of `train: dsa`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "MLP channels, KV groups, heads",
+        UNITS,
+        "within half a percent of the budget, and never above it; the smaller model computes the same",
+    )
 
     keep: float = Field(gt=0, lt=1, description="budget: share of what all decoder blocks cost")
     of: Literal["parameters", "flops"] = Field("parameters", description="what is counted; flops are of one token")

@@ -9,17 +9,25 @@ norms' scales, which language models lack; here a unit counts with the norm of a
 the last draw at `until` is taken, and the record says that no ticket was found.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import UNITS, Shelf
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import Fewer, UnitTechnique, lowest
 
 
 class EarlyBird(Fewer):
     """Options of `train: early_bird`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "MLP channels, KV groups, heads",
+        UNITS,
+        "the ticket is drawn after the same step for the same seed; the smaller model computes the same",
+    )
 
     every: int = Field(10, ge=1, description="steps between draws")
     window: int = Field(5, ge=1, description="draws in a row that must agree")

@@ -10,11 +10,12 @@ which it may recover; here a unit's own rows stay, for the same reason, as a uni
 gradient. The last time, those that are chosen go for good, as a whole.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
+from llmcompress.shelf import UNITS, Shelf
 from llmcompress.structure.scores import GeometricMedian, Seen
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import Fewer, Units, UnitTechnique, lowest
@@ -22,6 +23,13 @@ from llmcompress.training.units import Fewer, Units, UnitTechnique, lowest
 
 class SoftGeometricMedian(Fewer):
     """Options of `train: geometric_median`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "MLP channels, KV groups, heads",
+        UNITS,
+        "copies go first, whatever their norm; every block loses the same share; the smaller model computes the same",
+    )
 
     every: int = Field(20, ge=1, description="steps between choices")
 

@@ -7,16 +7,24 @@ s_f = 1 - density is the share of zeros at the end. Many go at first, when there
 zero, the smallest there is, so it stays away.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Spread, best, spread_counts
 from llmcompress.training.technique import Learner, Technique
 
 
 class Gradual(Spread):
     """Options of `train: gradual`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "single weights",
+        WEIGHTS,
+        "density follows the cubic schedule to the weight; what went stays away",
+    )
 
     begin: float = Field(0.1, ge=0, lt=1, description="share of the steps after which weights begin to go")
     until: float = Field(0.75, gt=0, le=1, description="share of the steps after which none goes any more")

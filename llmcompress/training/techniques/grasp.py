@@ -12,7 +12,10 @@ which needs no second derivative of attention kernels, that have none. SynFlow (
 data, was not taken: its flow passes softmax and norms of a transformer only if something else stands for them.
 """
 
+from typing import ClassVar
+
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Static
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.snip import Ranked, drawn, ranked
@@ -22,6 +25,10 @@ STEP = 1e-2  # of the difference, relative to the weights; in float32 a smaller 
 
 class Grasp(Ranked):
     """Options of `train: grasp`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "before training", "single weights", WEIGHTS, "the count over all matrices is exact; the mask never moves"
+    )
 
     def technique(self) -> Technique:
         """A mask by this score."""

@@ -21,12 +21,20 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import UNITS, Shelf
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import UnitLearn, Units, UnitTechnique
 
 
 class GroupLasso(UnitLearn):
     """Options of `train: group_lasso`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "MLP channels, KV groups, heads, whole attentions or MLPs",
+        UNITS,
+        "zeros are exact, more of them with more strength; the smaller model computes the same",
+    )
 
     kinds: ClassVar[tuple[str, ...]] = ("mlp_channel", "kv_group", "query_head", "attention", "mlp")
 

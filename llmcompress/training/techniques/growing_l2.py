@@ -13,17 +13,25 @@ learning rate of the step. For a model that has been trained already.
 
 from collections.abc import Mapping
 from math import exp
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import UNITS, Shelf
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import Fewer, UnitTechnique, lowest
 
 
 class GrowingL2(Fewer):
     """Options of `train: growing_l2`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "MLP channels, KV groups, heads",
+        UNITS,
+        "every block loses the same share; the smaller model computes the same",
+    )
 
     ceiling: float = Field(1000.0, gt=0, description="λ at the end; a weight is multiplied by exp(-η λ) at each step")
     every: int = Field(5, ge=1, description="steps between two λ")

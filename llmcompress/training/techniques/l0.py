@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import UNITS, Shelf
 from llmcompress.training.sparsity import best_of_all
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import WHOLE, Fewer, Units, UnitTechnique, units_in
@@ -38,6 +39,13 @@ FLOOR = 0.05  # of a gate that stays: at zero it would have no gradient
 
 class L0(Fewer):
     """Options of `train: l0`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "MLP channels, KV groups, heads",
+        UNITS,
+        "the share is exact in the end; gates are folded into weights, which changes no output",
+    )
 
     kinds: ClassVar[tuple[str, ...]] = ("mlp_channel", "kv_group", "query_head", "attention", "mlp")
 

@@ -11,11 +11,12 @@ What the last training leaves is not pruned any more. `steps` are those of all t
 """
 
 from math import prod
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Shapes, best_of_all
 from llmcompress.training.step import Learn
 from llmcompress.training.technique import Learner, Technique
@@ -23,6 +24,13 @@ from llmcompress.training.technique import Learner, Technique
 
 class LotteryTicket(Learn):
     """Options of `train: lottery_ticket`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "after training",
+        "single weights",
+        WEIGHTS,
+        "density (1 - fraction)^r to the weight; weights go back to the bit; the same seed gives the same mask",
+    )
 
     rounds: int = Field(4, ge=1, le=50, description="how often is pruned; a training before the first and after each")
     fraction: float = Field(0.2, gt=0, lt=1, description="share of the weights left that goes in each round")

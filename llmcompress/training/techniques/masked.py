@@ -4,9 +4,12 @@ With `start: random` it tells what a mask is worth without the weights that it w
 arXiv:1803.03635, section 2; Liu et al. 2019, arXiv:1810.05270).
 """
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Static
 from llmcompress.training.step import Learn
 from llmcompress.training.technique import Learner, Technique
@@ -14,6 +17,10 @@ from llmcompress.training.technique import Learner, Technique
 
 class Masked(Learn):
     """Options of `train: masked`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "before training", "single weights", WEIGHTS, "zeros are those of the other model, and stay"
+    )
 
     mask: str = Field(description="model whose zeros are the mask: a folder, a listed name or a Hub id")
 

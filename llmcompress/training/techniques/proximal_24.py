@@ -16,12 +16,13 @@ something away that was not zero.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import Pattern, keep_best
+from llmcompress.shelf import HALVES, Shelf
 from llmcompress.training.schedule import Scheduled
 from llmcompress.training.sparsity import Shapes
 from llmcompress.training.technique import Learner, Technique
@@ -33,6 +34,10 @@ PASSES = 6  # over the coordinates of a group
 
 class Proximal24(Scheduled):
     """Options of `train: proximal_24`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training", "two of four neighbouring weights", HALVES, "2:4 everywhere in the end"
+    )
 
     strength: float = Field(1.0, gt=0, description="λ at the end; with more, fewer groups are forced")
     every: int = Field(5, ge=1, description="optimizer steps between proximal steps")

@@ -8,11 +8,12 @@
 The mask is drawn once with `seed` and never moves.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Shapes, Spread, Static, random_masks, spread_counts
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.snip import Ranked, ranked, snip_scores
@@ -20,6 +21,13 @@ from llmcompress.training.techniques.snip import Ranked, ranked, snip_scores
 
 class Random(Ranked):
     """Options of `train: random`; `windows` and `least` are for the spread `snip`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "before training",
+        "single weights",
+        WEIGHTS,
+        "counts are exact, for Erdős-Rényi-Kernel to one weight; the mask never moves",
+    )
 
     spread: Literal["erk", "uniform", "snip"] = Field(
         "erk", description="densities: erk, more where a matrix is small; uniform, the same; snip, by its ranking"

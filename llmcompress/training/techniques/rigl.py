@@ -11,11 +11,12 @@ step anyway, as products with masks are dense ones on common hardware.
 """
 
 from math import cos, pi
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Spread, best, random_masks, spread_counts
 from llmcompress.training.technique import Learner, Technique
 
@@ -44,6 +45,13 @@ class Moving(Spread):
 
 class RigL(Moving):
     """Options of `train: rigl`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "single weights",
+        WEIGHTS,
+        "counts of every matrix stay while masks move, and masks stay from a step on; what is new has no moments",
+    )
 
     def technique(self) -> Technique:
         """Weights come where the gradient is largest."""

@@ -4,13 +4,18 @@ The paper trades a constant share after each epoch; here it is RigL's schedule, 
 where weights come, which is how Evci et al. 2020 compare them.
 """
 
+from typing import ClassVar
+
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.technique import Technique
 from llmcompress.training.techniques.rigl import Moving, Trade
 
 
 class SET(Moving):
     """Options of `train: set`."""
+
+    shelf: ClassVar[Shelf] = Shelf("during training", "single weights", WEIGHTS, "as RigL")
 
     def technique(self) -> Technique:
         """Weights come at random places."""

@@ -12,11 +12,12 @@ Which matrices lose how much is learned. With `density`, as many stripes as are 
 smallest |S| of all.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import Shelf
 from llmcompress.training.schedule import Scheduled
 from llmcompress.training.sparsity import Shapes, best_of_all
 from llmcompress.training.technique import Learner, Technique
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
 class Skeleton(Scheduled):
     """Options of `train: skeleton`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "during training",
+        "stripes of a row",
+        "files; speed where kernels skip stripes",
+        "stripes that fell stay exactly zero",
+    )
 
     stripe: int = Field(16, ge=2, description="input columns of a row that have one factor")
     strength: float = Field(0.1, gt=0, description="λ: how hard factors are pulled to zero")

@@ -8,11 +8,13 @@ every matrix keeps some of its own, the best, whatever their rank; with `least: 
 """
 
 from math import prod
+from typing import ClassVar
 
 from pydantic import Field
 
 from llmcompress.errors import NumericalError
 from llmcompress.lazy import Tensor, torch
+from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import RANKING, Sparse, Static, best, best_of_all, kept_in_all
 from llmcompress.training.technique import Learner, Technique
 
@@ -31,6 +33,10 @@ class Ranked(Sparse):
 
 class Snip(Ranked):
     """Options of `train: snip`."""
+
+    shelf: ClassVar[Shelf] = Shelf(
+        "before training", "single weights", WEIGHTS, "the count over all matrices is exact; the mask never moves"
+    )
 
     def technique(self) -> Technique:
         """A mask by this score."""

@@ -106,7 +106,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def loops(tiles: Sequence[Tiles], **constants: Any) -> Iterator[Configuration]:
-    """The kernels that read weights, with further compile-time arguments; those on tensor cores with each of `tiles`."""
+    """The kernels that read weights, with further compile-time arguments; `tiles` of the one on tensor cores."""
     yield configured("gated_gemv", GEMV, 2 * TILE, **constants)
     for one in tiles:
         yield configured("gated_gemm", one, 2 * TILE, **constants)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..configuration import Configuration
 from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, dequantize, partial_sums, plan_of
-from ..int4_linear.layout import GROUPS, TILE, Int4Weight
+from ..int4_linear.layout import TILE, Int4Weight
 from ..launching import Plan, Tiles, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
 from .reference import Adapter

@@ -5,9 +5,9 @@
     2 .. 256     gated_gemm         both packed weights are read once per BM tokens, and x once for both
     above        int4_dequantize    the weights are unpacked one after the other, and the BLAS does the rest
 
-A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has; with 64 tokens it would
-keep some of them in memory. Tiles are chosen by what the compiler reports (kernels/resources/int4_gated_mlp.json).
-BLAS_TOKENS is declared, not measured.
+A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. For 64 tokens there
+is no room: that spills on sm_89, and on sm_100 Triton makes a kernel of it that only traps. Tiles are chosen by what
+the compiler reports (kernels/resources/int4_gated_mlp.json). BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator, Sequence

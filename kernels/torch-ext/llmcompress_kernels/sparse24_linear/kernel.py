@@ -72,7 +72,7 @@ def sparse24_gemm(
     x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
     BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits)."""
+    """y[m, n], or parts [splits, m, n], from expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)

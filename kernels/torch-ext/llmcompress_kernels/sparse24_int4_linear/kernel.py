@@ -11,7 +11,8 @@ Layout of `words` and `metadata`: layout.py. There are two forms of the product:
   4 t and up of a block, nibbles h + 2 q and h + 2 q + 4 those of row n + 8 h.
 
 Codes become numbers without conversions, as in words.py; here they are stored as code ^ 8, and one exclusive or with
-the exponent and 8 restores the code where it stands. Scales multiply float32 sums of a group.
+the exponent and 8 restores the code where it stands. Scales multiply float32 sums of a group, except in
+`sparse24_int4_gemm`.
 
 Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program.
 """
@@ -19,8 +20,7 @@ Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program.
 import triton
 import triton.language as tl
 
-from ..two_of_four import factor, fours_of, picked, rounded_bits, spread
-from ..words import dot
+from ..two_of_four import dot_fours, fours_of, picked, rounded_bits, spread
 from .assembly import MULTIPLY_CONSTRAINTS, less_eight, multiply
 
 STRIP = tl.constexpr(16)
@@ -75,25 +75,6 @@ def code_float(words, nibble: tl.constexpr):
         words = words >> 12
     bits = (words & (0xF << shift)) ^ (((150 - shift) << 23) | (8 << shift))
     return bits.to(tl.float32, bitcast=True) - ((1 << (23 - shift)) + 8) * 1.0
-
-
-@triton.jit
-def code_fours(words, nibbles, register: tl.constexpr):
-    """Stored nibbles at their columns, zeros elsewhere: int64 fours."""
-    first = (words >> (4 * register)) & 0xF
-    second = (words >> (4 * register + 16)) & 0xF
-    return spread(first, second, nibbles >> (16 * (register % 2)))
-
-
-@triton.jit
-def code_factor(fours, column: tl.constexpr, dtype: tl.constexpr):
-    """One of the four columns of weights before their scale, in `dtype`.
-
-    Written as a float32 subtraction, since the interpreter's in bfloat16 is wrong; compiled, it is one in `dtype`.
-    """
-    base: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
-    bits = ((fours >> (16 * column)).to(tl.int32) & 0xF) ^ (0x4308 if dtype == tl.bfloat16 else 0x6408)
-    return (bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32) - base).to(dtype)
 
 
 @triton.jit
@@ -163,12 +144,11 @@ def sparse24_int4_gemv(
 
 
 @triton.jit
-def register_sum(words, nibbles, x, total, register: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """total + the product of one register's weights of all words with x int64 [16, BM]: float32 [pairs, BM]."""
-    weights = code_fours(words, nibbles, register)
-    for column in tl.static_range(4):
-        total = dot(code_factor(weights, column, dtype), factor(x, column, dtype), total, INTERPRETED)
-    return total
+def register_fours(words, nibbles, scales, register: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The weights of one register of all words, each product rounded once: int64 fours [pairs, 16]."""
+    first = rounded_bits(code_float(words, register) * scales, dtype, INTERPRETED)
+    second = rounded_bits(code_float(words, register + 4) * scales, dtype, INTERPRETED)
+    return spread(first, second, nibbles >> (16 * (register % 2)))
 
 
 @triton.jit
@@ -178,8 +158,7 @@ def sparse24_int4_gemm(
 ):  # fmt: skip
     """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits).
 
-    A dot has 16 fours of columns, which are of several groups where these are narrower than a block. Then it is
-    computed for each of them, with x of the others set to zero.
+    The words of a pair of rows have columns of all groups of a block, so that scales multiply weights and not sums.
     """
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
     pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
@@ -187,41 +166,28 @@ def sparse24_int4_gemm(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     rows = fours_of(x_ptr) + m.to(tl.int64)[None, :] * (stride // 4)
-    group_of_word = tl.arange(0, WIDTH) % 4 * 32 // GROUP
     upper = tl.zeros((BN // 2, BM), dtype=tl.float32)
     lower = tl.zeros((BN // 2, BM), dtype=tl.float32)
     for block in range(split * span, min((split + 1) * span, tl.cdiv(K, BLOCK))):
         words = pair_words(words_ptr, block, pair, N)
-        nibbles0 = pair_nibbles(metadata_ptr, block, 0, pair, N)
-        nibbles1 = pair_nibbles(metadata_ptr, block, 1, pair, N)
-        at0 = four_of(block, 0)
-        at1 = four_of(block, 1)
-        x0 = tl.load(rows + at0[:, None], mask=(m < M)[None, :] & (at0 * 4 < K)[:, None], other=0)
-        x1 = tl.load(rows + at1[:, None], mask=(m < M)[None, :] & (at1 * 4 < K)[:, None], other=0)
-        for group in tl.static_range(BLOCK // GROUP):
-            own0 = x0 if GROUP == BLOCK else tl.where((group_of_word == group)[:, None], x0, 0)
-            own1 = x1 if GROUP == BLOCK else tl.where((group_of_word == group)[:, None], x1, 0)
-            part = tl.zeros((BN // 2, BM), dtype=tl.float32)
-            part = register_sum(words, nibbles0, own0, part, 0, dtype, INTERPRETED)
-            part = register_sum(words, nibbles1, own1, part, 2, dtype, INTERPRETED)
-            column = block * BLOCK + group * GROUP
-            upper += part * group_scale(scale_ptr, column, n, N, K, GROUP)[:, None]
-            part = tl.zeros((BN // 2, BM), dtype=tl.float32)
-            part = register_sum(words, nibbles0, own0, part, 1, dtype, INTERPRETED)
-            part = register_sum(words, nibbles1, own1, part, 3, dtype, INTERPRETED)
-            lower += part * group_scale(scale_ptr, column, n + 8, N, K, GROUP)[:, None]
+        upper_scales = word_scales(scale_ptr, block, n, N, K, GROUP)
+        lower_scales = word_scales(scale_ptr, block, n + 8, N, K, GROUP)
+        for q in tl.static_range(2):
+            nibbles = pair_nibbles(metadata_ptr, block, q, pair, N)
+            at = four_of(block, q)
+            x = tl.load(rows + at[:, None], mask=(m < M)[None, :] & (at * 4 < K)[:, None], other=0)
+            weights = register_fours(words, nibbles, upper_scales, 2 * q, dtype, INTERPRETED)
+            upper = dot_fours(weights, x, upper, dtype, INTERPRETED)
+            weights = register_fours(words, nibbles, lower_scales, 2 * q + 1, dtype, INTERPRETED)
+            lower = dot_fours(weights, x, lower, dtype, INTERPRETED)
     store_tokens(y_ptr, bias_ptr, upper, n[:, None], m[None, :], split, M, N)
     store_tokens(y_ptr, bias_ptr, lower, n[:, None] + 8, m[None, :], split, M, N)
 
 
 @triton.jit
-def store_weights(w_ptr, words, nibbles, scales, register: tl.constexpr, block, n, N, K, INTERPRETED: tl.constexpr):
-    """The fours of one register of all words in the rows n of W."""
-    dtype: tl.constexpr = w_ptr.dtype.element_ty
-    first = rounded_bits(code_float(words, register) * scales, dtype, INTERPRETED)
-    second = rounded_bits(code_float(words, register + 4) * scales, dtype, INTERPRETED)
-    weights = spread(first, second, nibbles >> (16 * (register % 2)))
-    four = four_of(block, register // 2)
+def store_weights(w_ptr, weights, block, q: tl.constexpr, n, N, K):
+    """Fours of rows n of W: those of the columns 16 q and up of each word's 32."""
+    four = four_of(block, q)
     at = n.to(tl.int64)[:, None] * (K // 4) + four[None, :]
     tl.store(fours_of(w_ptr) + at, weights, mask=(n < N)[:, None] & (four * 4 < K)[None, :])
 
@@ -231,6 +197,7 @@ def sparse24_int4_dequantize(
     words_ptr, metadata_ptr, scale_ptr, w_ptr, N, K, GROUP: tl.constexpr, BN: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     """W [N, K], every product rounded once. Grid (ceil(N / BN), blocks)."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
     pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
     n = upper_row(pair)
     block = tl.program_id(1)
@@ -239,8 +206,10 @@ def sparse24_int4_dequantize(
     lower = word_scales(scale_ptr, block, n + 8, N, K, GROUP)
     for q in tl.static_range(2):
         nibbles = pair_nibbles(metadata_ptr, block, q, pair, N)
-        store_weights(w_ptr, words, nibbles, upper, 2 * q, block, n, N, K, INTERPRETED)
-        store_weights(w_ptr, words, nibbles, lower, 2 * q + 1, block, n + 8, N, K, INTERPRETED)
+        weights = register_fours(words, nibbles, upper, 2 * q, dtype, INTERPRETED)
+        store_weights(w_ptr, weights, block, q, n, N, K)
+        weights = register_fours(words, nibbles, lower, 2 * q + 1, dtype, INTERPRETED)
+        store_weights(w_ptr, weights, block, q, n + 8, N, K)
 
 
 # by fragments

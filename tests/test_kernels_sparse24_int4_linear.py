@@ -253,7 +253,7 @@ CASES = {
     "sparse cores, one token, two splits": both(1, 70, 2080, 32, sparse_cores=True),
     "sparse cores, three tokens": both(3, 70, 576, 64, sparse_cores=True),
     "sparse cores, 16 tokens, transposed": both(16, 40, 640, 128, "float16", transposed=True, sparse_cores=True),
-    "sparse cores, 17 tokens": both(17, 33, 128, 128, bias=False, sparse_cores=True),
+    "sparse cores, 35 tokens": both(35, 33, 128, 128, bias=False, sparse_cores=True),
 }
 GRID = [
     both(tokens, rows, 640 if group == 128 else 576, group, dtype, bias=bias, sparse_cores=sparse_cores)

@@ -111,7 +111,7 @@ def test_rows_that_are_not_aligned_are_copied():
     x = torch.randn(6, 40).to(BF16)
     assert aligned_rows(x).data_ptr() == x.data_ptr()
     assert aligned_rows(x[:, 4:36]).data_ptr() == x[:, 4:].data_ptr()
-    for other in (x[:, 1:33], x.view(8, 30)[:, :24], x[1:2, 2:34], x.T):
+    for other in (x[:, 1:33], x.view(8, 30)[:, :24], x[1:2, 2:34], x[:4].T):
         rows = aligned_rows(other)
         assert torch.equal(rows, other)
         assert rows.data_ptr() % 8 == 0

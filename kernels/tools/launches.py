@@ -210,27 +210,26 @@ def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 
 
 def sparse24_int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
-    """On sparse tensor cores up to 16 tokens, which takes a launch that orders x before."""
+    """On sparse tensor cores up to 256 tokens, which takes a launch that orders x before."""
     from llmcompress_kernels.launching import planned
     from llmcompress_kernels.sparse24_int4_linear import launch
 
     made = functools.partial(code_of, "sparse24_int4_linear", gpu.architecture)
-    packed, shape = sparse24_int4_bytes(rows, columns), (tokens, rows, columns)
+    packed, blocks = sparse24_int4_bytes(rows, columns), -(-columns // launch.BLOCK)
     if tokens > launch.BLAS_TOKENS:
-        programs = -(-rows // launch.DEQUANTIZE.rows) * -(-columns // launch.BLOCK)
         code = made("sparse24_int4_dequantize", bits=3.0, GROUP=GROUP)
+        programs = -(-rows // launch.DEQUANTIZE.rows) * blocks
         expanded = Launch(code, programs, code.weights, packed, 2.0 * rows * columns)
         return Spent([expanded], blas(gpu, tokens, rows, columns))
-    if tokens > launch.FRAGMENT_TOKENS:
-        plan = planned(launch.GEMM, tokens, rows, -(-columns // launch.BLOCK), gpu.processors)
-        code = made("sparse24_int4_gemm", bits=3.0, GROUP=GROUP, BM=plan.tiles.tokens)
-        return Spent(packed_product(gpu, plan, code, shape, packed, summing(gpu)))
     plan = planned(launch.FRAGMENT, tokens, rows, -(-columns // launch.TILE), gpu.processors)
-    code = made("sparse24_int4_gemm_sp", bits=3.0, GROUP=GROUP, BM=plan.tiles.tokens)
-    ordered = made("token_fragments", BM=plan.tiles.tokens)
-    order = Launch(ordered, -(-columns // launch.BLOCK), 0, 2.0 * tokens * columns, 2.0 * plan.tiles.tokens * columns)
-    product = packed_product(gpu, plan, code, shape, packed, summing(gpu))
-    return Spent([order, dataclasses.replace(product[0], flops=product[0].flops / 2), *product[1:]])
+    block, down = plan.tiles.tokens, plan.grid[1]
+    order = Launch(
+        made("token_fragments", BM=block), blocks * down, 0, 2.0 * tokens * columns, 2.0 * down * block * columns
+    )
+    code = made("sparse24_int4_gemm_sp", bits=3.0, GROUP=GROUP, BM=block)
+    product = packed_product(gpu, plan, code, (tokens, rows, columns), packed, summing(gpu))
+    flops = down * block * plan.grid[0] * plan.tiles.rows * columns  # a multiply-add for every second weight
+    return Spent([order, dataclasses.replace(product[0], flops=float(flops)), *product[1:]])
 
 
 MODELS = {

@@ -10,6 +10,7 @@ few instructions per weight. BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -103,7 +104,8 @@ def configurations() -> Iterator[Configuration]:
     A split launch stores float32 without a bias, after the same loop.
     """
     yield configured("reduce_splits", REDUCE, 0)
-    for weight in (*({"GROUP": group} for group in GROUPS), {"GROUP": 128, "zero_ptr": None}):
+    weights: list[dict[str, Any]] = [*({"GROUP": group} for group in GROUPS), {"GROUP": 128, "zero_ptr": None}]
+    for weight in weights:
         yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
         yield configured("int4_gemv", GEMV, TILE, **weight)
         for tiles in GEMM:

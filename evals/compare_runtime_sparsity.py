@@ -42,6 +42,7 @@ SHAPE = {  # of TinyLlama-1.1B
     "tie_word_embeddings": False,
 }
 HALF = 0.5  # left out where time is measured
+PROMPT = 128  # tokens of a prompt whose time is taken
 
 
 def main() -> int:
@@ -195,16 +196,20 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     dense, sparse = random_model(args.layers), random_model(args.layers)
     prompt = torch.randint(SHAPE["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(1))
     tokens = sparsify(sparse, prompt)
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    times: dict[str, list[float]] = {"dense": [], "sparse": [], "dense_prompt": [], "sparse_prompt": []}
     for _ in range(args.rounds):
-        times["dense"].append(decode_seconds(dense, prompt, args.new))
-        times["sparse"].append(decode_seconds(sparse, prompt, args.new))
+        for side, model in (("dense", dense), ("sparse", sparse)):
+            times[side].append(decode_seconds(model, prompt, args.new))
+            times[f"{side}_prompt"].append(prompt_seconds(model))
     left_out = left_out_in_decoding(sparse, tokens, prompt)
-    plain, thin = median(times["dense"]), median(times["sparse"])
+    plain, thin, plain_prompt, thin_prompt = (median(seconds) for seconds in times.values())
     linears = linear_times(sparse)
     print(f"{args.layers} layers of 1.1B's shape, {torch.get_num_threads()} threads, {left_out:.1%} left out\n")
     print("| | dense | 50% left out | dense / sparse |\n|---|---:|---:|---:|")
     print(f"| a token | {1e3 * plain:.1f} ms | {1e3 * thin:.1f} ms | {plain / thin:.2f} |")
+    print(
+        f"| {PROMPT} tokens at once | {plain_prompt:.2f} s | {thin_prompt:.2f} s | {plain_prompt / thin_prompt:.2f} |"
+    )
     for name, (full, half) in linears.items():
         print(f"| {name} | {1e3 * full:.2f} ms | {1e3 * half:.2f} ms | {full / half:.2f} |")
     print(flush=True)
@@ -264,6 +269,16 @@ def decode_seconds(model: Any, prompt: Any, new: int) -> float:
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
             seconds.append(time.perf_counter() - start)
     return median(seconds)
+
+
+def prompt_seconds(model: Any) -> float:
+    """Time of PROMPT tokens in one pass, which reads all weights, masked or not."""
+    import torch
+
+    with torch.inference_mode():
+        start = time.perf_counter()
+        model(torch.ones(1, PROMPT, dtype=torch.int64), use_cache=False, logits_to_keep=1)
+        return time.perf_counter() - start
 
 
 def left_out_in_decoding(model: Any, tokens: Any, prompt: Any) -> float:

@@ -15,7 +15,7 @@ WITH_ADAPTER = {
     "vLLM": "adapter/ with --enable-lora",
     "GGUF converters": "without adapter/, which llama.cpp's convert_lora_to_gguf.py is for",
 }
-WITHOUT_THRESHOLDS = "as the dense model that it is stored as: only llmcompress.load applies the thresholds beside it"
+WITHOUT_THRESHOLDS = "with all weights for every token: only llmcompress.load applies the thresholds"
 
 
 @dataclass(frozen=True, slots=True)

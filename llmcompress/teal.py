@@ -32,7 +32,8 @@ class Tokens:
         self.dense = dense  # tokens at the start of a text that use all weights
         self.signature = inspect.signature(decoder.forward)
         self.sparse = torch.zeros(1, 1, dtype=torch.bool)  # [batch, length]
-        self.one = False  # there is one token, and it is sparse
+        self.alone = False  # there is one token in all
+        self.all_sparse = False  # then: whether it is sparse
         self.meter: Meter | None = None
         self.expected: set[str] = set()  # linears that have not been called yet
 
@@ -49,7 +50,8 @@ class Tokens:
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + length:
             positions = mask.long().cumsum(1)[:, past:] - 1  # padding on the left is not the start of a text
         self.sparse = positions >= self.dense
-        self.one = batch * length == 1 and bool(self.sparse)
+        self.alone = batch * length == 1
+        self.all_sparse = self.alone and bool(self.sparse)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook of the decoder, after a forward pass. Raises FormatError if a linear was never called."""
@@ -93,9 +95,9 @@ class SparseLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         self.tokens.note(self.name, x, self.threshold)
-        if not self.tokens.one:
+        if not self.tokens.alone:
             return nn.functional.linear(masked(x, self.threshold, self.tokens.sparse), self.weight, self.bias)
-        return teal_linear(x, self.weight.T, self.threshold, self.bias)
+        return teal_linear(x, self.weight.T, self.threshold if self.tokens.all_sparse else 0.0, self.bias)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -115,7 +117,7 @@ def apply_thresholds(model: Any, thresholds: Thresholds) -> Tokens:
     decoder.register_forward_hook(tokens.after)
     for name, linear in linears.items():
         threshold = thresholds.modules[name].threshold
-        if is_plain(linear):
+        if isinstance(linear, nn.Linear) and is_plain(linear):
             model.set_submodule(name, SparseLinear(linear, name, threshold, tokens))
         else:
             linear.register_forward_pre_hook(masking(tokens, name, threshold))

@@ -24,7 +24,9 @@ from llmcompress.thresholds import FILE, Threshold, Thresholds, thresholds_of
 
 TEAL = {"runtime": "teal", "sparsity": 0.4, "dense_tokens": 4}
 ROUND = {"method": "rtn", "bits": 4, "group_size": 32}
-KINDS = ["llama", "qwen3", "phi3", "gemma2", "gpt2", "gpt_neox", "opt"]
+KINDS = ["llama", "gpt2", "opt"] + [
+    pytest.param(k, marks=pytest.mark.slow) for k in ("qwen3", "phi3", "gemma2", "gpt_neox")
+]
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +271,7 @@ def test_scores_are_of_the_sparse_model(made, tiny_folders, text):
     assert sparse["perplexity"][0]["compressed"] != dense["perplexity"][0]["compressed"]
 
 
+@pytest.mark.slow
 def test_the_same_recipe_gives_the_same_file(made, tiny_folders, text, tmp_path, monkeypatch):
     with proof_inside(monkeypatch):
         run(recipe(tiny_folders("llama"), text, TEAL), tmp_path / "out")
@@ -286,6 +289,7 @@ def test_kept_and_untargeted_linears_have_no_threshold(run_here):
     assert len(results["layers"]) == 5
 
 
+@pytest.mark.slow
 def test_nothing_left_out_is_the_dense_model(run_here, tiny_folders):
     folder, results = run_here("llama", TEAL | {"sparsity": 0})
     assert results["runtime"]["sparsity"] == 0

@@ -28,6 +28,8 @@ def teal_linear(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | Non
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, columns, threshold, bias)
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return teal_linear_cpu(x, columns, threshold, bias)  # small products would spend more on the dispatcher
     return _teal_linear(x, columns, threshold, bias)
 
 

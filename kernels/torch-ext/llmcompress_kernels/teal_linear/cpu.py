@@ -10,17 +10,20 @@ from torch import Tensor
 
 from .reference import teal_linear_reference
 
+SUM = 0  # torch's number for this mode of a bag
+
 
 def teal_linear_cpu(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
     """Shapes as in `teal_linear`; for one token, columns of small inputs are not touched."""
     if x.numel() != x.shape[-1]:
         return teal_linear_reference(x, columns, threshold, bias)
     values = x.reshape(-1)
-    kept = (~(values.float().abs() <= threshold)).nonzero().view(-1)
+    kept = (values.float().abs() <= threshold).logical_not_().nonzero().view(-1)
     bags = max(1, min(torch.get_num_threads(), len(kept)))
     starts = torch.arange(bags) * len(kept) // bags
-    parts = torch.nn.functional.embedding_bag(kept, columns, starts, mode="sum", per_sample_weights=values[kept])
-    y = parts.float().sum(0)
+    scales = values.index_select(0, kept)
+    y = torch.embedding_bag(columns.detach(), kept, starts, False, SUM, False, scales)[0]
+    y = y[0] if bags == 1 else y.float().sum(0)
     if bias is not None:
-        y += bias.float()
+        y = y.float() + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], columns.shape[1])

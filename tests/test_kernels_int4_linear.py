@@ -205,10 +205,10 @@ def test_bad_arguments_are_refused(argument, value, message):
 
 
 CASES = {
-    "one token, two splits, last tile of 32 columns": case(NAME, 1, 70, 1056, 32),
+    "one token, two splits, last tile of 32 columns": case(NAME, 1, 40, 1056, 32),
     "one token, symmetric": case(NAME, 1, 70, 576, 64, "float16", zero=False, bias=False),
     "three tokens": case(NAME, 3, 70, 576, 64),
-    "17 tokens, two splits": case(NAME, 17, 65, 1056, 32, "float16"),
+    "17 tokens, two splits": case(NAME, 17, 40, 1056, 32, "float16"),
     "17 tokens, transposed, symmetric": case(NAME, 17, 33, 256, 128, zero=False, transposed=True),
     "two programs of tokens": case(NAME, 70, 40, 192, 64, bias=False),
     "unpacked for the BLAS": case(NAME, 257, 40, 160, 32, "float16"),

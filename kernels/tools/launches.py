@@ -179,10 +179,8 @@ def int4_lora_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     kernel, block = ("gemv", {}) if tokens == 1 else ("gemm", {"BM": plan.tiles.tokens})
     if plan.splits > 1:
         code = code_of("int4_linear", gpu.architecture, f"int4_{kernel}", GROUP=GROUP, zero_ptr=None, **block)
-    else:
-        code = code_of(
-            "int4_lora_linear", gpu.architecture, f"lora_{kernel}", GROUP=GROUP, zero_ptr=None, R=RANK, **block
-        )
+    else:  # the table has it for groups of 64 with zeros alone, a few instructions more
+        code = code_of("int4_lora_linear", gpu.architecture, f"lora_{kernel}", GROUP=64, R=RANK, **block)
     made = code_of("int4_lora_linear", gpu.architecture, "lora_gemm_reduce", R=RANK)
     reduce = Reduce(made, REDUCE.rows, REDUCE.tokens)
     packed = int4_bytes(rows, columns) + 2 * RANK * rows

@@ -20,7 +20,7 @@ optimizer.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import floor, log
+from math import exp, floor, log
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -119,8 +119,7 @@ class Ledger:
 
     def wishes(self, logits: Sequence[float], shift: float) -> list[float]:
         """Units, not rounded, after all logits were shifted."""
-        shares = torch.sigmoid(torch.tensor(logits, dtype=torch.float64) + shift).tolist()
-        return [share * count for share, count in zip(shares, self.counts, strict=True)]
+        return [count / (1 + exp(-logit - shift)) for logit, count in zip(logits, self.counts, strict=True)]
 
 
 class Allocation(UnitTechnique):

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_techniques import SHORT, TOKENS, loss
+from test_techniques import SHORT, loss
 from tiny_runs import logits, reloaded, tensors
 from torch import Tensor
 

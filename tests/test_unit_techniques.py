@@ -188,7 +188,7 @@ def test_more_units_are_exactly_zero_with_a_larger_strength(tmp_path):
 
 
 def test_heads_and_sublayers_go_too(tmp_path):
-    model, _, _ = learn(tmp_path, LASSO | {"strength": 3.0, "units": ["query_head", "mlp"]})
+    model, _, _ = learn(tmp_path, LASSO | {"strength": 3.0, "units": ["query_head", "mlp"], "learning_rate": 1e-2})
     assert counts(model, "mlp") == [1, 1]
     assert counts(model, "query_head") == [3, 3]
 
@@ -245,7 +245,7 @@ def test_units_are_chosen_by_size_and_fade_before_they_go(tmp_path):
 
 
 def test_gates_close_to_the_share_that_was_asked_for(tmp_path):
-    step = TECHNIQUES["l0"] | {"steps": 60, "units": ["mlp_channel", "kv_group"], "ratio": 0.3, "pressure": 3.0}
+    step = TECHNIQUES["l0"] | {"steps": 60, "units": ["mlp_channel", "kv_group"], "ratio": 0.3}
     model, technique, _ = learn(tmp_path, step)
     assert sum(counts(model, "mlp_channel")) == 96
     assert sum(counts(model, "kv_group")) == 1

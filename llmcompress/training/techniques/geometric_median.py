@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
-from llmcompress.structure.scores import GeometricMedian, Seen
+from llmcompress.structure.scores.base import Seen
+from llmcompress.structure.scores.geometric_median import GeometricMedian
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import Fewer, Units, UnitTechnique, lowest
 

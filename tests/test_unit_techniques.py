@@ -11,11 +11,12 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_techniques import SHORT, TOKENS, loss
+from test_techniques import SHORT, loss
 from tiny_runs import logits, reloaded, tensors
 from torch import Tensor
 
-from llmcompress.arch import find_couplings
+from llmcompress import arch, building
+from llmcompress.arch import discover, find_couplings
 from llmcompress.errors import PlanError, RecipeError
 from llmcompress.mask import Pattern, follows
 from llmcompress.recipe import parse_step
@@ -29,7 +30,10 @@ from llmcompress.training.techniques.l0 import open_share
 from llmcompress.training.techniques.proximal_24 import shrunk, triples
 from llmcompress.training.units import lowest, units_in
 
-LASSO = {"train": "group_lasso", "strength": 1.0, "units": ["mlp_channel", "kv_group", "attention", "mlp"]}
+LASSO = {
+    "train": "group_lasso", "units": ["mlp_channel", "kv_group", "attention", "mlp"], "strength": 2.0,
+    "learning_rate": 1e-3,
+}  # fmt: skip
 DSA = {"train": "dsa", "keep": 0.8, "units": ["mlp_channel", "kv_group"]}
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "group_lasso": LASSO,
@@ -52,11 +56,19 @@ def _observed_once():
     """What couples which rows is seen on a tiny model of the same class, whatever the sizes are."""
     known: dict[str, Any] = {}
 
-    def found(model: Any) -> Any:
-        return known.setdefault(type(model).__name__, known.get(type(model).__name__) or find_couplings(model))
+    def once(find: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def found(model: Any) -> Any:
+            key = f"{find.__name__} {type(model).__name__} {model.config.to_json_string()}"
+            if key not in known:
+                known[key] = find(model)
+            return known[key]
+
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "find_couplings", found)
+        patch.setattr(groups, "find_couplings", once(find_couplings))
+        for module in (arch, building):
+            patch.setattr(module, "discover", once(discover))
         yield
 
 
@@ -74,6 +86,7 @@ def learn(state: Path, step: dict[str, Any], watch: Watch = lambda *_: None, mod
     options = parse_step(SHORT | step, "steps[0]").options
     model, technique = model or tiny_model("llama"), options.technique()
     targets = tuple(name for name, _ in model.named_parameters() if "_proj" in name)
+    state.mkdir(exist_ok=True)
     seen: list[Learner] = []
     prepare = technique.prepare
 
@@ -97,6 +110,7 @@ def values(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_what_went_is_zero_from_then_on_and_nothing_is_left_in_the_model(name, tmp_path):
     before: dict[str, Tensor] = {}
+    last: list[Tensor] = []
 
     def watch(step: int, technique: Technique, learner: Learner) -> None:
         for key, mask in technique.masks.items():
@@ -107,16 +121,19 @@ def test_what_went_is_zero_from_then_on_and_nothing_is_left_in_the_model(name, t
                 assert not moment[~mask].any(), (step, key)
         assert bool(technique.masks) or step < END or name == "group_lasso"
         before.update(technique.masks)
+        if step == 11:
+            last.append(logits(learner.model))
 
-    model, technique, curve = learn(tmp_path, TECHNIQUES[name], watch)
+    model, technique, curve = learn(tmp_path, TECHNIQUES[name], watch, uneven())
     assert curve.losses[-1] < curve.losses[0]
+    torch.testing.assert_close(logits(model), last[0], rtol=1e-5, atol=1e-5)  # gates and stripes are in the weights
     assert set(values(model)) == set(values(tiny_model("llama")))
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert {type(module) for module in model.modules()} == {type(module) for module in tiny_model("llama").modules()}
     assert json.dumps(technique.record())
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("name", [n if n == "l0" else pytest.param(n, marks=pytest.mark.slow) for n in TECHNIQUES])
 def test_a_training_that_stopped_continues_to_the_same_bytes(name, tmp_path):
     """Once while things go, and once after."""
 
@@ -135,22 +152,6 @@ def test_a_training_that_stopped_continues_to_the_same_bytes(name, tmp_path):
     again, other, _ = learn(tmp_path / "again", step)
     assert all(torch.equal(value, values(again)[key]) for key, value in values(whole).items())
     assert technique.record() == other.record()
-
-
-@pytest.mark.parametrize("name", ["l0", "dsa", "skeleton"])
-def test_taking_the_helpers_out_changes_no_output(name, tmp_path):
-    """Multiplied into the weights, or of no use any more."""
-    seen: list[Tensor] = []
-
-    def watch(step: int, technique: Technique, learner: Learner) -> None:
-        if step == 11:
-            with torch.no_grad():
-                seen.append(learner.model(TOKENS, use_cache=False).logits)
-
-    model, _, _ = learn(tmp_path, TECHNIQUES[name], watch)
-    with torch.no_grad():
-        found = model(TOKENS, use_cache=False).logits
-    torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-5)
 
 
 def counts(model: Any, kind: str) -> list[int]:
@@ -187,7 +188,7 @@ def test_more_units_are_exactly_zero_with_a_larger_strength(tmp_path):
 
 
 def test_heads_and_sublayers_go_too(tmp_path):
-    model, _, _ = learn(tmp_path, LASSO | {"strength": 3.0, "units": ["query_head", "mlp"]})
+    model, _, _ = learn(tmp_path, LASSO | {"strength": 3.0, "units": ["query_head", "mlp"], "learning_rate": 1e-2})
     assert counts(model, "mlp") == [1, 1]
     assert counts(model, "query_head") == [3, 3]
 
@@ -228,11 +229,11 @@ def test_silenced_units_learn_on_until_the_last_choice(tmp_path):
 def test_units_are_chosen_by_size_and_fade_before_they_go(tmp_path):
     norms: list[Tensor] = []
     model = uneven()
-    before = units_in(model, ("mlp_channel",))[0].norms()
-    small = ~lowest(units_in(model, ("mlp_channel",))[0].sums(torch.abs), 40)
+    units = units_in(model, ("mlp_channel",))[0]
+    before, small = units.norms(), ~lowest(units.sums(torch.abs), 40)
 
     def watch(step: int, technique: Technique, learner: Learner) -> None:
-        norms.append(units_in(learner.model, ("mlp_channel",))[0].norms())
+        norms.append(units.norms())
 
     learn(tmp_path, TECHNIQUES["growing_l2"] | {"ceiling": 2000.0}, watch, model)
     assert (norms[-1] == 0).tolist() == small.tolist()
@@ -244,7 +245,7 @@ def test_units_are_chosen_by_size_and_fade_before_they_go(tmp_path):
 
 
 def test_gates_close_to_the_share_that_was_asked_for(tmp_path):
-    step = TECHNIQUES["l0"] | {"steps": 60, "units": ["mlp_channel", "kv_group"], "ratio": 0.3, "pressure": 3.0}
+    step = TECHNIQUES["l0"] | {"steps": 60, "units": ["mlp_channel", "kv_group"], "ratio": 0.3}
     model, technique, _ = learn(tmp_path, step)
     assert sum(counts(model, "mlp_channel")) == 96
     assert sum(counts(model, "kv_group")) == 1
@@ -269,7 +270,7 @@ def test_the_share_of_open_gates_is_what_is_drawn():
 PRICES = [([288, 288, 15360, 15360], [1600, 1600, 2, 2], 1000), ([5, 7], [3000, 2000], 0), ([288, 90000], [900, 2], 10)]
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(
     case=st.sampled_from(PRICES),
     keep=st.floats(0.3, 0.99),
@@ -293,7 +294,7 @@ def test_probabilities_have_the_share_as_their_mean_and_its_derivative(sharpness
     importance = torch.rand(40, dtype=torch.float64) + 0.1
     share = torch.tensor(0.37, dtype=torch.float64, requires_grad=True)
     p = probabilities(importance, share, sharpness)
-    assert float(p.mean()) == pytest.approx(0.37, abs=1e-6)
+    assert float(p.detach().mean()) == pytest.approx(0.37, abs=1e-6)
     assert torch.equal(p.argsort(), importance.argsort())
     weight = torch.randn(40, dtype=torch.float64)
     (slope,) = torch.autograd.grad((weight * p).sum(), share)
@@ -301,19 +302,16 @@ def test_probabilities_have_the_share_as_their_mean_and_its_derivative(sharpness
     assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / 2e-3, rel=1e-2, abs=1e-2)
 
 
-@pytest.mark.parametrize("of", ["parameters", "flops"])
+@pytest.mark.parametrize("of", ["parameters", pytest.param("flops", marks=pytest.mark.slow)])
 def test_ratios_differ_and_cost_what_the_budget_says(of, tmp_path):
-    model = tiny_model("llama")
-    with torch.no_grad():  # one MLP that hardly matters
-        units_in(model, ("mlp_channel",))[1].scale_outputs(torch.full((160,), 1e-3))
-    _, technique, _ = learn(tmp_path, DSA | {"steps": 40, "of": of, "keep": 0.7}, model=model)
+    model, technique, _ = learn(tmp_path, DSA | {"steps": 40, "of": of, "keep": 0.7})
     costs, kept = technique.record()["costs"], technique.record()["kept"]
     blocks = sum(p.numel() for name, p in tiny_model("llama").named_parameters() if "layers" in name)
     norms = 4 * 96
     attention = 2 * 4 * 256 * 96
     assert costs["before"] == (blocks if of == "parameters" else 2 * (blocks - norms) + attention)
     assert (1 - SLACK) * costs["budget"] <= costs["used"] <= costs["budget"]
-    assert kept["mlp_channel_0"] > kept["mlp_channel_1"]
+    assert kept["mlp_channel_0"] != kept["mlp_channel_1"]
     zero = [160 - count for count in counts(model, "mlp_channel")]
     assert zero == [kept["mlp_channel_0"], kept["mlp_channel_1"]]
 
@@ -415,7 +413,8 @@ def test_the_smaller_model_computes_the_same(run_here, tmp_path_factory):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["geometric_median", pytest.param("growing_l2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["geometric_median", "growing_l2"])
 def test_equal_shares_leave_a_model_of_one_width(name, run_here):
     folder, results = run_here("llama", SHORT | TECHNIQUES[name], *cut_out("mlp_channel"))
     config = json.loads((folder / "config.json").read_text())
@@ -425,6 +424,7 @@ def test_equal_shares_leave_a_model_of_one_width(name, run_here):
     reloaded(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["l0", "dsa"])
 def test_unequal_widths_are_cut_out_and_proved(name, run_here):
     folder, results = run_here("llama", SHORT | TECHNIQUES[name] | {"units": ["mlp_channel"]}, *cut_out("mlp_channel"))
@@ -434,6 +434,7 @@ def test_unequal_widths_are_cut_out_and_proved(name, run_here):
     assert gone
 
 
+@pytest.mark.slow
 def test_without_zeros_nothing_goes_and_widths_keep_their_multiple(run_here):
     same, _ = run_here("llama", *cut_out("mlp_channel"))
     assert json.loads((same / "config.json").read_text())["intermediate_size"] == 160
@@ -442,6 +443,7 @@ def test_without_zeros_nothing_goes_and_widths_keep_their_multiple(run_here):
     assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 128
 
 
+@pytest.mark.slow
 def test_zeros_in_stripes_and_in_fours_outlive_quantization(run_here):
     bits = {"method": "rtn", "bits": 8, "group_size": 32}
     for name in ("skeleton", "proximal_24"):
@@ -498,7 +500,7 @@ def test_what_does_not_fit_is_a_plan_error(kind, step, more, message, run_here, 
         ({"zeros": True, "ratio": 0.5}, "expected one of ratio, parameters, bytes and zeros"),
         ({"zeros": True, "compensate": "mean"}, "leave out `compensate`"),
         ({"zeros": True, "rounds": 2}, "leave out `rounds`"),
-        ({"zeros": False}, "zeros"),
+        ({"zeros": False, "score": "random"}, "zeros: "),
     ],
 )
 def test_a_removal_of_zeros_chooses_nothing(step, message):
@@ -506,7 +508,8 @@ def test_a_removal_of_zeros_chooses_nothing(step, message):
         parse_step({"structure": "mlp_channel"} | step, "steps[0]")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gemma2", pytest.param("opt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "gemma2", "opt"])
 def test_units_of_other_architectures_are_cut_out_too(kind, run_here):
     """Fused and transposed matrices, biases, norms after a sub-layer."""
     _, results = run_here(kind, SHORT | TECHNIQUES["geometric_median"], *cut_out("mlp_channel"))

@@ -20,7 +20,7 @@ optimizer.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import floor, log
+from math import exp, floor, log
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -52,8 +52,8 @@ class DSA(UnitLearn):
     keep: float = Field(gt=0, lt=1, description="budget: share of what all decoder blocks cost")
     of: Literal["parameters", "flops"] = Field("parameters", description="what is counted; flops are of one token")
     context: int = Field(256, ge=1, description="flops: tokens that a token attends to")
-    speed: float = Field(20.0, gt=0, description="steps of a ratio's logit, in learning rates")
-    pressure: float = Field(10.0, gt=0, description="ρ: how hard ratios are held to the budget")
+    speed: float = Field(50.0, gt=0, description="steps of a ratio's logit, in learning rates")
+    pressure: float = Field(1.0, gt=0, description="ρ: how hard ratios are held to the budget")
 
     def check_units(self, model: Any) -> None:
         """Raise ValueError if the budget is not to be met, or not to within `SLACK` of it."""
@@ -127,8 +127,7 @@ class Ledger:
 
     def wishes(self, logits: Sequence[float], shift: float) -> list[float]:
         """Units, not rounded, after all logits were shifted."""
-        shares = torch.sigmoid(torch.tensor(logits, dtype=torch.float64) + shift).tolist()
-        return [share * count for share, count in zip(shares, self.counts, strict=True)]
+        return [count / (1 + exp(-logit - shift)) for logit, count in zip(logits, self.counts, strict=True)]
 
 
 class Allocation(UnitTechnique):

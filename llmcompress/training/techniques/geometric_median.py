@@ -16,7 +16,8 @@ from pydantic import Field
 
 from llmcompress.lazy import Tensor
 from llmcompress.shelf import UNITS, Shelf
-from llmcompress.structure.scores import GeometricMedian, Seen
+from llmcompress.structure.scores.base import Seen
+from llmcompress.structure.scores.geometric_median import GeometricMedian
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import Fewer, Units, UnitTechnique, lowest
 

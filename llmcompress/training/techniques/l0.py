@@ -4,10 +4,12 @@ al. 2018, arXiv:1712.01312; held to a share by Lagrange multipliers as in Xia et
 
     z = clamp(s (ζ - γ) + γ, 0, 1)      s = sigmoid((log u - log(1 - u) + log α) / β)      u uniform in (0, 1)
     P(z > 0) = sigmoid(log α - β log(-γ / ζ))
-    minimize over W and α, maximize over λ:   L(W, z) + λ1 (t - s̄) + λ2 (t - s̄)²,   s̄ = 1 - mean P(z > 0)
+    minimize over W and α, maximize over λ:   L(W, z) + N (λ g + ρ/2 g²)      g = t - (1 - mean P(z > 0))
 
-with γ = -0.1, ζ = 1.1, β = 2/3: z is exactly 0 or 1 most of the time, and still has a gradient (hard concrete). t, the
-share that is to be closed, rises to `ratio` in the first half of the time. At the end the gates of each kind with the
+with γ = -0.1, ζ = 1.1, β = 2/3: z is exactly 0 or 1 most of the time, and still has a gradient (hard concrete). N is
+the number of gates of a kind; t, the share that is to be closed, rises to `ratio` in the first half of the time. The
+papers let both factors of g climb; here λ alone climbs, by a tenth of ρ g at each step, as in an augmented Lagrangian,
+since a factor of g² that never falls makes the penalty all there is. At the end the gates of each kind with the
 highest α in all blocks stay, exactly the share that was asked for; from then on they are no longer random,
 
     z = clamp(sigmoid(log α) (ζ - γ) + γ, FLOOR, 1)
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
-OPEN = 3.0  # log α at first: a gate is open 99 times of 100
+OPEN = 2.0  # log α at first: a gate is open 97 times of 100
+CLIMB = 0.1  # of λ, in ρ g
 FLOOR = 0.05  # of a gate that stays: at zero it would have no gradient
 
 
@@ -49,8 +52,8 @@ class L0(Fewer):
 
     kinds: ClassVar[tuple[str, ...]] = ("mlp_channel", "kv_group", "query_head", "attention", "mlp")
 
-    speed: float = Field(50.0, gt=0, description="steps of a gate, in learning rates")
-    pressure: float = Field(1.0, gt=0, description="learning rate of the multipliers")
+    speed: float = Field(100.0, gt=0, description="steps of a gate, in learning rates")
+    pressure: float = Field(10.0, gt=0, description="ρ: how hard gates are held to the share that is to be closed")
 
     def check_units(self, model: Any) -> None:
         """Of whole sub-layers the share is of all blocks together, of other kinds too; some have to stay."""
@@ -81,7 +84,7 @@ class HardConcrete(UnitTechnique):
         """Give the model a gate for each unit."""
         super().prepare(learner)
         device = next(learner.model.parameters()).device
-        self.multipliers = {kind: torch.zeros(2, device=device) for kind in self.options.unit_kinds}
+        self.multipliers = {kind: torch.zeros((), device=device) for kind in self.options.unit_kinds}
         self.closed: dict[str, float] = {}  # expected share of closed gates of each kind, when they were chosen
         self.hooks = []
         for units in self.units:
@@ -102,27 +105,27 @@ class HardConcrete(UnitTechnique):
         return self.options.speed * model.get_parameter(gate_name(units))
 
     def penalty(self, step: int, learner: Learner) -> Tensor | None:
-        """λ1 (t - s̄) + λ2 (t - s̄)² of every kind, until it is settled which units stay."""
-        if self.masks:
+        """N (λ g + ρ/2 g²) of every kind, while gates learn."""
+        if not self.options.active(step):
             return None
         total = torch.zeros((), device=next(learner.model.parameters()).device)
         for kind, group in by_kind(self.units):
             gap = self.options.target(step) - self.expected(learner.model, group)
-            first, second = self.multipliers[kind]
-            total = total + first * gap + second * gap.square()
+            held = self.multipliers[kind] * gap + self.options.pressure / 2 * gap.square()
+            total = total + sum(units.count for units in group) * held
         return total
 
     def expected(self, model: "nn.Module", group: list[Units]) -> Tensor:
-        """s̄: the share of gates that is closed, on average, with its graph."""
+        """The share of gates that is closed, on average, with its graph."""
         return 1 - torch.cat([open_share(self.log_alpha(model, units)) for units in group]).mean()
 
     def before_step(self, step: int, learner: Learner) -> bool:
         """The multipliers climb."""
-        if not self.masks:
+        if self.options.active(step):
             with torch.no_grad():
                 for kind, group in by_kind(self.units):
                     gap = self.options.target(step) - self.expected(learner.model, group)
-                    self.multipliers[kind] += self.options.pressure * torch.stack([gap, gap.square()])
+                    self.multipliers[kind] += CLIMB * self.options.pressure * gap
         return True
 
     def after_step(self, step: int, learner: Learner) -> None:
@@ -145,14 +148,14 @@ class HardConcrete(UnitTechnique):
 
     def state(self) -> dict[str, Tensor]:
         """Also the multipliers, and what was expected; gates are parameters of the model."""
-        mine = {f"multipliers.{kind}": pair for kind, pair in self.multipliers.items()}
+        mine = {f"multiplier.{kind}": value for kind, value in self.multipliers.items()}
         return super().state() | mine | {f"closed.{k}": torch.tensor(v) for k, v in self.closed.items()}
 
     def load(self, state: Mapping[str, Tensor], learner: Learner) -> None:
         """Also these."""
         super().load(state, learner)
-        for kind, pair in self.multipliers.items():
-            pair.copy_(state[f"multipliers.{kind}"])
+        for kind, value in self.multipliers.items():
+            value.copy_(state[f"multiplier.{kind}"])
         self.closed = {kind: float(state[f"closed.{kind}"]) for kind in self.multipliers if f"closed.{kind}" in state}
 
     def record(self) -> dict[str, Any]:

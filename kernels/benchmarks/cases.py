@@ -32,6 +32,7 @@ from sparse_cases import (
     of_dense,
     sparse_layer,
 )
+from teal_cases import MASKED_BF16, TEAL_LINEAR, column_layer, exact_masked
 from torch import Tensor
 
 LARGE = 32_000_000  # bytes of a weight in int4 with a 16-bit scale per 128 columns
@@ -102,6 +103,7 @@ OPERATORS = (
     ),
     Operator(SPARSE24_LINEAR, (of_dense(BF16), TORCH_SPARSE24), sparse_layer, exact_sparse, zeros=False),
     Operator(SPARSE24_INT4_LINEAR, (of_dense(BF16), of_dense(INT4_LINEAR)), sparse_layer, exact_sparse, zeros=False),
+    Operator(TEAL_LINEAR, (MASKED_BF16,), column_layer, exact_masked, zeros=False),
 )
 
 TARGETS = (

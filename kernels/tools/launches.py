@@ -230,10 +230,28 @@ def sparse24_int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spen
     return Spent([order, dataclasses.replace(product[0], flops=float(flops)), *product[1:]])
 
 
+def teal_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
+    """With half of the inputs left out at one token; with several, torch masks x and reads all of the weight."""
+    from llmcompress_kernels.launching import planned
+    from llmcompress_kernels.teal_linear import launch
+
+    if tokens > 1:
+        return Spent([], blas(gpu, tokens, rows, columns) + stream(gpu, 1, 2 * 2.0 * tokens * columns))
+    plan = planned((launch.GEMV,), tokens, rows, -(-columns // launch.INPUTS), gpu.processors)
+    code = code_of("teal_linear", gpu.architecture, "teal_gemv", bits=8.0)  # 16, of half of the columns
+    return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), halved_bytes(rows, columns), summing(gpu)))
+
+
+def halved_bytes(rows: int, columns: int) -> float:
+    """Half of the columns in 16 bits."""
+    return 2.0 * rows * columns / 2
+
+
 MODELS = {
     "int4_linear": Modelled(int4_linear, blas, int4_bytes),
     "int4_gated_mlp": Modelled(int4_gated_mlp, dense_gated, lambda rows, columns: 2 * int4_bytes(rows, columns)),
     "int4_lora_linear": Modelled(int4_lora_linear, dense_adapted, int4_bytes),
     "sparse24_linear": Modelled(sparse24_linear, blas, sparse24_bytes),
     "sparse24_int4_linear": Modelled(sparse24_int4_linear, blas, sparse24_int4_bytes),
+    "teal_linear": Modelled(teal_linear, blas, halved_bytes),
 }

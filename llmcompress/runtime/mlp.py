@@ -51,8 +51,6 @@ class GatedMLP(nn.Module):
 
 def fuse_gated(model: nn.Module) -> list[str]:
     """Fuse every gated MLP that can be, in place; their names."""
-    if not hasattr(llmcompress_kernels, "int4_gated_mlp"):
-        return []
     fused: list[str] = []
     tried: dict[tuple[Any, ...], bool] = {}  # one try for all MLPs of a kind
     for name in [name for name, module in model.named_modules() if is_gated(module)]:

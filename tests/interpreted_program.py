@@ -4,6 +4,7 @@ Its own process, because TRITON_INTERPRET must be set before triton is first imp
 cases, as kernel_cases.py makes them; standard output: a JSON list with, for each, the relative errors of the kernel and
 of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and follows the scales
 and the factors of LoRA: outputs which are not written and inputs which must not be read both show.
+Inline assembly is executed by ptx_fragments.py.
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import ptx_fragments
 import torch
 from kernel_cases import int4_weight, relative_error
 from llmcompress_kernels import Int4Weight
@@ -24,6 +26,11 @@ from llmcompress_kernels.int4_linear.launch import dequantize, int4_linear_trito
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from llmcompress_kernels.int4_lora_linear.launch import int4_lora_linear_triton
 from llmcompress_kernels.int4_lora_linear.reference import Adapter, int4_lora_linear_reference
+from llmcompress_kernels.sparse24_int4_linear import from_sparse24_int4
+from llmcompress_kernels.sparse24_int4_linear import launch as sparse24_int4
+from llmcompress_kernels.sparse24_linear import from_sparse24
+from llmcompress_kernels.sparse24_linear import launch as sparse24
+from sparse24_cases import stored_sparse24, stored_sparse24_int4
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -108,10 +115,35 @@ def int4_lora_linear(inputs: Inputs) -> Results:
     return Results(int4_lora_linear_triton(x, weight, bias, adapter, PROCESSORS), truth, by_torch)
 
 
+def sparse24_linear(inputs: Inputs) -> Results:
+    rows, columns = inputs.case["rows"], inputs.case["columns"]
+    kept, index, whole = stored_sparse24(rows, columns, inputs.dtype, inputs.generator)
+    weight, bias, x = from_sparse24(kept, index), inputs.bias(), inputs.x()
+    weight = weight._replace(values=followed_by_nan(weight.values))
+    same = len(x) > 1 or torch.equal(sparse24.expand(weight, columns), whole)
+    truth = linear(x.double(), whole.double(), None if bias is None else bias.double())
+    found = sparse24.sparse24_linear_triton(x, weight, bias, PROCESSORS)
+    return Results(found, truth, linear(x, whole, bias), same)
+
+
+def sparse24_int4_linear(inputs: Inputs) -> Results:
+    rows, columns, group = inputs.case["rows"], inputs.case["columns"], inputs.case["group"]
+    *stored, exact = stored_sparse24_int4(rows, columns, group, inputs.dtype, inputs.generator)
+    weight, bias, x = from_sparse24_int4(*stored), inputs.bias(), inputs.x()
+    weight = weight._replace(scale=followed_by_nan(weight.scale))
+    values = exact.to(inputs.dtype)
+    same = len(x) > 1 or torch.equal(sparse24_int4.dequantize(weight, columns), values)
+    truth = linear(x.double(), exact, None if bias is None else bias.double())
+    found = sparse24_int4.sparse24_int4_linear_triton(x, weight, bias, PROCESSORS, inputs.case["sparse_cores"])
+    return Results(found, truth, linear(x, values, bias), same)
+
+
 OPERATORS: dict[str, Callable[[Inputs], Results]] = {
     "int4_linear": int4_linear,
     "int4_gated_mlp": int4_gated_mlp,
     "int4_lora_linear": int4_lora_linear,
+    "sparse24_linear": sparse24_linear,
+    "sparse24_int4_linear": sparse24_int4_linear,
 }
 
 
@@ -131,6 +163,7 @@ def main() -> None:
     poison = torch.ones(3).new_empty(2, 2)
     if not bool(poison.isnan().all() and torch.empty(3).isnan().all()):
         raise SystemExit("uninitialized memory is not NaN, so a missing output would not be seen")
+    ptx_fragments.install()
     json.dump([measure(case) for case in json.load(sys.stdin)], sys.stdout)
 
 

@@ -15,12 +15,22 @@ since the Hugging Face Hub loads kernels under names of its own.
 from .int4_gated_mlp import int4_gated_mlp
 from .int4_linear import Int4Weight, from_pack_quantized, int4_linear, to_pack_quantized
 from .int4_lora_linear import int4_lora_linear
+from .sparse24_int4_linear import Sparse24Int4Weight, from_sparse24_int4, sparse24_int4_linear, to_sparse24_int4
+from .sparse24_linear import Sparse24Weight, from_sparse24, sparse24_linear, to_sparse24
 
 __all__ = [
     "Int4Weight",
+    "Sparse24Int4Weight",
+    "Sparse24Weight",
     "from_pack_quantized",
+    "from_sparse24",
+    "from_sparse24_int4",
     "int4_gated_mlp",
     "int4_linear",
     "int4_lora_linear",
+    "sparse24_int4_linear",
+    "sparse24_linear",
     "to_pack_quantized",
+    "to_sparse24",
+    "to_sparse24_int4",
 ]

@@ -1,0 +1,72 @@
+"""`llmcompress::sparse24_linear`: a linear on 2:4 weights, without expanding them in memory."""
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
+from .cpu import sparse24_linear_cpu
+from .layout import PLANE, TILE, WIDTH, Sparse24Weight, from_sparse24, to_sparse24
+
+__all__ = ["Sparse24Weight", "from_sparse24", "sparse24_linear", "to_sparse24"]
+
+NAME = "sparse24_linear"
+
+
+def sparse24_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + bias with two of every four neighbouring weights of a row stored, and zeros elsewhere.
+
+    x       [..., in]                   bfloat16 or float16, any strides; no token at all is fine; in a multiple of 8
+    values  [ceil(in / 64), out, 32]    dtype of x, in the order of layout.py; `from_sparse24` makes both tensors
+    index   [ceil(in / 256), out, 16]   int16, where they are
+    bias    [out]                       dtype of x, or None
+    returns [..., out]                  dtype of x, contiguous
+
+    All tensors are on one device, and all but x contiguous. Sums are in float32. The packed kernels give the same bits
+    for the same inputs. A column of x that no stored weight of a row belongs to does not reach that output, even if it
+    is infinite or NaN, except where dense products are computed (above 256 tokens, and on CPU). Gradients are not
+    computed.
+
+    Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
+    """
+    check(x, values, index, bias)
+    return _sparse24_linear(x, values, index, bias)
+
+
+def check(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError for arguments that `sparse24_linear` does not take."""
+    check_place(NAME, x, [("values", values), ("index", index), ("bias", bias)])
+    check_dtype(NAME, "x", x, *FLOATS)
+    check_dtype(NAME, "values", values, x.dtype)
+    check_dtype(NAME, "index", index, torch.int16)
+    refuse_unless(x.dim() > 0, NAME, "x", "a scalar", "a tensor [..., in]")
+    columns = x.shape[-1]
+    refuse_unless(columns > 0 and columns % 8 == 0, NAME, "x", f"of {columns} columns", "a multiple of 8 columns")
+    refuse_unless(values.dim() == 3, NAME, "values", list(values.shape), "a tensor [ceil(in / 64), out, 32]")
+    out = values.shape[1]
+    check_shape(NAME, "values", values, -(-columns // PLANE), out, PLANE // 2)
+    check_shape(NAME, "index", index, -(-columns // TILE), out, WIDTH)
+    if bias is not None:
+        check_dtype(NAME, "bias", bias, x.dtype)
+        check_shape(NAME, "bias", bias, out)
+
+
+@torch.library.custom_op("llmcompress::sparse24_linear", mutates_args=(), device_types="cuda")
+def _sparse24_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    """On a GPU. Checks again: the registered operator can be called without the function above."""
+    check(x, values, index, bias)
+    from .launch import sparse24_linear_triton
+
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return sparse24_linear_triton(x, Sparse24Weight(values, index), bias, processors)
+
+
+@_sparse24_linear.register_kernel("cpu")
+def _(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    check(x, values, index, bias)
+    return sparse24_linear_cpu(x, Sparse24Weight(values, index), bias)
+
+
+@_sparse24_linear.register_fake
+def _(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    check(x, values, index, bias)
+    return x.new_empty(*x.shape[:-1], values.shape[1])

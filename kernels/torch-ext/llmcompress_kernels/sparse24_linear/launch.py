@@ -1,0 +1,107 @@
+"""Tiles, splits and launches of `sparse24_linear` on a GPU. Imports triton through kernel.py, so it is imported late.
+
+    tokens M     kernel             why
+    1            sparse24_gemv      a tensor core would do nothing in 15 of its 16 columns
+    2 .. 256     sparse24_gemm      the packed weight is read once per BM tokens, and expanded in registers
+    above        library.py         sparse tensor cores through torch, where it has a kernel for the GPU
+                 sparse24_expand    elsewhere: the weight is expanded once, and the BLAS does the rest
+
+Tiles are chosen by what the compiler reports (kernels/resources/sparse24_linear.json): no spills, weight loads of 128
+bits. BLAS_TOKENS is declared, not measured.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from ..configuration import Configuration
+from ..int4_linear.kernel import reduce_splits
+from ..int4_linear.launch import BLAS_TOKENS, REDUCE
+from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
+from .kernel import sparse24_expand, sparse24_gemm, sparse24_gemv
+from .layout import TILE, Sparse24Weight
+from .library import sparse_product, takes
+
+GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
+GEMM = (  # by rising tokens; the last one serves all that is larger
+    Tiles(rows=64, tokens=16, warps=4, stages=3),
+    Tiles(rows=64, tokens=32, warps=4, stages=2),
+)
+EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
+
+
+def sparse24_linear_triton(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
+    """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
+    rows = weight.values.shape[1]
+    if x.numel() == 0 or rows == 0:
+        return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
+    tokens = aligned_rows(x)
+    with device_of(x):
+        if tokens.shape[0] <= BLAS_TOKENS:
+            y = product(tokens, weight, bias, processors)
+        elif takes(tokens, rows):
+            y = sparse_product(tokens, weight, bias)
+        else:
+            y = torch.nn.functional.linear(tokens, expand(weight, tokens.shape[1]), bias)
+    return y.view(*x.shape[:-1], rows)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x [..., in] as [tokens, in] whose rows start at multiples of 8 bytes: kernels read four columns at once."""
+    tokens = rows_of_tokens(x)
+    aligned = tokens.data_ptr() % 8 == 0 and (tokens.stride(0) % 4 == 0 or tokens.shape[0] == 1)
+    return tokens if aligned else tokens.clone(memory_format=torch.contiguous_format)
+
+
+def product(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
+    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
+    tokens, rows = x.shape[0], weight.values.shape[1]
+    plan = planned((GEMV, *GEMM), tokens, rows, weight.index.shape[0], processors)
+    return summed(plan, x, rows, bias, lambda bias, target: start(plan, x, weight, bias, target))
+
+
+def summed(
+    plan: Plan, x: Tensor, rows: int, bias: Tensor | None, start: Callable[[Tensor | None, Tensor], None]
+) -> Tensor:
+    """[M, rows] by `start`, which writes a target [M, rows] with a bias, or one [splits, M, rows] without."""
+    tokens = x.shape[0]
+    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    if plan.splits == 1:
+        start(bias, y)
+    else:
+        parts = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device)
+        start(None, parts)
+        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
+        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
+    return y.to(x.dtype)
+
+
+def start(plan: Plan, x: Tensor, weight: Sparse24Weight, bias: Tensor | None, target: Tensor) -> None:
+    """Start the kernel that the plan names."""
+    (tokens, columns), rows = x.shape, weight.values.shape[1]
+    pointers = (x, weight.values, weight.index, bias, target)
+    if tokens == 1:
+        sparse24_gemv[plan.grid](*pointers, rows, columns, plan.span, **plan.options)
+    else:
+        options = plan.options | {"BM": plan.tiles.tokens, "INTERPRETED": interpreted()}
+        sparse24_gemm[plan.grid](*pointers, tokens, rows, columns, x.stride(0), plan.span, **options)
+
+
+def expand(weight: Sparse24Weight, columns: int) -> Tensor:
+    """The weight [out, in], zeros where nothing is stored."""
+    tiles, rows, _ = weight.index.shape
+    values = torch.empty(rows, columns, dtype=weight.values.dtype, device=weight.values.device)
+    sparse24_expand[(triton.cdiv(rows, EXPAND.rows), tiles)](
+        *weight, values, rows, columns, BN=EXPAND.rows, num_warps=EXPAND.warps, num_stages=EXPAND.stages
+    )
+    return values
+
+
+def configurations() -> Iterator[Configuration]:
+    """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
+    yield configured("sparse24_expand", EXPAND, TILE)
+    yield configured("sparse24_gemv", GEMV, TILE)
+    for tiles in GEMM:
+        yield configured("sparse24_gemm", tiles, TILE)

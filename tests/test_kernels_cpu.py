@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from kernel_cases import int4_weight, relative_error
-from llmcompress_kernels import native
-from llmcompress_kernels.int4_linear import cpu, crossover, int4_linear, torch_cpu
+from llmcompress_kernels import crossover, native
+from llmcompress_kernels.int4_linear import cpu, int4_linear, torch_cpu
 from llmcompress_kernels.int4_linear.layout import Int4Weight
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from torch import Tensor
@@ -316,6 +316,10 @@ def test_two_processes_compile_once(fresh, answer, tmp_path):
 # the crossover
 
 
+def nothing(dtype: torch.dtype) -> None:
+    """In place of a weight."""
+
+
 def test_crossover_is_measured_once_and_kept(fresh, monkeypatch):
     calls: list[str] = []
 
@@ -329,17 +333,17 @@ def test_crossover_is_measured_once_and_kept(fresh, monkeypatch):
         crossover.time.sleep(0.007)
         return x
 
-    assert crossover.crossover("test", BF16, few, many) == 8
+    assert crossover.crossover("test", BF16, few, many, nothing) == 8
     (path,) = fresh.glob("crossover-*.json")
     assert json.loads(path.read_text())["tokens"] == 8
     calls.clear()
     crossover.found.cache_clear()
-    assert crossover.crossover("test", BF16, few, many) == 8
+    assert crossover.crossover("test", BF16, few, many, nothing) == 8
     assert not calls
     for damage in ("", "[]", '{"tokens": -3}', '{"tokens": "x"}'):
         path.write_text(damage)
         crossover.found.cache_clear()
-        assert crossover.crossover("test", BF16, few, many) == 8
+        assert crossover.crossover("test", BF16, few, many, nothing) == 8
     assert json.loads(path.read_text())["tokens"] == 8
     assert len(list(fresh.iterdir())) == 1
 
@@ -348,4 +352,4 @@ def test_crossover_without_a_folder(fresh, monkeypatch):
     fresh.parent.write_text("a file where the folder should be")
     monkeypatch.setattr(crossover, "SECONDS", 0.0)
     monkeypatch.setattr(crossover, "fastest", lambda way, x, weight: float(way is len))
-    assert crossover.crossover("test", BF16, max, len) == crossover.NONE
+    assert crossover.crossover("test", BF16, max, len, nothing) == crossover.NONE

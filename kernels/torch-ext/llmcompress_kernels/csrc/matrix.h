@@ -1,15 +1,21 @@
 // Many tokens with matrix instructions (AMX): Yᵀ = W Xᵀ in tiles of 16 rows by 16 tokens.
 //
-// The left factor of an instruction is 16 rows of 32 columns. A step of a row, made as in `Pairs` but from a table that
-// holds (code - zero) * scale rounded to bfloat16, is such a row: no shuffle. The right factor is x in pairs,
-// transposed, once per call. Sums stay in the tile registers, in float32, over all columns.
+// The left factor of an instruction is 16 rows of 32 columns, a *step*, in bfloat16: one register of a row. The right
+// factor is x with the same columns side by side in pairs, transposed, once per call. Sums stay in the tile registers,
+// in float32, over all columns.
 //
 // While a thread multiplies 32 rows, it unpacks the 32 that follow into its other panel: few instructions keep the
 // matrix unit busy, and between them the vector units are free. Tokens are taken in blocks whose x fits the second
 // cache.
+//
+// A format is a struct Left:
+//
+//     Weight, STEPS                  with rows, columns, tiles() and steps(); steps of a tile
+//     unpack(weight, tile, row, to)  the steps of a tile of a row, LEFT_BYTES apart
+//     taken(x, step, columns)        the 16 pairs of x that belong to a step
 #pragma once
 
-#include "unpack.h"
+#include "product.h"
 
 #ifdef HAS_MATRIX
 
@@ -74,24 +80,25 @@ inline void transpose(__m512 (&r)[16]) {
 }
 
 // x of 16 tokens, [steps][pairs 16][tokens 16] of 32 bits; tokens that do not exist are zero.
-inline void pack_tokens(const Product& p, int64_t token, uint32_t* out) {
+template <class Left>
+void pack_tokens(const Product<typename Left::Weight>& p, int64_t token, uint32_t* out) {
     const int64_t left = p.tokens - token;
     for (int64_t step = 0; step < p.weight.steps(); ++step) {
         __m512 r[16];
         for (int m = 0; m < SIDE; ++m) {
-            const uint16_t* x = p.x + (token + m) * p.stride + step * STEP;
-            r[m] = m < left ? _mm512_castsi512_ps(pairs(x)) : _mm512_setzero_ps();
+            const uint16_t* x = p.x + (token + m) * p.stride;
+            r[m] = m < left ? _mm512_castsi512_ps(Left::taken(x, step, p.weight.columns)) : _mm512_setzero_ps();
         }
         transpose(r);
         for (int j = 0; j < SIDE; ++j) _mm512_store_ps(out + step * TILE_WORDS + j * SIDE, r[j]);
     }
 }
 
-// Rows as left factors: 32 rows into [steps][2][16 rows][64 bytes], a tile of a row at a time.
-template <int STEPS_PER_GROUP>
+// Rows as left factors: 32 rows into [steps][2][16 rows][64 bytes], a tile of columns of a row at a time.
+template <class Left>
 class Unpacker {
   public:
-    Unpacker(const Weight& weight) : w(weight) {}
+    explicit Unpacker(const typename Left::Weight& weight) : w(weight) {}
 
     void start(int64_t first_row, uint8_t* panel) {
         first = first_row, out = panel, done = 0, total = first_row < w.rows ? w.tiles() * ROWS : 0;
@@ -104,25 +111,13 @@ class Unpacker {
     }
 
   private:
-    const Weight& w;
+    const typename Left::Weight& w;
     int64_t first = 0, done = 0, total = 0;
     uint8_t* out = nullptr;
 
     inline void one(int64_t tile, int row) {
         const int64_t n = first + row < w.rows ? first + row : w.rows - 1;  // outputs of rows beyond are not stored
-        const __m512i word = _mm512_loadu_si512(w.words + (tile * w.rows + n) * WIDTH);
-        uint8_t* to = out + tile * STEPS * ROWS * 64 + row * 64;
-#pragma GCC unroll 4
-        for (int g = 0; g < STEPS / STEPS_PER_GROUP; ++g) {
-            const int64_t at = w.group_of(tile * STEPS + g * STEPS_PER_GROUP) * w.rows + n;
-            const float scale = from_bits(uint32_t(w.scale[at]) << 16);
-            const __m512i table = scaled_values<BF16>(scale, w.zero ? float(w.zero[at]) : 8.0f);
-#pragma GCC unroll 4
-            for (int step = g * STEPS_PER_GROUP; step < (g + 1) * STEPS_PER_GROUP; ++step) {
-                const __m512i index = _mm512_multishift_epi64_epi8(step_bits(step), word);
-                _mm512_store_si512(to + step * ROWS * 64, _mm512_permutexvar_epi16(index, table));
-            }
-        }
+        Left::unpack(w, tile, n, out + tile * Left::STEPS * LEFT_BYTES + row * 64);
     }
 };
 
@@ -137,10 +132,10 @@ void multiply(
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step) {
-        _tile_loadd(4, panel + step * ROWS * 64, 64);
+        _tile_loadd(4, panel + step * LEFT_BYTES, 64);
         _tile_loadd(6, x + step * TILE_WORDS, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, panel + step * ROWS * 64 + SIDE * 64, 64);
+        _tile_loadd(5, panel + step * LEFT_BYTES + SIDE * 64, 64);
         _tile_dpbf16ps(1, 5, 6);
         if (TILES == 2) {
             _tile_loadd(7, x + apart + step * TILE_WORDS, 64);
@@ -160,7 +155,8 @@ void multiply(
 }
 
 // Sums of 16 rows by 16 tokens, [16 rows][16 tokens] -> y, with bias, as far as there are such rows and tokens.
-inline void store_tile(const Product& p, const float* sums, int64_t first, int64_t token) {
+template <class W>
+void store_tile(const Product<W>& p, const float* sums, int64_t first, int64_t token) {
     const int64_t rows = p.weight.rows - first, tokens = p.tokens - token;
     if (rows <= 0) return;
     const __mmask16 mask = rows < SIDE ? (1u << rows) - 1 : 0xFFFF;
@@ -179,14 +175,16 @@ inline void store_tile(const Product& p, const float* sums, int64_t first, int64
 }
 
 // Tokens token .. token + count of the rows of a range; x: packed tokens from `token` on.
-template <int STEPS_PER_GROUP>
-void matrix_range(const Product& p, const uint32_t* x, int64_t token, int64_t count, Range rows, uint8_t* panels) {
+template <class Left>
+void matrix_range(
+    const Product<typename Left::Weight>& p, const uint32_t* x, int64_t token, int64_t count, Range rows, uint8_t* panels
+) {
     const int64_t steps = p.weight.steps(), apart = steps * TILE_WORDS;
-    const int64_t panel_bytes = p.weight.tiles() * STEPS * ROWS * 64;
+    const int64_t panel_bytes = p.weight.tiles() * Left::STEPS * LEFT_BYTES;
     const int64_t passes = (count + 2 * SIDE - 1) / (2 * SIDE);
     const int some = int((p.weight.tiles() * ROWS + passes * steps - 1) / (passes * steps));
     alignas(64) float sums[4 * TILE_WORDS];
-    Unpacker<STEPS_PER_GROUP> unpacker(p.weight);
+    Unpacker<Left> unpacker(p.weight);
     unpacker.start(rows.first, panels);
     unpacker.rest();
     for (int64_t first = rows.first, turn = 0; first < rows.last; first += ROWS, ++turn) {
@@ -209,9 +207,10 @@ void matrix_range(const Product& p, const uint32_t* x, int64_t token, int64_t co
 }
 
 // y = x Wᵀ + bias of bfloat16. False if there is no memory for panels and x.
-inline bool product_by_matrix(const Product& p, int threads) {
-    const Weight& w = p.weight;
-    const int64_t apart = w.steps() * TILE_WORDS, panel_bytes = w.tiles() * STEPS * ROWS * 64;
+template <class Left>
+bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
+    const auto& w = p.weight;
+    const int64_t apart = w.steps() * TILE_WORDS, panel_bytes = w.tiles() * Left::STEPS * LEFT_BYTES;
     const int64_t tiles = (p.tokens + SIDE - 1) / SIDE, fitting = X_BYTES / (apart * 4) / 2 * 2;
     const int64_t at_once = fitting < 2 ? 2 : fitting;
     Buffer<uint32_t> x(tiles * apart);
@@ -219,7 +218,7 @@ inline bool product_by_matrix(const Product& p, int threads) {
     if (!x.data || !panels.data) return false;
     parallel(threads, [&](int thread, int of) {
         const Range packed = share(tiles, 1, thread, of);
-        for (int64_t i = packed.first; i < packed.last; ++i) pack_tokens(p, i * SIDE, x.data + i * apart);
+        for (int64_t i = packed.first; i < packed.last; ++i) pack_tokens<Left>(p, i * SIDE, x.data + i * apart);
     });
     parallel(threads, [&](int thread, int of) {
         configure_tiles();
@@ -229,9 +228,7 @@ inline bool product_by_matrix(const Product& p, int threads) {
             const int64_t left = p.tokens - tile * SIDE, token = tile * SIDE;
             const int64_t count = left < at_once * SIDE ? left : at_once * SIDE;
             const uint32_t* from = x.data + tile * apart;
-            if (w.group == 32) matrix_range<1>(p, from, token, count, rows, own);
-            if (w.group == 64) matrix_range<2>(p, from, token, count, rows, own);
-            if (w.group == 128) matrix_range<4>(p, from, token, count, rows, own);
+            matrix_range<Left>(p, from, token, count, rows, own);
         }
         _tile_release();
     });

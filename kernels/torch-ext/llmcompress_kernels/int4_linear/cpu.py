@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..crossover import crossover
 from ..native import library
-from .crossover import crossover
-from .layout import Int4Weight
+from .layout import Int4Weight, sample_weight
 from .torch_cpu import int4_linear_torch
 
 PANEL_BYTES = 1 << 21  # of unpacked weight that torch multiplies at once: about the second cache
@@ -72,7 +72,8 @@ class Kernels:
 
     def many(self, dtype: torch.dtype) -> int:
         """Tokens from which `of_many` is faster than `by_rows`."""
-        return crossover(f"int4_linear {dtype} matrix={self._has_matrix}", dtype, self.by_rows, self.of_many)
+        name = f"int4_linear {dtype} matrix={self._has_matrix}"
+        return crossover(name, dtype, self.by_rows, self.of_many, sample_weight)
 
     def by_rows(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
         """Weights made in registers and used for up to four tokens."""

@@ -177,7 +177,8 @@ void store_tile(const Product<W>& p, const float* sums, int64_t first, int64_t t
 // Tokens token .. token + count of the rows of a range; x: packed tokens from `token` on.
 template <class Left>
 void matrix_range(
-    const Product<typename Left::Weight>& p, const uint32_t* x, int64_t token, int64_t count, Range rows, uint8_t* panels
+    const Product<typename Left::Weight>& p, const uint32_t* x, int64_t token, int64_t count, Range rows,
+    uint8_t* panels
 ) {
     const int64_t steps = p.weight.steps(), apart = steps * TILE_WORDS;
     const int64_t panel_bytes = p.weight.tiles() * Left::STEPS * LEFT_BYTES;

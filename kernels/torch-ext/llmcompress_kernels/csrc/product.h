@@ -1,8 +1,8 @@
 // Few tokens, whatever the format of the weight: weights are made in registers, once for up to four tokens, and never
 // stored.
 //
-// Sums are kept in 16 lanes per row and token, in float32, which are added up at the end. A thread takes a block of rows
-// and goes along it tile by tile, since neighbouring rows of a tile lie together: it reads runs of kilobytes.
+// Sums are kept in 16 lanes per row and token, in float32, which are added up at the end. A thread takes a block of
+// rows and goes along it tile by tile, since neighbouring rows of a tile lie together: it reads runs of kilobytes.
 //
 // A format and the way to multiply with it is a struct Math:
 //

@@ -1,8 +1,8 @@
-// 2:4 weights. Layout: ../sparse24_linear/layout.py. A tile is 256 columns, 16 words of positions; a plane of it is 64
-// columns, 32 stored weights: nibble i of word j is first | second << 2 of the j-th four of plane i.
+// 2:4 weights. Layout: ../sparse24_linear/layout.py. A tile is 256 columns, 16 words of positions; a plane of it is
+// 64 columns, 32 stored weights: nibble i of word j is first | second << 2 of the j-th four of plane i.
 //
-// Two positions become a mask of four bits by a look-up, the 16 of a plane one mask of 64 bits, and one instruction puts
-// the stored weights where it has ones.
+// Two positions become a mask of four bits by a look-up, the 16 of a plane one mask of 64 bits, and one instruction
+// puts the stored weights where it has ones.
 #pragma once
 
 #include "product.h"
@@ -55,8 +55,9 @@ struct Plane {
 
 // Plane `plane` of a tile of a row; words: its positions.
 inline Plane plane_of(const Sparse24& w, int64_t tile, int64_t row, int plane, __m256i words) {
-    const __m256i shifted = _mm256_and_si256(_mm256_srl_epi16(words, _mm_cvtsi32_si128(4 * plane)), _mm256_set1_epi16(15));
-    return {_mm512_loadu_si512(w.values + ((4 * tile + plane) * w.rows + row) * 2 * WIDTH), _mm256_cvtepi16_epi8(shifted)};
+    const __m256i moved = _mm256_srl_epi16(words, _mm_cvtsi32_si128(4 * plane));
+    const __m128i nibbles = _mm256_cvtepi16_epi8(_mm256_and_si256(moved, _mm256_set1_epi16(15)));
+    return {_mm512_loadu_si512(w.values + ((4 * tile + plane) * w.rows + row) * 2 * WIDTH), nibbles};
 }
 
 inline __m256i words_of(const Sparse24& w, int64_t tile, int64_t row) {

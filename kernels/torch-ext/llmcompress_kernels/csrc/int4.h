@@ -162,11 +162,13 @@ struct Int4Rows {
         for (int64_t tile = 0; tile < w.tiles(); ++tile) {
             grids.read(w, tile, STEPS_PER_GROUP, first, count);
             const int32_t* words = w.words + (tile * w.rows + first) * WIDTH;
-            for (int64_t r = 0; r < count; ++r)
+            for (int64_t r = 0; r < count; ++r) {
+                _mm_prefetch(words + (w.rows + r) * WIDTH, _MM_HINT_T1);  // the same row of the next tile
                 Tile::template tile<TOKENS, STEPS_PER_GROUP>(
                     words + r * WIDTH, x + tile * PER_TILE, stride, &grids.scale[0][r], &grids.zero[0][r],
                     sums + r * TOKENS * WIDTH
                 );
+            }
         }
     }
 };

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
+from ..direct import may_call_directly
 from ..int4_linear.layout import GROUPS
 from .cpu import sparse24_int4_linear_cpu
 from .layout import BLOCK, LANES, STRIP, TILE, Sparse24Int4Weight, from_sparse24_int4, to_sparse24_int4
@@ -33,6 +34,8 @@ def sparse24_int4_linear(
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, words, metadata, scale, bias)
+    if may_call_directly(x, scale, bias):
+        return sparse24_int4_linear_cpu(x, Sparse24Int4Weight(words, metadata, scale), bias)
     return _sparse24_int4_linear(x, words, metadata, scale, bias)
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
+from ..direct import may_call_directly
 from .cpu import sparse24_linear_cpu
 from .layout import PLANE, TILE, WIDTH, Sparse24Weight, from_sparse24, to_sparse24
 
@@ -29,6 +30,8 @@ def sparse24_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | Non
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, values, index, bias)
+    if may_call_directly(x, bias):
+        return sparse24_linear_cpu(x, Sparse24Weight(values, index), bias)
     return _sparse24_linear(x, values, index, bias)
 
 

@@ -30,7 +30,7 @@ def sparse24_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | Non
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, values, index, bias)
-    if may_call_directly(x, bias):
+    if may_call_directly(x, values, bias):
         return sparse24_linear_cpu(x, Sparse24Weight(values, index), bias)
     return _sparse24_linear(x, values, index, bias)
 

@@ -27,8 +27,8 @@ def sparse24_int4_linear(
     returns   [..., out]                                    dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32; the product (code - 8) * scale is not
-    rounded, except above 256 tokens on a GPU, where the weight is unpacked to the dtype of x for the BLAS. The packed
-    kernels give the same bits for the same inputs. x must be finite: whether a column that meets no stored weight of a
+    rounded, except for many tokens (above 256 on a GPU, fewer on a CPU), where the weight is unpacked to the dtype of x
+    for dense products. The packed kernels give the same bits for the same inputs. x must be finite: whether a column that meets no stored weight of a
     row reaches that output depends on the kernel. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.

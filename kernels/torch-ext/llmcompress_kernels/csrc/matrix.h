@@ -234,21 +234,22 @@ void matrix_block(
         if (turn + 1 < turns) start(turn + 1);
         for (int64_t pass = 0; pass < passes; ++pass) {
             const uint32_t* from = x + 2 * pass * apart + cut.first_step(panel) * TILE_WORDS;
-            float* to = sums + (turn % blocks * passes + pass) * 4 * TILE_WORDS;
+            // sums that do not wait for other columns need no place of their own
+            float* to = cut.panels == 1 ? sums : sums + (turn % blocks * passes + pass) * 4 * TILE_WORDS;
             const uint8_t* left = panels + turn % 2 * cut.bytes();
             if (count - pass * TOKENS > SIDE)
                 multiply<2>(left, from, apart, steps, panel == 0, to, unpacker, some);
             else
                 multiply<1>(left, from, apart, steps, panel == 0, to, unpacker, some);
+            if (panel + 1 < cut.panels) continue;
+            for (int part = 0; part < 4; ++part) {
+                const int64_t row = rows.first + turn % blocks * ROWS + part % 2 * SIDE;
+                const int64_t m = pass * TOKENS + part / 2 * SIDE;
+                if (m < count) store_tile(p, to + part * TILE_WORDS, row, token + m);
+            }
         }
         unpacker.rest();
     }
-    for (int64_t i = 0; i < blocks * passes; ++i)
-        for (int part = 0; part < 4; ++part) {
-            const int64_t row = rows.first + i / passes * ROWS + part % 2 * SIDE;
-            const int64_t m = i % passes * TOKENS + part / 2 * SIDE;
-            if (m < count) store_tile(p, sums + (4 * i + part) * TILE_WORDS, row, token + m);
-        }
 }
 
 // y = x Wᵀ + bias of bfloat16. False if there is no memory for panels, sums and x.

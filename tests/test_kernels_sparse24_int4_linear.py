@@ -242,18 +242,18 @@ def both(tokens: int, rows: int, columns: int, group: int, dtype: str = "bfloat1
 
 
 CASES = {
-    "one token, two splits, last block of 32 columns": both(1, 70, 1056, 32),
+    "one token, two splits, last block of 32 columns": both(1, 20, 1056, 32),
     "one token, float16": both(1, 70, 576, 64, "float16", bias=False),
-    "three tokens": both(3, 70, 576, 64),
+    "three tokens": both(3, 40, 576, 64),
     "17 tokens, two splits": both(17, 20, 1056, 32, "float16"),
     "17 tokens, transposed": both(17, 33, 256, 128, transposed=True),
     "two programs of tokens": both(70, 40, 192, 64, bias=False),
     "unpacked for the BLAS": both(257, 40, 160, 32, "float16"),
     "no tokens": both(0, 40, 160, 32),
-    "sparse cores, one token, two splits": both(1, 70, 2080, 32, sparse_cores=True),
+    "sparse cores, one token, two splits": both(1, 20, 2080, 32, sparse_cores=True),
     "sparse cores, three tokens": both(3, 70, 576, 64, sparse_cores=True),
     "sparse cores, 16 tokens, transposed": both(16, 40, 640, 128, "float16", transposed=True, sparse_cores=True),
-    "sparse cores, 17 tokens": both(17, 33, 128, 128, bias=False, sparse_cores=True),
+    "sparse cores, 35 tokens": both(35, 33, 128, 128, bias=False, sparse_cores=True),
 }
 GRID = [
     both(tokens, rows, 640 if group == 128 else 576, group, dtype, bias=bias, sparse_cores=sparse_cores)

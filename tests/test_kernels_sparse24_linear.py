@@ -111,7 +111,7 @@ def test_rows_that_are_not_aligned_are_copied():
     x = torch.randn(6, 40).to(BF16)
     assert aligned_rows(x).data_ptr() == x.data_ptr()
     assert aligned_rows(x[:, 4:36]).data_ptr() == x[:, 4:].data_ptr()
-    for other in (x[:, 1:33], x.view(8, 30)[:, :24], x[1:2, 2:34], x.T):
+    for other in (x[:, 1:33], x.view(8, 30)[:, :24], x[1:2, 2:34], x[:4].T):
         rows = aligned_rows(other)
         assert torch.equal(rows, other)
         assert rows.data_ptr() % 8 == 0
@@ -194,10 +194,10 @@ def test_bad_arguments_are_refused(argument, value, message):
 
 
 CASES = {
-    "one token, two splits, last plane of 8 columns": case(NAME, 1, 70, 2056, 8),
+    "one token, two splits, last plane of 8 columns": case(NAME, 1, 20, 2056, 8),
     "one token, float16": case(NAME, 1, 70, 576, 8, "float16", bias=False),
     "three tokens": case(NAME, 3, 70, 576, 8),
-    "17 tokens, two splits": case(NAME, 17, 65, 2056, 8, "float16"),
+    "17 tokens, two splits": case(NAME, 17, 33, 2056, 8, "float16"),
     "17 tokens, transposed": case(NAME, 17, 33, 264, 8, transposed=True, bias=False),
     "two programs of tokens": case(NAME, 70, 40, 192, 8, bias=False),
     "expanded for the BLAS": case(NAME, 257, 40, 168, 8, "float16"),

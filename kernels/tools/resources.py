@@ -1,13 +1,12 @@
 """Compile every kernel configuration ahead of time, without a GPU, and write what the compiler made of it.
 
-    python kernels/tools/resources.py                        # writes kernels/resources/<operator>.json, all operators
-    python kernels/tools/resources.py int4_linear            # of this one
-    python kernels/tools/resources.py --check                # compares; exit code 1 and the differences, if any
-    python kernels/tools/resources.py --check --sample 4     # compares four of each operator
+    python kernels/tools/resources.py               # writes kernels/resources/<operator>.json, all operators
+    python kernels/tools/resources.py int4_linear   # of this one
+    python kernels/tools/resources.py --check       # compares; exit code 1 and the differences, if any
 
 For what `configurations()` of each operator's `launch.py` yields, and each of four architectures, ptxas makes a cubin.
-bfloat16 goes through all of them, float16 through those of groups of 64. From the cubin, cuobjdump of the triton wheel
-reads registers, stack bytes and the machine code (SASS), where the instructions that decide the speed are counted:
+float16 differs by its exponent alone and is compiled for groups of 64 on sm_90. From the cubin, cuobjdump of the triton
+wheel reads registers, stack bytes and the machine code (SASS), where instructions that decide the speed are counted:
 
     spills               loads and stores of a thread's own stack
     weight_loads_128     loads of 16 bytes per thread with an evict-first hint; where Triton pipelines them,
@@ -18,7 +17,8 @@ reads registers, stack bytes and the machine code (SASS), where the instructions
     loop_per_weight      instructions in the main loop, per thread, over the weights which the thread makes there: what
                          bounds a kernel that memory does not bound; 0 for a kernel without a loop or without weights
 
-Nothing here is a measurement of time.
+A kernel takes one to ten seconds; JOBS=8 before the command compiles eight at once. Nothing here is a measurement of
+time.
 """
 
 import argparse
@@ -80,13 +80,13 @@ def operators() -> list[str]:
 
 
 def cases(operator: str) -> Iterator[Case]:
-    """Everything of one operator that is compiled; float16 differs from bfloat16 by its exponent alone."""
+    """Everything of one operator that is compiled."""
     launch = importlib.import_module(f"llmcompress_kernels.{operator}.launch")
     for configuration in launch.configurations():
-        dtypes = ("bf16", "fp16") if configuration.constants.get("GROUP", 64) == 64 else ("bf16",)
         for architecture in ARCHITECTURES:
-            for dtype in dtypes:
-                yield Case(operator, configuration, architecture, dtype)
+            yield Case(operator, configuration, architecture, "bf16")
+        if configuration.constants.get("GROUP", 64) == 64:
+            yield Case(operator, configuration, 90, "fp16")
 
 
 def compile_case(case: Case) -> Any:
@@ -160,7 +160,7 @@ def facts(case: Case) -> dict[str, Any]:
 
 
 def table(chosen: Sequence[Case]) -> dict[str, Any]:
-    """Name of each case to its facts, sorted; about a second for each."""
+    """Name of each case to its facts, sorted."""
     with ProcessPoolExecutor(int(os.environ.get("JOBS", "1"))) as pool:
         return dict(sorted(zip((case.name() for case in chosen), pool.map(facts, chosen), strict=True)))
 
@@ -178,7 +178,7 @@ def write(operator: str, rows: dict[str, Any]) -> None:
 def differences(operator: str, rows: dict[str, Any], names: set[str]) -> list[str]:
     """One line for every case whose facts are others than those in the table, or that only one of the two has.
 
-    rows: facts of all cases or of some; names: of all cases.
+    rows: facts of cases; names: of all cases.
     """
     import triton
 
@@ -193,17 +193,10 @@ def differences(operator: str, rows: dict[str, Any], names: set[str]) -> list[st
     return [*changed, *missing, *(f"{n}: no such configuration" for n in sorted(expected.keys() - names))]
 
 
-def spread(everything: Sequence[Case], count: int | None) -> Sequence[Case]:
-    """`count` of them, spread evenly; all if it is None."""
-    if count is None or count >= len(everything):
-        return everything
-    return [everything[i * (len(everything) - 1) // max(count - 1, 1)] for i in range(count)]
-
-
-def run(operator: str, check: bool, sample: int | None) -> list[str]:
+def run(operator: str, check: bool) -> list[str]:
     """Write one operator's table, or what differs from it."""
     everything = list(cases(operator))
-    rows = table(spread(everything, sample))
+    rows = table(everything)
     if check:
         return differences(operator, rows, {case.name() for case in everything})
     write(operator, rows)
@@ -215,16 +208,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("operator", nargs="*", help=f"one of {', '.join(operators())}; all if none is named")
     parser.add_argument("--check", action="store_true", help="compare with the tables instead of writing them")
-    parser.add_argument("--sample", type=int, metavar="N", help="with --check: compile only N of each operator")
     asked = parser.parse_args()
     if unknown := set(asked.operator) - set(operators()):
         parser.error(f"no operator {', '.join(sorted(unknown))}; there are {', '.join(operators())}")
-    if asked.sample is not None and (not asked.check or asked.sample < 1):
-        parser.error("--sample takes a positive number, and goes with --check: a table has every configuration")
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        lines = [line for name in asked.operator or operators() for line in run(name, asked.check, asked.sample)]
+        lines = [line for name in asked.operator or operators() for line in run(name, asked.check)]
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
     return 1 if lines else 0
 

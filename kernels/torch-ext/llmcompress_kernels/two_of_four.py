@@ -13,6 +13,8 @@ Imported only when a kernel is about to run, since importing triton takes a seco
 import triton
 import triton.language as tl
 
+from .words import dot
+
 
 @triton.jit
 def fours_of(ptr):
@@ -46,6 +48,17 @@ def picked(fours, position, dtype: tl.constexpr):
 def factor(fours, column: tl.constexpr, dtype: tl.constexpr):
     """One of the four columns as a factor of a dot, in `dtype`."""
     return (fours >> (16 * column)).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def dot_fours(weights, x, total, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """total + weights x: int64 fours [BN, 16] and [16, BM] -> float32 [BN, BM].
+
+    The columns 4k + c, c fixed, are the inner dimension of one dot: fields of elements that a thread has.
+    """
+    for column in tl.static_range(4):
+        total = dot(factor(weights, column, dtype), factor(x, column, dtype), total, INTERPRETED)
+    return total
 
 
 @triton.jit

@@ -5,12 +5,12 @@
     2 .. 256     gated_gemm         both packed weights are read once per BM tokens, and x once for both
     above        int4_dequantize    the weights are unpacked one after the other, and the BLAS does the rest
 
-A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. Tiles are chosen by what
+A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. For 64 tokens there
+is no room: that spills on sm_89, and on sm_100 Triton makes a kernel of it that only traps. Tiles are chosen by what
 the compiler reports (kernels/resources/int4_gated_mlp.json). BLAS_TOKENS is declared, not measured.
 """
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ GEMV = Tiles(rows=32, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=16, warps=4, stages=3),
     Tiles(rows=64, tokens=32, warps=4, stages=3),
-    Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
 REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
 
@@ -90,20 +89,24 @@ def start(plan: Plan, x: Tensor, weights: Gated, activation: str, y: Tensor | No
 
 
 def configurations() -> Iterator[Configuration]:
-    """All loops that may run, with biases. How they end, by an activation or in parts, is compiled for groups of 64."""
+    """All tiles and groups, with biases and zeros; without zeros, in parts and with other activations where it is most.
+
+    Leaving out zeros takes instructions away. Sums in parts and other activations follow the same loop, so the largest
+    tile, which leaves the fewest registers, stands for all.
+    """
     for activation in ACTIVATIONS:
         yield configured("reduce_gated", REDUCE, 0, ACTIVATION=activation)
-    whole: dict[str, Any] = {"parts_ptr": None, "ACTIVATION": "silu"}
-    for group, symmetric in itertools.product(GROUPS, (False, True)):
-        zeros = {"gate_zero_ptr": None, "up_zero_ptr": None} if symmetric else {}
-        yield from loops(**whole, GROUP=group, **zeros)
-    yield from loops(y_ptr=None, ACTIVATION="silu", GROUP=64)
+    silu, whole = {"ACTIVATION": "silu"}, {"parts_ptr": None}
+    for group in GROUPS:
+        yield from loops(GEMM, **silu, **whole, GROUP=group)
+    yield from loops(GEMM, **silu, **whole, GROUP=128, gate_zero_ptr=None, up_zero_ptr=None)
+    yield from loops(GEMM[-1:], **silu, y_ptr=None, GROUP=64)
     for activation in ("gelu", "gelu_tanh"):
-        yield from loops(parts_ptr=None, ACTIVATION=activation, GROUP=64)
+        yield from loops(GEMM[-1:], **whole, ACTIVATION=activation, GROUP=64)
 
 
-def loops(**constants: Any) -> Iterator[Configuration]:
-    """Every kernel that reads weights, with further compile-time arguments."""
+def loops(tiles: Sequence[Tiles], **constants: Any) -> Iterator[Configuration]:
+    """The kernels that read weights, with further compile-time arguments; `tiles` of the one on tensor cores."""
     yield configured("gated_gemv", GEMV, 2 * TILE, **constants)
-    for tiles in GEMM:
-        yield configured("gated_gemm", tiles, 2 * TILE, **constants)
+    for one in tiles:
+        yield configured("gated_gemm", one, 2 * TILE, **constants)

@@ -5,7 +5,6 @@ its tiles: `lora_gemv`, `lora_gemm`, or above BLAS_TOKENS the unpacked weight. W
 kernels of `int4_linear` make the parts and `lora_gemm_reduce` adds them up, for one token too: it reads little.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..configuration import Configuration
 from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, dequantize, partial_sums, plan_of
-from ..int4_linear.layout import GROUPS, TILE, Int4Weight
+from ..int4_linear.layout import TILE, Int4Weight
 from ..launching import Plan, Tiles, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
 from .reference import Adapter
@@ -76,18 +75,9 @@ def padded(rank: int) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All loops that may run, with a bias, at the lowest rank; how they end at higher ranks for groups of 64."""
+    """Ends of all ranks, with a bias, after the loop for groups of 64; all loops are in the table of `int4_linear`."""
     for rank in RANKS:
         yield configured("lora_gemm_reduce", REDUCE, 0, R=rank)
-    for group, symmetric in itertools.product(GROUPS, (False, True)):
-        zeros = {"zero_ptr": None} if symmetric else {}
-        yield from loops(GROUP=group, R=RANKS[0], **zeros)
-    for rank in RANKS[1:]:
-        yield from loops(GROUP=64, R=rank)
-
-
-def loops(**constants: Any) -> Iterator[Configuration]:
-    """Every kernel that reads weights, with further compile-time arguments."""
-    yield configured("lora_gemv", GEMV, TILE, **constants)
-    for tiles in GEMM:
-        yield configured("lora_gemm", tiles, TILE, **constants)
+        yield configured("lora_gemv", GEMV, TILE, GROUP=64, R=rank)
+        for tiles in GEMM:
+            yield configured("lora_gemm", tiles, TILE, GROUP=64, R=rank)

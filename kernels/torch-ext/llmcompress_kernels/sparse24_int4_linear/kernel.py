@@ -11,7 +11,8 @@ Layout of `words` and `metadata`: layout.py. There are two forms of the product:
   4 t and up of a block, nibbles h + 2 q and h + 2 q + 4 those of row n + 8 h.
 
 Codes become numbers without conversions, as in words.py; here they are stored as code ^ 8, and one exclusive or with
-the exponent and 8 restores the code where it stands. Scales multiply float32 sums of a group.
+the exponent and 8 restores the code where it stands. Scales multiply float32 sums of a group, except in
+`sparse24_int4_gemm`.
 
 Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program.
 """
@@ -19,8 +20,7 @@ Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program.
 import triton
 import triton.language as tl
 
-from ..two_of_four import factor, fours_of, picked, rounded_bits, spread
-from ..words import dot
+from ..two_of_four import dot_fours, fours_of, picked, rounded_bits, spread
 from .assembly import MULTIPLY_CONSTRAINTS, less_eight, multiply
 
 STRIP = tl.constexpr(16)
@@ -78,24 +78,6 @@ def code_float(words, nibble: tl.constexpr):
 
 
 @triton.jit
-def code_fours(words, nibbles, register: tl.constexpr):
-    """Stored nibbles at their columns, zeros elsewhere: int64 fours."""
-    first, second = (words >> (4 * register)) & 0xF, (words >> (4 * register + 16)) & 0xF
-    return spread(first, second, nibbles >> (16 * (register % 2)))
-
-
-@triton.jit
-def code_factor(fours, column: tl.constexpr, dtype: tl.constexpr):
-    """One of the four columns of weights before their scale, in `dtype`.
-
-    Written as a float32 subtraction, since the interpreter's in bfloat16 is wrong; compiled, it is one in `dtype`.
-    """
-    base: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
-    bits = ((fours >> (16 * column)).to(tl.int32) & 0xF) ^ (0x4308 if dtype == tl.bfloat16 else 0x6408)
-    return (bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32) - base).to(dtype)
-
-
-@triton.jit
 def group_scale(scale_ptr, column, n, N, K, GROUP: tl.constexpr):
     """Scales of rows n in the group of a column, float32. Columns beyond K, which add nothing, take the last group."""
     at = min(column, K - GROUP) // GROUP * N + n
@@ -106,10 +88,12 @@ def group_scale(scale_ptr, column, n, N, K, GROUP: tl.constexpr):
 def word_scales(scale_ptr, block, n, N, K, GROUP: tl.constexpr):
     """Scales for the words of rows n: [pairs, 1], or [pairs, 16] where a block has several groups."""
     if GROUP == BLOCK:
-        return group_scale(scale_ptr, block * BLOCK, n, N, K, GROUP)[:, None]
-    column = block * BLOCK + tl.arange(0, WIDTH) % 4 * 32
-    at = tl.minimum(column, K - GROUP) // GROUP * N
-    return tl.load(scale_ptr + at[None, :] + n[:, None], mask=(n < N)[:, None], other=0.0).to(tl.float32)
+        scales = group_scale(scale_ptr, block * BLOCK, n, N, K, GROUP)[:, None]
+    else:
+        column = block * BLOCK + tl.arange(0, WIDTH) % 4 * 32
+        at = tl.minimum(column, K - GROUP) // GROUP * N
+        scales = tl.load(scale_ptr + at[None, :] + n[:, None], mask=(n < N)[:, None], other=0.0).to(tl.float32)
+    return scales
 
 
 @triton.jit
@@ -160,12 +144,11 @@ def sparse24_int4_gemv(
 
 
 @triton.jit
-def register_sum(words, nibbles, x, total, register: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """total + the product of one register's weights of all words with x int64 [16, BM]: float32 [pairs, BM]."""
-    weights = code_fours(words, nibbles, register)
-    for column in tl.static_range(4):
-        total = dot(code_factor(weights, column, dtype), factor(x, column, dtype), total, INTERPRETED)
-    return total
+def register_fours(words, nibbles, scales, register: tl.constexpr, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The weights of one register of all words, each product rounded once: int64 fours [pairs, 16]."""
+    first = rounded_bits(code_float(words, register) * scales, dtype, INTERPRETED)
+    second = rounded_bits(code_float(words, register + 4) * scales, dtype, INTERPRETED)
+    return spread(first, second, nibbles >> (16 * (register % 2)))
 
 
 @triton.jit
@@ -175,8 +158,7 @@ def sparse24_int4_gemm(
 ):  # fmt: skip
     """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits).
 
-    A dot has 16 fours of columns, which are of several groups where these are narrower than a block. Then it is
-    computed for each of them, with x of the others set to zero.
+    The words of a pair of rows have columns of all groups of a block, so that scales multiply weights and not sums.
     """
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
     pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
@@ -184,42 +166,28 @@ def sparse24_int4_gemm(
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     rows = fours_of(x_ptr) + m.to(tl.int64)[None, :] * (stride // 4)
-    group_of_word = tl.arange(0, WIDTH) % 4 * 32 // GROUP
     upper = tl.zeros((BN // 2, BM), dtype=tl.float32)
     lower = tl.zeros((BN // 2, BM), dtype=tl.float32)
     for block in range(split * span, min((split + 1) * span, tl.cdiv(K, BLOCK))):
         words = pair_words(words_ptr, block, pair, N)
-        nibbles0 = pair_nibbles(metadata_ptr, block, 0, pair, N)
-        nibbles1 = pair_nibbles(metadata_ptr, block, 1, pair, N)
-        at0, at1 = four_of(block, 0), four_of(block, 1)
-        x0 = tl.load(rows + at0[:, None], mask=(m < M)[None, :] & (at0 * 4 < K)[:, None], other=0)
-        x1 = tl.load(rows + at1[:, None], mask=(m < M)[None, :] & (at1 * 4 < K)[:, None], other=0)
-        for group in tl.static_range(BLOCK // GROUP):
-            own0, own1 = x0, x1
-            if GROUP < BLOCK:
-                own0 = tl.where((group_of_word == group)[:, None], x0, 0)
-                own1 = tl.where((group_of_word == group)[:, None], x1, 0)
-            part = tl.zeros((BN // 2, BM), dtype=tl.float32)
-            part = register_sum(words, nibbles0, own0, part, 0, dtype, INTERPRETED)
-            part = register_sum(words, nibbles1, own1, part, 2, dtype, INTERPRETED)
-            column = block * BLOCK + group * GROUP
-            upper += part * group_scale(scale_ptr, column, n, N, K, GROUP)[:, None]
-            part = tl.zeros((BN // 2, BM), dtype=tl.float32)
-            part = register_sum(words, nibbles0, own0, part, 1, dtype, INTERPRETED)
-            part = register_sum(words, nibbles1, own1, part, 3, dtype, INTERPRETED)
-            lower += part * group_scale(scale_ptr, column, n + 8, N, K, GROUP)[:, None]
+        upper_scales = word_scales(scale_ptr, block, n, N, K, GROUP)
+        lower_scales = word_scales(scale_ptr, block, n + 8, N, K, GROUP)
+        for q in tl.static_range(2):
+            nibbles = pair_nibbles(metadata_ptr, block, q, pair, N)
+            at = four_of(block, q)
+            x = tl.load(rows + at[:, None], mask=(m < M)[None, :] & (at * 4 < K)[:, None], other=0)
+            weights = register_fours(words, nibbles, upper_scales, 2 * q, dtype, INTERPRETED)
+            upper = dot_fours(weights, x, upper, dtype, INTERPRETED)
+            weights = register_fours(words, nibbles, lower_scales, 2 * q + 1, dtype, INTERPRETED)
+            lower = dot_fours(weights, x, lower, dtype, INTERPRETED)
     store_tokens(y_ptr, bias_ptr, upper, n[:, None], m[None, :], split, M, N)
     store_tokens(y_ptr, bias_ptr, lower, n[:, None] + 8, m[None, :], split, M, N)
 
 
 @triton.jit
-def store_weights(w_ptr, words, nibbles, scales, register: tl.constexpr, block, n, N, K, INTERPRETED: tl.constexpr):
-    """The fours of one register of all words in the rows n of W."""
-    dtype: tl.constexpr = w_ptr.dtype.element_ty
-    first = rounded_bits(code_float(words, register) * scales, dtype, INTERPRETED)
-    second = rounded_bits(code_float(words, register + 4) * scales, dtype, INTERPRETED)
-    weights = spread(first, second, nibbles >> (16 * (register % 2)))
-    four = four_of(block, register // 2)
+def store_weights(w_ptr, weights, block, q: tl.constexpr, n, N, K):
+    """Fours of rows n of W: those of the columns 16 q and up of each word's 32."""
+    four = four_of(block, q)
     at = n.to(tl.int64)[:, None] * (K // 4) + four[None, :]
     tl.store(fours_of(w_ptr) + at, weights, mask=(n < N)[:, None] & (four * 4 < K)[None, :])
 
@@ -229,6 +197,7 @@ def sparse24_int4_dequantize(
     words_ptr, metadata_ptr, scale_ptr, w_ptr, N, K, GROUP: tl.constexpr, BN: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     """W [N, K], every product rounded once. Grid (ceil(N / BN), blocks)."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
     pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
     n = upper_row(pair)
     block = tl.program_id(1)
@@ -237,8 +206,10 @@ def sparse24_int4_dequantize(
     lower = word_scales(scale_ptr, block, n + 8, N, K, GROUP)
     for q in tl.static_range(2):
         nibbles = pair_nibbles(metadata_ptr, block, q, pair, N)
-        store_weights(w_ptr, words, nibbles, upper, 2 * q, block, n, N, K, INTERPRETED)
-        store_weights(w_ptr, words, nibbles, lower, 2 * q + 1, block, n + 8, N, K, INTERPRETED)
+        weights = register_fours(words, nibbles, upper, 2 * q, dtype, INTERPRETED)
+        store_weights(w_ptr, weights, block, q, n, N, K)
+        weights = register_fours(words, nibbles, lower, 2 * q + 1, dtype, INTERPRETED)
+        store_weights(w_ptr, weights, block, q, n + 8, N, K)
 
 
 # by fragments
@@ -246,18 +217,19 @@ def sparse24_int4_dequantize(
 
 @triton.jit
 def token_fragments(x_ptr, fragments_ptr, M, K, stride, BM: tl.constexpr):
-    """x [M, K], M <= BM, as right operands: int32 [blocks, 4, BM / 8, 32, 4], zeros beyond M and K. Grid (blocks,).
+    """x [M, K] as right operands: int32 [ceil(M / BM), blocks, 4, BM / 8, 32, 4], zeros beyond M and K.
 
     Register b of lane 4 g + t, for the product s of a block and tokens 8 i and up: columns 32 s + 8 b + 2 t and the
-    next of token 8 i + g.
+    next of token 8 i + g. Grid (blocks, ceil(M / BM)).
     """
     block = tl.program_id(0)
     at = tl.arange(0, 64 * BM)
     lane = at // 4 % 32
     k = block * BLOCK + at // (16 * BM) * 32 + at % 4 * 8 + lane % 4 * 2
-    m = at // 128 % (BM // 8) * 8 + lane // 4
-    columns = x_ptr.to(tl.pointer_type(tl.int32)) + (m * stride + k) // 2
-    tl.store(fragments_ptr + block * (64 * BM) + at, tl.load(columns, mask=(m < M) & (k < K), other=0))
+    m = tl.program_id(1) * BM + at // 128 % (BM // 8) * 8 + lane // 4
+    columns = x_ptr.to(tl.pointer_type(tl.int32)) + (m.to(tl.int64) * stride + k) // 2
+    place = (tl.program_id(1) * tl.num_programs(0) + block) * (64 * BM) + at
+    tl.store(fragments_ptr + place, tl.load(columns, mask=(m < M) & (k < K), other=0))
 
 
 @triton.jit
@@ -268,21 +240,18 @@ def register_of(words, register: tl.constexpr, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def block_fragments(fragments_ptr, block, tokens: tl.constexpr, s: tl.constexpr, at, BM: tl.constexpr):
-    """The right operand of product s of a block with the eight tokens of that number: int32 [threads, 4]."""
-    return tl.load(fragments_ptr + ((block * 4 + s) * (BM // 8) + tokens) * 128 + at)
-
-
-@triton.jit
 def block_sum(
-    total, fragments_ptr, block, at, a0, a1, a2, a3, metadata, scale_ptr, n, N, K,
+    total, fragments_ptr, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K,
     half: tl.constexpr, tokens: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BFLOAT16: tl.constexpr,
 ):  # fmt: skip
-    """total + the product of a block, half 0 or 1 of its tile, with eight tokens: float32 [threads, 4]."""
-    b0 = block_fragments(fragments_ptr, block, tokens, 0, at, BM)
-    b1 = block_fragments(fragments_ptr, block, tokens, 1, at, BM)
-    b2 = block_fragments(fragments_ptr, block, tokens, 2, at, BM)
-    b3 = block_fragments(fragments_ptr, block, tokens, 3, at, BM)
+    """total + the product of a block, half 0 or 1 of its tile, with eight tokens: float32 [threads, 4].
+
+    fragments_ptr: [threads, 4], to the right operand of the block's first product with the first eight tokens.
+    """
+    b0 = tl.load(fragments_ptr + tokens * 128)
+    b1 = tl.load(fragments_ptr + (BM // 8 + tokens) * 128)
+    b2 = tl.load(fragments_ptr + (2 * (BM // 8) + tokens) * 128)
+    b3 = tl.load(fragments_ptr + (3 * (BM // 8) + tokens) * 128)
     lower = (tl.arange(0, 4) >= 2)[None, :]
     for group in tl.static_range(BLOCK // GROUP):
         part = tl.inline_asm_elementwise(
@@ -305,10 +274,10 @@ def sparse24_int4_gemm_sp(
     fragments_ptr, words_ptr, metadata_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, span,
     GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], by sparse tensor cores. Grid (ceil(N / BN), 1, splits), M <= BM (8 or 16).
+    """y[m, n], or parts [splits, m, n], by sparse tensor cores. Grid (ceil(N / BN), ceil(M / BM), splits).
 
-    A warp has the 16 rows of a strip, `span` tiles per program. No smem and no shuffles: all operands are loaded as the
-    instruction takes them.
+    A warp has the 16 rows of a strip, and BM is 8, 16 or 32. No operand passes through shared memory: all are loaded as
+    the instruction takes them.
     """
     BFLOAT16: tl.constexpr = scale_ptr.dtype.element_ty == tl.bfloat16
     thread = tl.arange(0, 2 * BN)
@@ -316,12 +285,16 @@ def sparse24_int4_gemm_sp(
     strip = tl.program_id(0) * (BN // STRIP) + thread // 32
     strips = tl.cdiv(N, STRIP)
     split = tl.program_id(2)
+    tiles = tl.cdiv(K, 2 * BLOCK)
     n = strip * STRIP + lane // 4
     at = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     mine = strip.to(tl.int64)[:, None] * 128 + at
+    fragments = fragments_ptr + tl.program_id(1) * tiles * (128 * BM) + at
     total0 = tl.zeros((2 * BN, 4), dtype=tl.float32)
     total1 = tl.zeros((2 * BN, 4), dtype=tl.float32)
-    for tile in range(split * span, min((split + 1) * span, tl.cdiv(K, 2 * BLOCK))):
+    total2 = tl.zeros((2 * BN, 4), dtype=tl.float32)
+    total3 = tl.zeros((2 * BN, 4), dtype=tl.float32)
+    for tile in range(split * span, min((split + 1) * span, tiles)):
         metadata = tl.load(
             metadata_ptr + (tile * strips * 128 + mine),
             mask=(strip < strips)[:, None], other=0x44444444, eviction_policy="evict_first",
@@ -332,20 +305,31 @@ def sparse24_int4_gemm_sp(
                 words_ptr + (block * strips * 128 + mine),
                 mask=(strip < strips)[:, None] & (block * BLOCK < K), other=0, eviction_policy="evict_first",
             )  # fmt: skip
-            a0, a1 = register_of(words, 0, BFLOAT16), register_of(words, 1, BFLOAT16)
-            a2, a3 = register_of(words, 2, BFLOAT16), register_of(words, 3, BFLOAT16)
+            a0 = register_of(words, 0, BFLOAT16)
+            a1 = register_of(words, 1, BFLOAT16)
+            a2 = register_of(words, 2, BFLOAT16)
+            a3 = register_of(words, 3, BFLOAT16)
+            b = fragments + block * (64 * BM)
             total0 = block_sum(
-                total0, fragments_ptr, block, at, a0, a1, a2, a3, metadata, scale_ptr, n, N, K,
-                half, 0, GROUP, BM, BFLOAT16,
+                total0, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 0, GROUP, BM, BFLOAT16
             )  # fmt: skip
-            if BM == 16:
+            if BM >= 16:
                 total1 = block_sum(
-                    total1, fragments_ptr, block, at, a0, a1, a2, a3, metadata, scale_ptr, n, N, K,
-                    half, 1, GROUP, BM, BFLOAT16,
+                    total1, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 1, GROUP, BM, BFLOAT16
+                )  # fmt: skip
+            if BM >= 32:
+                total2 = block_sum(
+                    total2, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 2, GROUP, BM, BFLOAT16
+                )  # fmt: skip
+                total3 = block_sum(
+                    total3, b, a0, a1, a2, a3, metadata, scale_ptr, block, n, N, K, half, 3, GROUP, BM, BFLOAT16
                 )  # fmt: skip
     element = tl.arange(0, 4)[None, :]
     row = n[:, None] + element // 2 * 8
-    token = (lane % 4 * 2)[:, None] + element % 2
+    token = tl.program_id(1) * BM + (lane % 4 * 2)[:, None] + element % 2
     store_tokens(y_ptr, bias_ptr, total0, row, token, split, M, N)
-    if BM == 16:
+    if BM >= 16:
         store_tokens(y_ptr, bias_ptr, total1, row, token + 8, split, M, N)
+    if BM >= 32:
+        store_tokens(y_ptr, bias_ptr, total2, row, token + 16, split, M, N)
+        store_tokens(y_ptr, bias_ptr, total3, row, token + 24, split, M, N)

@@ -1,13 +1,14 @@
 """Tiles, splits and launches of `sparse24_int4_linear` on a GPU. Imports triton through kernel.py, so imported late.
 
     tokens M     kernel                      why
-    1 .. 16      sparse24_int4_gemm_sp       where a GPU has sparse tensor cores: fewest instructions per weight
-    1            sparse24_int4_gemv          elsewhere
-    .. 256       sparse24_int4_gemm          the packed weight is read once per BM tokens, and expanded in registers
+    1 .. 256     sparse24_int4_gemm_sp       where a GPU has sparse tensor cores: a sixth of the instructions per weight
+                 elsewhere
+    1            sparse24_int4_gemv          a tensor core would do nothing in 15 of its 16 columns
+    2 .. 256     sparse24_int4_gemm          the packed weight is read once per BM tokens, and expanded in registers
     above        sparse24_int4_dequantize    the weight is made once, and the BLAS does the rest
 
 Tiles are chosen by what the compiler reports (kernels/resources/sparse24_int4_linear.json): no spills, weight loads of
-128 bits. FRAGMENT_TOKENS and BLAS_TOKENS are declared, not measured.
+128 bits. BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator
@@ -30,11 +31,10 @@ from .kernel import (
 )
 from .layout import BLOCK, TILE, Sparse24Int4Weight
 
-FRAGMENT_TOKENS = 16  # above this M sparse tensor cores would have to read the weight again
-
-FRAGMENT = (
+FRAGMENT = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=8, warps=4, stages=1),
-    Tiles(rows=64, tokens=FRAGMENT_TOKENS, warps=4, stages=1),
+    Tiles(rows=64, tokens=16, warps=4, stages=1),
+    Tiles(rows=64, tokens=32, warps=4, stages=1),
 )
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger
@@ -55,19 +55,19 @@ def sparse24_int4_linear_triton(
 ) -> Tensor:
     """x [..., in] with any strides -> [..., out].
 
-    processors: streaming multiprocessors of the GPU; sparse_cores: whether it has the instructions for few tokens.
+    processors: streaming multiprocessors of the GPU; sparse_cores: whether it executes `mma.sp`.
     """
     rows = weight.scale.shape[1]
     if x.numel() == 0 or rows == 0:
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
     tokens = aligned_rows(x)
     with device_of(x):
-        if tokens.shape[0] <= FRAGMENT_TOKENS and sparse_cores:
-            y = product_of_fragments(tokens, weight, bias, processors)
-        elif tokens.shape[0] <= BLAS_TOKENS:
-            y = product(tokens, weight, bias, processors)
-        else:
+        if tokens.shape[0] > BLAS_TOKENS:
             y = torch.nn.functional.linear(tokens, dequantize(weight, tokens.shape[1]), bias)
+        elif sparse_cores:
+            y = product_of_fragments(tokens, weight, bias, processors)
+        else:
+            y = product(tokens, weight, bias, processors)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -91,13 +91,14 @@ def start(plan: Plan, x: Tensor, weight: Sparse24Int4Weight, bias: Tensor | None
 
 
 def product_of_fragments(x: Tensor, weight: Sparse24Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [M, in], M <= 16 -> [M, out], on sparse tensor cores."""
+    """x [M, in] -> [M, out], on sparse tensor cores."""
     (tokens, columns), rows = x.shape, weight.scale.shape[1]
     tiles = triton.cdiv(columns, TILE)
     plan = planned(FRAGMENT, tokens, rows, tiles, processors)
     size = plan.tiles.tokens
-    fragments = torch.empty(tiles * TILE // BLOCK, 64 * size, dtype=torch.int32, device=x.device)
-    token_fragments[(len(fragments),)](x, fragments, tokens, columns, x.stride(0), BM=size, num_warps=FRAGMENT_WARPS)
+    grid = (tiles * TILE // BLOCK, plan.grid[1])
+    fragments = torch.empty(*grid, 64 * size, dtype=torch.int32, device=x.device)
+    token_fragments[grid](x, fragments, tokens, columns, x.stride(0), BM=size, num_warps=FRAGMENT_WARPS)
 
     def start(bias: Tensor | None, target: Tensor) -> None:
         pointers = (fragments, *weight, bias, target)

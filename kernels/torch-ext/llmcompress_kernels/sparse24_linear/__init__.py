@@ -23,9 +23,8 @@ def sparse24_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | Non
     returns [..., out]                  dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32. The packed kernels give the same bits
-    for the same inputs. A column of x that no stored weight of a row belongs to does not reach that output, even if it
-    is infinite or NaN, except where dense products are computed (above 256 tokens, and on CPU). Gradients are not
-    computed.
+    for the same inputs. x must be finite: whether a column that meets no stored weight of a row reaches that output
+    depends on the kernel. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

@@ -12,8 +12,7 @@ bytes, and K is a multiple of 8.
 import triton
 import triton.language as tl
 
-from ..two_of_four import as_float, factor, fours_of, picked, spread
-from ..words import dot
+from ..two_of_four import as_float, dot_fours, fours_of, picked, spread
 
 TILE = tl.constexpr(256)
 PLANES = tl.constexpr(4)
@@ -64,8 +63,8 @@ def sparse24_gemv(x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, N, K, span, BN:
 @triton.jit
 def as_products(pairs, x, nibble, dtype: tl.constexpr):
     """The sum of the two products of every four columns: pairs [BN, 16], x int64 [1, 16] -> float32 [BN, 16]."""
-    first, second = as_float(pairs, dtype), as_float(pairs >> 16, dtype)
-    return first * picked(x, nibble, dtype) + second * picked(x, nibble >> 2, dtype)
+    first = as_float(pairs, dtype) * picked(x, nibble, dtype)
+    return first + as_float(pairs >> 16, dtype) * picked(x, nibble >> 2, dtype)
 
 
 @triton.jit
@@ -73,10 +72,7 @@ def sparse24_gemm(
     x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
     BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits).
-
-    The columns 4k + c, c fixed, of a plane are the inner dimension of one dot: fields of elements that a thread has.
-    """
+    """y[m, n], or parts [splits, m, n], from expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -89,8 +85,7 @@ def sparse24_gemm(
             weights = plane_weights(plane_values(values_ptr, tile * PLANES + i, n, N, K), index >> (4 * i))
             at = (tile * PLANES + i) * WIDTH + tl.arange(0, WIDTH)
             x = tl.load(rows + at[:, None], mask=(m < M)[None, :] & (at * 4 < K)[:, None], other=0)
-            for column in tl.static_range(4):
-                total = dot(factor(weights, column, dtype), factor(x, column, dtype), total, INTERPRETED)
+            total = dot_fours(weights, x, total, dtype, INTERPRETED)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]

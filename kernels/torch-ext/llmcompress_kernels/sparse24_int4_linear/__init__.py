@@ -27,10 +27,10 @@ def sparse24_int4_linear(
     returns   [..., out]                                    dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32. The product (code - 8) * scale is not
-    rounded for few tokens on a CPU, on sparse tensor cores and for a single token; it is rounded to the dtype of x where
-    the weight is unpacked for dense products, which is above 256 tokens, above one on a GPU without them, and for many
-    on a CPU (ways.py). The packed kernels give the same bits for the same inputs. x must be finite: whether a column
-    that meets no stored weight of a row reaches that output depends on the kernel. Gradients are not computed.
+    rounded for few tokens on a CPU, on sparse tensor cores and for a single token; it is rounded to the dtype of x
+    where the weight is unpacked for dense products: above 256 tokens, above one on a GPU without them, and for many on
+    a CPU (ways.py). The packed kernels give the same bits for the same inputs. x must be finite: whether a column that
+    meets no stored weight of a row reaches that output depends on the kernel. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

@@ -16,5 +16,5 @@ def may_call_directly(x: Tensor, *others: Tensor | None) -> bool:
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )

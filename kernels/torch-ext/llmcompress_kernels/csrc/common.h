@@ -1,4 +1,4 @@
-// What the CPU kernels share: the weight, conversions of 16-bit floats, aligned memory, threads.
+// What the CPU kernels share: int4 weights, conversions of 16-bit floats, aligned memory, threads.
 //
 // Layout of words, scale and zero: ../int4_linear/layout.py. A tile is 128 columns of a row, 16 words of 8 planes; a
 // plane is 16 columns. A *step* is two planes, 32 columns: it never lies in two groups, and fills one 512-bit register
@@ -27,10 +27,11 @@ constexpr int TILE = 128;   // columns
 constexpr int WIDTH = 16;   // words of a tile row, columns of a plane
 constexpr int STEP = 32;    // columns
 constexpr int STEPS = TILE / STEP;
+constexpr int LEFT_BYTES = 32 * 64;  // of a step of 32 rows in the panels of matrix.h
 
 enum Half : int { BF16 = 0, F16 = 1 };
 
-struct Weight {
+struct Int4 {
     const int32_t* words;   // [tiles, rows, 16]
     const uint16_t* scale;  // [columns / group, rows]
     const uint8_t* zero;    // the same, or null: 8 everywhere

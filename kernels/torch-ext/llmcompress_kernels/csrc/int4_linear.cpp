@@ -1,7 +1,8 @@
 // The C interface of the CPU kernels of `int4_linear`, which ../int4_linear/cpu.py calls. Nothing here needs torch's
 // headers, so that it compiles in seconds. Pointers and sizes have been checked by the caller.
 
-#include "matrix.h"  // and rows.h and unpack.h, on which it stands
+#include "matrix.h"
+#include "unpack.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -19,12 +20,12 @@ EXPORT int int4_rows(
     int half, const uint16_t* x, int64_t stride, const int32_t* words, const uint16_t* scale, const uint8_t* zero,
     const uint16_t* bias, uint16_t* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads
 ) {
-    const Weight weight{words, scale, zero, rows, columns, int(group), Half(half)};
-    const Product product{weight, x, stride, bias, y, tokens};
+    const Int4 weight{words, scale, zero, rows, columns, int(group), Half(half)};
+    const Product<Int4> product{weight, x, stride, bias, y, tokens};
 #ifdef HAS_PAIRS
-    if (half == BF16) return !product_by_rows<Pairs>(product, threads);
+    if (half == BF16) return !product_by_rows<Int4Rows<Pairs>>(product, threads);
 #endif
-    return !product_by_rows<Floats>(product, threads);
+    return !product_by_rows<Int4Rows<Floats>>(product, threads);
 }
 
 // The same for many tokens, bfloat16 only. Weights are rounded to it.
@@ -33,8 +34,13 @@ EXPORT int int4_matrix(
     const uint16_t* bias, uint16_t* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads
 ) {
 #ifdef HAS_MATRIX
-    const Weight weight{words, scale, zero, rows, columns, int(group), BF16};
-    return !product_by_matrix({weight, x, stride, bias, y, tokens}, threads);
+    const Int4 weight{words, scale, zero, rows, columns, int(group), BF16};
+    const Product<Int4> product{weight, x, stride, bias, y, tokens};
+    switch (group) {
+        case 32: return !product_by_matrix<Int4Left<1>>(product, threads);
+        case 64: return !product_by_matrix<Int4Left<2>>(product, threads);
+        default: return !product_by_matrix<Int4Left<4>>(product, threads);
+    }
 #else
     return 1;
 #endif

@@ -1,25 +1,36 @@
 // Many tokens with matrix instructions (AMX): Yᵀ = W Xᵀ in tiles of 16 rows by 16 tokens.
 //
-// The left factor of an instruction is 16 rows of 32 columns. A step of a row, made as in `Pairs` but from a table that
-// holds (code - zero) * scale rounded to bfloat16, is such a row: no shuffle. The right factor is x in pairs,
-// transposed, once per call. Sums stay in the tile registers, in float32, over all columns.
+// The left factor of an instruction is 16 rows of 32 columns, a *step*, in bfloat16: one register of a row. The right
+// factor is x with the same columns side by side in pairs, transposed, once per call. Sums are in float32.
 //
-// While a thread multiplies 32 rows, it unpacks the 32 that follow into its other panel: few instructions keep the
-// matrix unit busy, and between them the vector units are free. Tokens are taken in blocks whose x fits the second
-// cache.
+// Blocks are chosen for the caches. A *panel*, 32 rows by up to 640 columns of the weight, is unpacked into the first
+// one and multiplied by all tokens of a block, of whose x the same columns stay in the second one while the panels of
+// 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens.
+//
+// While a thread multiplies a panel, it unpacks the next one: few instructions keep the matrix unit busy, and between
+// them the vector units are free.
+//
+// A format is a struct Left:
+//
+//     Weight, STEPS                  with rows, columns, tiles() and steps(); steps of a tile
+//     unpack(weight, tile, row, to)  the steps of a tile of a row, LEFT_BYTES apart
+//     taken(x, step, columns)        the 16 pairs of x that belong to a step
 #pragma once
 
-#include "unpack.h"
+#include "product.h"
 
 #ifdef HAS_MATRIX
 
 #include <sys/syscall.h>
 #include <unistd.h>
 
-constexpr int SIDE = 16;                   // rows or tokens of a tile register
-constexpr int ROWS = 2 * SIDE;             // a thread's rows at once
-constexpr int64_t TILE_WORDS = 256;        // of 32 bits: a tile register
-constexpr int64_t X_BYTES = 1 << 20;       // of x in a block of tokens
+constexpr int SIDE = 16;             // rows or tokens of a tile register
+constexpr int ROWS = 2 * SIDE;       // of a panel
+constexpr int TOKENS = 2 * SIDE;     // that are multiplied at once
+constexpr int PANEL_STEPS = 20;      // at most: 40 KiB, most of a first cache
+constexpr int64_t MANY_ROWS = 256;   // whose sums wait in the second cache
+constexpr int64_t MANY_TOKENS = 256;
+constexpr int64_t TILE_WORDS = 256;  // of 32 bits: a tile register
 
 // Intrinsics of tile registers do not tell the compiler what memory they read and write.
 inline void memory_is_used() { __asm__ volatile("" ::: "memory"); }
@@ -74,27 +85,29 @@ inline void transpose(__m512 (&r)[16]) {
 }
 
 // x of 16 tokens, [steps][pairs 16][tokens 16] of 32 bits; tokens that do not exist are zero.
-inline void pack_tokens(const Product& p, int64_t token, uint32_t* out) {
+template <class Left>
+void pack_tokens(const Product<typename Left::Weight>& p, int64_t token, uint32_t* out) {
     const int64_t left = p.tokens - token;
     for (int64_t step = 0; step < p.weight.steps(); ++step) {
         __m512 r[16];
         for (int m = 0; m < SIDE; ++m) {
-            const uint16_t* x = p.x + (token + m) * p.stride + step * STEP;
-            r[m] = m < left ? _mm512_castsi512_ps(pairs(x)) : _mm512_setzero_ps();
+            const uint16_t* x = p.x + (token + m) * p.stride;
+            r[m] = m < left ? _mm512_castsi512_ps(Left::taken(x, step, p.weight.columns)) : _mm512_setzero_ps();
         }
         transpose(r);
         for (int j = 0; j < SIDE; ++j) _mm512_store_ps(out + step * TILE_WORDS + j * SIDE, r[j]);
     }
 }
 
-// Rows as left factors: 32 rows into [steps][2][16 rows][64 bytes], a tile of a row at a time.
-template <int STEPS_PER_GROUP>
+// Left factors, 32 rows into [steps][2][16 rows][64 bytes], a tile of columns of a row at a time.
+template <class Left>
 class Unpacker {
   public:
-    Unpacker(const Weight& weight) : w(weight) {}
+    explicit Unpacker(const typename Left::Weight& weight) : w(weight) {}
 
-    void start(int64_t first_row, uint8_t* panel) {
-        first = first_row, out = panel, done = 0, total = first_row < w.rows ? w.tiles() * ROWS : 0;
+    // Tiles first_tile .. last_tile of 32 rows from first_row on.
+    void start(int64_t first_row, int64_t first_tile, int64_t last_tile, uint8_t* panel) {
+        row = first_row, tile = first_tile, out = panel, done = 0, total = (last_tile - first_tile) * ROWS;
     }
     void some(int count) {
         for (int i = 0; i < count && done < total; ++i, ++done) one(done / ROWS, int(done % ROWS));
@@ -104,43 +117,40 @@ class Unpacker {
     }
 
   private:
-    const Weight& w;
-    int64_t first = 0, done = 0, total = 0;
+    const typename Left::Weight& w;
+    int64_t row = 0, tile = 0, done = 0, total = 0;
     uint8_t* out = nullptr;
 
-    inline void one(int64_t tile, int row) {
-        const int64_t n = first + row < w.rows ? first + row : w.rows - 1;  // outputs of rows beyond are not stored
-        const __m512i word = _mm512_loadu_si512(w.words + (tile * w.rows + n) * WIDTH);
-        uint8_t* to = out + tile * STEPS * ROWS * 64 + row * 64;
-#pragma GCC unroll 4
-        for (int g = 0; g < STEPS / STEPS_PER_GROUP; ++g) {
-            const int64_t at = w.group_of(tile * STEPS + g * STEPS_PER_GROUP) * w.rows + n;
-            const float scale = from_bits(uint32_t(w.scale[at]) << 16);
-            const __m512i table = scaled_values<BF16>(scale, w.zero ? float(w.zero[at]) : 8.0f);
-#pragma GCC unroll 4
-            for (int step = g * STEPS_PER_GROUP; step < (g + 1) * STEPS_PER_GROUP; ++step) {
-                const __m512i index = _mm512_multishift_epi64_epi8(step_bits(step), word);
-                _mm512_store_si512(to + step * ROWS * 64, _mm512_permutexvar_epi16(index, table));
-            }
-        }
+    inline void one(int64_t t, int r) {
+        const int64_t n = row + r < w.rows ? row + r : w.rows - 1;  // outputs of rows beyond are not stored
+        Left::unpack(w, tile + t, n, out + t * Left::STEPS * LEFT_BYTES + r * 64);
     }
 };
 
-// 32 rows times 16 * TILES tokens. x: packed tokens, 16 after 16 `apart` words. sums [2][TILES][16 rows][16 tokens].
-// After each step, `unpacker` does some of its work.
+// sums [4 tiles] += 32 rows times 16 * TILES tokens, or = if they are the first columns. x: packed tokens, 16 after 16
+// `apart` words. After each step, `unpacker` does some of its work.
 template <int TILES, class Unpack>
 void multiply(
-    const uint8_t* panel, const uint32_t* x, int64_t apart, int64_t steps, float* sums, Unpack& unpacker, int some
+    const uint8_t* panel, const uint32_t* x, int64_t apart, int64_t steps, bool first, float* sums, Unpack& unpacker,
+    int some
 ) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    memory_is_used();
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + TILE_WORDS, 64);
+        _tile_loadd(2, sums + 2 * TILE_WORDS, 64);
+        _tile_loadd(3, sums + 3 * TILE_WORDS, 64);
+    }
     for (int64_t step = 0; step < steps; ++step) {
-        _tile_loadd(4, panel + step * ROWS * 64, 64);
+        _tile_loadd(4, panel + step * LEFT_BYTES, 64);
         _tile_loadd(6, x + step * TILE_WORDS, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, panel + step * ROWS * 64 + SIDE * 64, 64);
+        _tile_loadd(5, panel + step * LEFT_BYTES + SIDE * 64, 64);
         _tile_dpbf16ps(1, 5, 6);
         if (TILES == 2) {
             _tile_loadd(7, x + apart + step * TILE_WORDS, 64);
@@ -151,16 +161,15 @@ void multiply(
     }
     memory_is_used();
     _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILES * TILE_WORDS, 64);
-    if (TILES == 2) {
-        _tile_stored(2, sums + TILE_WORDS, 64);
-        _tile_stored(3, sums + 3 * TILE_WORDS, 64);
-    }
+    _tile_stored(1, sums + TILE_WORDS, 64);
+    _tile_stored(2, sums + 2 * TILE_WORDS, 64);
+    _tile_stored(3, sums + 3 * TILE_WORDS, 64);
     memory_is_used();
 }
 
 // Sums of 16 rows by 16 tokens, [16 rows][16 tokens] -> y, with bias, as far as there are such rows and tokens.
-inline void store_tile(const Product& p, const float* sums, int64_t first, int64_t token) {
+template <class W>
+void store_tile(const Product<W>& p, const float* sums, int64_t first, int64_t token) {
     const int64_t rows = p.weight.rows - first, tokens = p.tokens - token;
     if (rows <= 0) return;
     const __mmask16 mask = rows < SIDE ? (1u << rows) - 1 : 0xFFFF;
@@ -178,61 +187,98 @@ inline void store_tile(const Product& p, const float* sums, int64_t first, int64
     }
 }
 
-// Tokens token .. token + count of the rows of a range; x: packed tokens from `token` on.
-template <int STEPS_PER_GROUP>
-void matrix_range(const Product& p, const uint32_t* x, int64_t token, int64_t count, Range rows, uint8_t* panels) {
-    const int64_t steps = p.weight.steps(), apart = steps * TILE_WORDS;
-    const int64_t panel_bytes = p.weight.tiles() * STEPS * ROWS * 64;
-    const int64_t passes = (count + 2 * SIDE - 1) / (2 * SIDE);
-    const int some = int((p.weight.tiles() * ROWS + passes * steps - 1) / (passes * steps));
-    alignas(64) float sums[4 * TILE_WORDS];
-    Unpacker<STEPS_PER_GROUP> unpacker(p.weight);
-    unpacker.start(rows.first, panels);
+// How the columns of a weight are cut into panels, as equal as whole tiles allow.
+template <class Left>
+struct Cut {
+    int64_t tiles, steps;  // of the weight
+    int64_t panel_tiles, panels;
+
+    explicit Cut(const typename Left::Weight& w) : tiles(w.tiles()), steps(w.steps()) {
+        const int64_t most = PANEL_STEPS / Left::STEPS, least = (tiles + most - 1) / most;
+        panel_tiles = (tiles + least - 1) / least;
+        panels = (tiles + panel_tiles - 1) / panel_tiles;
+    }
+    int64_t first_tile(int64_t panel) const { return panel * panel_tiles; }
+    int64_t last_tile(int64_t panel) const {
+        const int64_t end = (panel + 1) * panel_tiles;
+        return end < tiles ? end : tiles;
+    }
+    int64_t first_step(int64_t panel) const { return first_tile(panel) * Left::STEPS; }
+    int64_t steps_of(int64_t panel) const {
+        const int64_t end = last_tile(panel) * Left::STEPS;
+        return (end < steps ? end : steps) - first_step(panel);
+    }
+    int64_t bytes() const { return panel_tiles * Left::STEPS * LEFT_BYTES; }
+};
+
+// Tokens token .. token + count of at most MANY_ROWS rows; x: packed tokens from `token` on. Memory of the thread:
+// two panels, and sums [rows / 32][count / 32][4 tiles].
+template <class Left>
+void matrix_block(
+    const Product<typename Left::Weight>& p, const uint32_t* x, int64_t token, int64_t count, Range rows,
+    uint8_t* panels, float* sums
+) {
+    const Cut<Left> cut(p.weight);
+    const int64_t apart = cut.steps * TILE_WORDS, passes = (count + TOKENS - 1) / TOKENS;
+    const int64_t blocks = (rows.last - rows.first + ROWS - 1) / ROWS, turns = cut.panels * blocks;
+    Unpacker<Left> unpacker(p.weight);
+    const auto start = [&](int64_t turn) {
+        const int64_t panel = turn / blocks, first = rows.first + turn % blocks * ROWS;
+        unpacker.start(first, cut.first_tile(panel), cut.last_tile(panel), panels + turn % 2 * cut.bytes());
+    };
+    start(0);
     unpacker.rest();
-    for (int64_t first = rows.first, turn = 0; first < rows.last; first += ROWS, ++turn) {
-        const uint8_t* panel = panels + turn % 2 * panel_bytes;
-        memory_is_used();
-        unpacker.start(first + ROWS < rows.last ? first + ROWS : p.weight.rows, panels + (turn + 1) % 2 * panel_bytes);
-        for (int64_t m = 0; m < count; m += 2 * SIDE) {
-            const uint32_t* from = x + m / SIDE * apart;
-            if (count - m > SIDE)
-                multiply<2>(panel, from, apart, steps, sums, unpacker, some);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+        const int64_t panel = turn / blocks, steps = cut.steps_of(panel);
+        const int some = int((cut.panel_tiles * ROWS + passes * steps - 1) / (passes * steps));
+        if (turn + 1 < turns) start(turn + 1);
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            const uint32_t* from = x + 2 * pass * apart + cut.first_step(panel) * TILE_WORDS;
+            // sums that do not wait for other columns need no place of their own
+            float* to = cut.panels == 1 ? sums : sums + (turn % blocks * passes + pass) * 4 * TILE_WORDS;
+            const uint8_t* left = panels + turn % 2 * cut.bytes();
+            if (count - pass * TOKENS > SIDE)
+                multiply<2>(left, from, apart, steps, panel == 0, to, unpacker, some);
             else
-                multiply<1>(panel, from, apart, steps, sums, unpacker, some);
-            const int tiles = count - m > SIDE ? 2 : 1;
-            for (int i = 0; i < 2; ++i)
-                for (int j = 0; j < tiles; ++j)
-                    store_tile(p, sums + (i * tiles + j) * TILE_WORDS, first + i * SIDE, token + m + j * SIDE);
+                multiply<1>(left, from, apart, steps, panel == 0, to, unpacker, some);
+            if (panel + 1 < cut.panels) continue;
+            for (int part = 0; part < 4; ++part) {
+                const int64_t row = rows.first + turn % blocks * ROWS + part % 2 * SIDE;
+                const int64_t m = pass * TOKENS + part / 2 * SIDE;
+                if (m < count) store_tile(p, to + part * TILE_WORDS, row, token + m);
+            }
         }
         unpacker.rest();
     }
 }
 
-// y = x Wᵀ + bias of bfloat16. False if there is no memory for panels and x.
-inline bool product_by_matrix(const Product& p, int threads) {
-    const Weight& w = p.weight;
-    const int64_t apart = w.steps() * TILE_WORDS, panel_bytes = w.tiles() * STEPS * ROWS * 64;
-    const int64_t tiles = (p.tokens + SIDE - 1) / SIDE, fitting = X_BYTES / (apart * 4) / 2 * 2;
-    const int64_t at_once = fitting < 2 ? 2 : fitting;
+// y = x Wᵀ + bias of bfloat16. False if there is no memory for panels, sums and x.
+template <class Left>
+bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
+    const Cut<Left> cut(p.weight);
+    const int64_t apart = cut.steps * TILE_WORDS, tiles = (p.tokens + SIDE - 1) / SIDE;
+    const int64_t most = p.tokens < MANY_TOKENS ? (p.tokens + TOKENS - 1) / TOKENS * TOKENS : MANY_TOKENS;
+    const int64_t sums_each = MANY_ROWS * most;
     Buffer<uint32_t> x(tiles * apart);
-    Buffer<uint8_t> panels(2 * panel_bytes * threads);
-    if (!x.data || !panels.data) return false;
+    Buffer<uint8_t> panels(2 * cut.bytes() * threads);
+    Buffer<float> sums(sums_each * threads);
+    if (!x.data || !panels.data || !sums.data) return false;
     parallel(threads, [&](int thread, int of) {
         const Range packed = share(tiles, 1, thread, of);
-        for (int64_t i = packed.first; i < packed.last; ++i) pack_tokens(p, i * SIDE, x.data + i * apart);
+        for (int64_t i = packed.first; i < packed.last; ++i) pack_tokens<Left>(p, i * SIDE, x.data + i * apart);
     });
     parallel(threads, [&](int thread, int of) {
         configure_tiles();
-        const Range rows = share(w.rows, ROWS, thread, of);
-        uint8_t* own = panels.data + 2 * panel_bytes * thread;
-        for (int64_t tile = 0; tile < tiles && rows.first < rows.last; tile += at_once) {
-            const int64_t left = p.tokens - tile * SIDE, token = tile * SIDE;
-            const int64_t count = left < at_once * SIDE ? left : at_once * SIDE;
-            const uint32_t* from = x.data + tile * apart;
-            if (w.group == 32) matrix_range<1>(p, from, token, count, rows, own);
-            if (w.group == 64) matrix_range<2>(p, from, token, count, rows, own);
-            if (w.group == 128) matrix_range<4>(p, from, token, count, rows, own);
-        }
+        const Range rows = share(p.weight.rows, ROWS, thread, of);
+        for (int64_t token = 0; token < p.tokens; token += MANY_TOKENS)
+            for (int64_t first = rows.first; first < rows.last; first += MANY_ROWS) {
+                const Range some = {first, first + MANY_ROWS < rows.last ? first + MANY_ROWS : rows.last};
+                const int64_t count = p.tokens - token < MANY_TOKENS ? p.tokens - token : MANY_TOKENS;
+                matrix_block<Left>(
+                    p, x.data + token / SIDE * apart, token, count, some, panels.data + 2 * cut.bytes() * thread,
+                    sums.data + sums_each * thread
+                );
+            }
         _tile_release();
     });
     return true;

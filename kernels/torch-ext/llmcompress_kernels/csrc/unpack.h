@@ -1,7 +1,7 @@
 // Many tokens without matrix instructions of our own: the weight as 16-bit floats, panel by panel, for torch's product.
 #pragma once
 
-#include "rows.h"
+#include "int4.h"
 
 // 16 or 8 floats -> as many 16-bit ones.
 template <Half HALF>
@@ -65,7 +65,7 @@ inline void unpack_steps(__m512i word, int step, int steps, __m512i values, uint
 
 // Rows first .. first + count of the weight, [count, columns]. Each product code - zero by scale is rounded once.
 template <Half HALF>
-void unpack_rows(const Weight& w, int64_t first, int64_t count, uint16_t* out) {
+void unpack_rows(const Int4& w, int64_t first, int64_t count, uint16_t* out) {
     const int steps = w.group / STEP;
     for (int64_t step = 0; step < w.steps(); step += steps) {
         const int64_t tile = step / STEPS, at = w.group_of(step) * w.rows;
@@ -85,7 +85,7 @@ void unpack_rows(const Weight& w, int64_t first, int64_t count, uint16_t* out) {
     }
 }
 
-inline void unpack(const Weight& w, int64_t first, int64_t count, uint16_t* out, int threads) {
+inline void unpack(const Int4& w, int64_t first, int64_t count, uint16_t* out, int threads) {
     parallel(threads, [&](int thread, int of) {
         const Range range = share(count, 1, thread, of);
         uint16_t* to = out + range.first * w.columns;
@@ -95,3 +95,31 @@ inline void unpack(const Weight& w, int64_t first, int64_t count, uint16_t* out,
             unpack_rows<F16>(w, first + range.first, range.last - range.first, to);
     });
 }
+
+#ifdef HAS_PAIRS
+
+// Left factors for matrix.h: each product code - zero by scale is rounded to bfloat16.
+template <int STEPS_PER_GROUP>
+struct Int4Left {
+    using Weight = Int4;
+    static constexpr int STEPS = TILE / STEP;
+
+    static inline void unpack(const Int4& w, int64_t tile, int64_t row, uint8_t* to) {
+        const __m512i word = _mm512_loadu_si512(w.words + (tile * w.rows + row) * WIDTH);
+#pragma GCC unroll 4
+        for (int g = 0; g < STEPS / STEPS_PER_GROUP; ++g) {
+            const int64_t at = w.group_of(tile * STEPS + g * STEPS_PER_GROUP) * w.rows + row;
+            const float scale = from_bits(uint32_t(w.scale[at]) << 16);
+            const __m512i values = scaled_values<BF16>(scale, w.zero ? float(w.zero[at]) : 8.0f);
+#pragma GCC unroll 4
+            for (int step = g * STEPS_PER_GROUP; step < (g + 1) * STEPS_PER_GROUP; ++step) {
+                const __m512i index = _mm512_multishift_epi64_epi8(step_bits(step), word);
+                _mm512_store_si512(to + step * LEFT_BYTES, _mm512_permutexvar_epi16(index, values));
+            }
+        }
+    }
+
+    static inline __m512i taken(const uint16_t* x, int64_t step, int64_t) { return pairs(x + step * STEP); }
+};
+
+#endif

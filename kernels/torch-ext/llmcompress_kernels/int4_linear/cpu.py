@@ -1,14 +1,7 @@
-"""`int4_linear` on a CPU: which code multiplies how many tokens.
+"""`int4_linear` on a CPU: csrc/int4_linear.cpp, or torch's own operators where it cannot be compiled (torch_cpu.py).
 
-    tokens          with csrc/int4_linear.cpp compiled                without it (torch_cpu.py)
-    few             int4_rows: weights made in registers              torch's int4 operator
-    many, bfloat16  int4_matrix on CPUs with AMX: tiles               panels of the weight, unpacked by torch,
-                                                                      and torch's product
-    many, else      panels of the weight, unpacked by int4_unpack,
-                    and torch's product
-
-`int4_rows` does not round the product (code - zero) * scale; the others round it to the dtype of x, as unpacking a
-stored file does. Where "many" begins is measured once per machine (crossover.py).
+Few tokens do not round the product (code - zero) * scale; many round it to the dtype of x, as unpacking a stored file
+does. See ways.py.
 """
 
 import ctypes
@@ -19,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ..native import library
-from .crossover import crossover
-from .layout import Int4Weight
+from ..ways import Ways, address, by_tokens, declare, is_half
+from .layout import Int4Weight, sample_weight
 from .torch_cpu import int4_linear_torch
 
-PANEL_BYTES = 1 << 21  # of unpacked weight that torch multiplies at once: about the second cache
 P, N, I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
     "int4_has_matrix": [],
@@ -35,15 +27,9 @@ SIGNATURES: dict[str, list[Any]] = {
 
 def int4_linear_cpu(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """x [..., in] with any strides -> [..., out]; arguments as `int4_linear` checks them."""
-    columns, rows = x.shape[-1], weight.words.shape[1]
-    if x.numel() == 0 or rows == 0:
-        return x.new_empty(*x.shape[:-1], rows)
-    tokens = x.reshape(-1, columns)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
     kernels = native()
-    y = int4_linear_torch(tokens, weight, bias) if kernels is None else kernels.product(tokens, weight, bias)
-    return y.view(*x.shape[:-1], rows)
+    compute = int4_linear_torch if kernels is None else kernels.product
+    return by_tokens(x, weight.words.shape[1], lambda tokens: compute(tokens, weight, bias))
 
 
 @functools.cache
@@ -53,88 +39,45 @@ def native() -> "Kernels | None":
     return None if compiled is None else Kernels(compiled)
 
 
-class Kernels:
-    """csrc/int4_linear.cpp. Tokens are [M, in] with neighbouring columns, M and out at least 1."""
+class Kernels(Ways[Int4Weight]):
+    """The functions of csrc/int4_linear.cpp."""
+
+    name = "int4_linear"
+    sample = staticmethod(sample_weight)
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
-        for name, types in SIGNATURES.items():
-            getattr(compiled, name).argtypes = types
+        declare(compiled, SIGNATURES)
         self._compiled = compiled
         self._rows = compiled.int4_rows
-        self._has_matrix = bool(compiled.int4_has_matrix())
+        self.matrix = bool(compiled.int4_has_matrix())
 
-    def product(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-        """[M, out], by the fastest way for this number of tokens."""
-        tokens = x.shape[0]
-        if tokens == 1 or tokens < self.many(x.dtype):
-            return self.by_rows(x, weight, bias)
-        return self.of_many(x, weight, bias)
-
-    def many(self, dtype: torch.dtype) -> int:
-        """Tokens from which `of_many` is faster than `by_rows`."""
-        return crossover(f"int4_linear {dtype} matrix={self._has_matrix}", dtype, self.by_rows, self.of_many)
+    def rows_of(self, weight: Int4Weight) -> int:
+        return weight.words.shape[1]
 
     def by_rows(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
         """Weights made in registers and used for up to four tokens."""
         y = x.new_empty(x.shape[0], weight.words.shape[1])
-        failed = self._rows(is_half(x), x.data_ptr(), x.stride(0), *pointers(weight, bias), y.data_ptr(),
-                            *sizes(x, weight), torch.get_num_threads())  # fmt: skip
-        return finished(y, failed)
+        failed = self._rows(is_half(x), *operands(x, weight, bias, y))
+        return self.finished(y, failed)
 
-    def of_many(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-        """Weights rounded to the dtype of x, by matrix instructions or by torch."""
-        if x.dtype != torch.bfloat16 or not self._has_matrix:
-            return self.by_panels(x, weight, bias)
+    def by_matrix(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+        """Weights made as factors of matrix instructions."""
         y = x.new_empty(x.shape[0], weight.words.shape[1])
-        failed = self._compiled.int4_matrix(x.data_ptr(), x.stride(0), *pointers(weight, bias), y.data_ptr(),
-                                            *sizes(x, weight), torch.get_num_threads())  # fmt: skip
-        return finished(y, failed)
-
-    def by_panels(self, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-        """Rows of the weight are unpacked, as many as a cache holds, and multiplied by torch."""
-        columns, rows = x.shape[1], weight.words.shape[1]
-        count = min(max(PANEL_BYTES // (2 * columns), 1), rows)
-        panel = x.new_empty(count, columns)
-        y = x.new_empty(x.shape[0], rows)
-        for first in range(0, rows, count):
-            some = slice(first, min(first + count, rows))
-            part = panel[: some.stop - first]
-            self.unpack(weight, first, part)
-            y[:, some] = torch.nn.functional.linear(x, part, None if bias is None else bias[some])
-        return y
+        failed = self._compiled.int4_matrix(*operands(x, weight, bias, y))
+        return self.finished(y, failed)
 
     def unpack(self, weight: Int4Weight, first: int, out: Tensor) -> None:
-        """out [count, in], contiguous = rows first .. first + count of the weight, rounded to its dtype."""
-        count, columns = out.shape
-        words, scale, zero, _ = pointers(weight, None)
+        (count, columns), (words, scale, zero) = out.shape, weight
         self._compiled.int4_unpack(
-            is_half(out), words, scale, zero, out.data_ptr(), first, count, weight.words.shape[1], columns,
-            columns // weight.scale.shape[0], torch.get_num_threads(),
+            is_half(out), words.data_ptr(), scale.data_ptr(), address(zero), out.data_ptr(), first, count,
+            words.shape[1], columns, columns // scale.shape[0], torch.get_num_threads(),
         )  # fmt: skip
 
 
-def is_half(tensor: Tensor) -> int:
-    """The kernels' name of a dtype: 0 bfloat16, 1 float16."""
-    return int(tensor.dtype == torch.float16)
-
-
-def pointers(weight: Int4Weight, bias: Tensor | None) -> tuple[int, int, int | None, int | None]:
-    """Addresses of words, scale, zero and bias."""
-    words, scale, zero = weight
+def operands(x: Tensor, weight: Int4Weight, bias: Tensor | None, y: Tensor) -> tuple[int | None, ...]:
+    """Arguments that both products have: addresses, tokens, rows, columns, columns per group, threads."""
+    (tokens, columns), (words, scale, zero) = x.shape, weight
     return (
-        words.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        x.data_ptr(), x.stride(0), words.data_ptr(), scale.data_ptr(), address(zero), address(bias), y.data_ptr(),
+        tokens, words.shape[1], columns, columns // scale.shape[0], torch.get_num_threads(),
     )  # fmt: skip
-
-
-def sizes(x: Tensor, weight: Int4Weight) -> tuple[int, int, int, int]:
-    """Tokens, rows, columns, columns per group."""
-    tokens, columns = x.shape
-    return tokens, weight.words.shape[1], columns, columns // weight.scale.shape[0]
-
-
-def finished(y: Tensor, failed: int) -> Tensor:
-    """y. Raises MemoryError if a kernel had no memory to work in."""
-    if failed:
-        raise MemoryError(f"int4_linear: no memory for the tokens of an output {list(y.shape)}")
-    return y

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .crossover import crossover
-from .layout import Int4Weight, from_tiles
+from ..crossover import crossover
+from .layout import Int4Weight, from_tiles, sample_weight
 from .reference import dequantize_reference
 
 KEPT_BYTES = 256 << 20  # of converted weights in this process: a large model is not held twice
@@ -23,7 +23,7 @@ ROW_UNIT = 16  # torch's operator takes outputs in multiples of it
 def int4_linear_torch(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """x [M, in] -> [M, out], M and out at least 1."""
     if x.dtype == torch.bfloat16 and weight.words.shape[1] % ROW_UNIT == 0 and converted().takes(weight):
-        many = crossover("int4_linear torch", x.dtype, by_torch_int4, by_panels) if x.shape[0] > 1 else 2
+        many = crossover("int4_linear torch", x.dtype, by_torch_int4, by_panels, sample_weight) if x.shape[0] > 1 else 2
         if x.shape[0] < many:
             return by_torch_int4(x, weight, bias)
     return by_panels(x, weight, bias)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
+from ..direct import may_call_directly
 from ..int4_linear.layout import GROUPS
 from .cpu import sparse24_int4_linear_cpu
 from .layout import BLOCK, LANES, STRIP, TILE, Sparse24Int4Weight, from_sparse24_int4, to_sparse24_int4
@@ -27,14 +28,16 @@ def sparse24_int4_linear(
     returns   [..., out]                                    dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32. The product (code - 8) * scale is not
-    rounded on CPU, on sparse tensor cores and for a single token; it is rounded to the dtype of x where the weight is
-    unpacked for dense products, which is above 256 tokens, and above one on a GPU without them. The packed kernels give
-    the same bits for the same inputs. x must be finite: whether a column that meets no stored weight of a row reaches
-    that output depends on the kernel. Gradients are not computed.
+    rounded for few tokens on a CPU, on sparse tensor cores and for a single token; it is rounded to the dtype of x
+    where the weight is unpacked for dense products: above 256 tokens, above one on a GPU without them, and for many on
+    a CPU (ways.py). The packed kernels give the same bits for the same inputs. x must be finite: whether a column that
+    meets no stored weight of a row reaches that output depends on the kernel. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, words, metadata, scale, bias)
+    if may_call_directly(x, scale, bias):
+        return sparse24_int4_linear_cpu(x, Sparse24Int4Weight(words, metadata, scale), bias)
     return _sparse24_int4_linear(x, words, metadata, scale, bias)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
+from ..direct import may_call_directly
 from .cpu import sparse24_linear_cpu
 from .layout import PLANE, TILE, WIDTH, Sparse24Weight, from_sparse24, to_sparse24
 
@@ -29,6 +30,8 @@ def sparse24_linear(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor |
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, values, positions, bias)
+    if may_call_directly(x, values, bias):
+        return sparse24_linear_cpu(x, Sparse24Weight(values, positions), bias)
     return _sparse24_linear(x, values, positions, bias)
 
 

@@ -12,28 +12,29 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..native import cache_folder, processor
-from .layout import TILE, WIDTH, Int4Weight
+from .native import cache_folder, processor
 
-Way = Callable[[Tensor, Int4Weight, Tensor | None], Tensor]
-SIDE = 1024  # rows and columns of the weight
+Way = Callable[[Tensor, Any, Tensor | None], Tensor]  # x, weight, bias -> y
+Sample = Callable[[torch.dtype], Any]  # a weight of SIDE by SIDE
+SIDE = 1024
 CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens; none of them: 96
 NONE = 96
 REPEATS = 5  # the fastest of them counts
 SECONDS = 1.0  # after which the search ends with what it has
 
 
-def crossover(name: str, dtype: torch.dtype, few: Way, many: Way) -> int:
+def crossover(name: str, dtype: torch.dtype, few: Way, many: Way, sample: Sample) -> int:
     """The smallest number of tokens at which `many` is at least as fast as `few`. `name`: of the two ways."""
-    return found(name, torch.get_num_threads(), dtype, few, many)
+    return found(name, torch.get_num_threads(), dtype, few, many, sample)
 
 
 @functools.cache
-def found(name: str, threads: int, dtype: torch.dtype, few: Way, many: Way) -> int:
+def found(name: str, threads: int, dtype: torch.dtype, few: Way, many: Way, sample: Sample) -> int:
     key = hashlib.sha256(repr((name, threads, torch.__version__, processor())).encode()).hexdigest()[:32]
     path = cache_folder() / f"crossover-{key}.json"
     try:
@@ -42,16 +43,14 @@ def found(name: str, threads: int, dtype: torch.dtype, few: Way, many: Way) -> i
             return int(kept)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or damaged: measure
-    tokens = measure(dtype, few, many)
+    tokens = measure(dtype, few, many, sample(dtype))
     keep(path, {"what": name, "threads": threads, "torch": torch.__version__, "tokens": tokens})
     return tokens
 
 
-def measure(dtype: torch.dtype, few: Way, many: Way) -> int:
-    """Time both ways on a random weight of SIDE by SIDE in groups of 128, for rising numbers of tokens."""
+def measure(dtype: torch.dtype, few: Way, many: Way, weight: Any) -> int:
+    """Time both ways for rising numbers of tokens."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(-(2**31), 2**31, (SIDE // TILE, SIDE, WIDTH), generator=generator).to(torch.int32)
-    weight = Int4Weight(words, torch.full((SIDE // TILE, SIDE), 0.01, dtype=dtype), None)
     end = time.perf_counter() + SECONDS
     for tokens in CANDIDATES:
         x = torch.randn(tokens, SIDE, generator=generator).to(dtype)
@@ -62,7 +61,7 @@ def measure(dtype: torch.dtype, few: Way, many: Way) -> int:
     return NONE
 
 
-def fastest(way: Way, x: Tensor, weight: Int4Weight) -> float:
+def fastest(way: Way, x: Tensor, weight: Any) -> float:
     """Seconds of the fastest of some calls."""
     times = []
     for _ in range(REPEATS):

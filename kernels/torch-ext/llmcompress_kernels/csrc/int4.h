@@ -1,21 +1,14 @@
-// Few tokens: weights are made in registers, once for up to four tokens, and never stored.
-//
-// Sums of a group are kept in 16 lanes, multiplied by the group's scale, and added to 16 lanes per row and token, all
-// in float32; the lanes are added up at the end. A thread takes a block of rows and goes along it tile by tile, since
-// the words of neighbouring rows of a tile lie together: it reads runs of kilobytes.
+// Int4 weights for few tokens. Sums of a group are kept apart until they are multiplied by the group's scale.
 #pragma once
 
-#include "common.h"
-
-constexpr int SUMS = 256;  // rows times tokens of a block: their lanes take 16 KiB, a third of the first cache
-constexpr int TOKENS_AT_ONCE = 4;
+#include "product.h"
 
 // What a block of rows needs of one tile, by group of the tile and row of the block.
 struct Grids {
     alignas(64) float scale[STEPS][SUMS];
     uint8_t zero[STEPS][SUMS];
 
-    void read(const Weight& w, int64_t tile, int steps_per_group, int64_t first, int64_t count) {
+    void read(const Int4& w, int64_t tile, int steps_per_group, int64_t first, int64_t count) {
         for (int g = 0; g < STEPS / steps_per_group; ++g) {
             const int64_t at = w.group_of(tile * STEPS + g * steps_per_group) * w.rows + first;
             if (w.half == BF16)
@@ -145,90 +138,37 @@ struct Pairs {
 
 #endif
 
-inline float lanes_sum(const float* lanes) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_add_ps(_mm512_load_ps(lanes));
-#else
-    float half[8];
-    for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
-    return ((half[0] + half[4]) + (half[2] + half[6])) + ((half[1] + half[5]) + (half[3] + half[7]));
-#endif
-}
+// Rows of an int4 weight by one of the two.
+template <class Tile>
+struct Int4Rows {
+    using Weight = Int4;
+    using Packed = typename Tile::Packed;
+    static constexpr int PER_TILE = Tile::PER_TILE;
 
-struct Product {
-    Weight weight;
-    const uint16_t* x;  // [tokens, columns], rows `stride` apart
-    int64_t stride;
-    const uint16_t* bias;  // [rows] or null
-    uint16_t* y;           // [tokens, rows]
-    int64_t tokens;
+    static void pack(const uint16_t* x, int64_t columns, Half half, Packed* out) { Tile::pack(x, columns, half, out); }
+
+    template <int TOKENS>
+    static void add(const Int4& w, const Packed* x, int64_t stride, int64_t first, int64_t count, float* sums) {
+        switch (w.group) {
+            case 32: return add_groups<TOKENS, 1>(w, x, stride, first, count, sums);
+            case 64: return add_groups<TOKENS, 2>(w, x, stride, first, count, sums);
+            default: return add_groups<TOKENS, 4>(w, x, stride, first, count, sums);
+        }
+    }
+
+    template <int TOKENS, int STEPS_PER_GROUP>
+    static void add_groups(const Int4& w, const Packed* x, int64_t stride, int64_t first, int64_t count, float* sums) {
+        Grids grids;
+        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
+            grids.read(w, tile, STEPS_PER_GROUP, first, count);
+            const int32_t* words = w.words + (tile * w.rows + first) * WIDTH;
+            for (int64_t r = 0; r < count; ++r) {
+                _mm_prefetch(words + (w.rows + r) * WIDTH, _MM_HINT_T1);  // the same row of the next tile
+                Tile::template tile<TOKENS, STEPS_PER_GROUP>(
+                    words + r * WIDTH, x + tile * PER_TILE, stride, &grids.scale[0][r], &grids.zero[0][r],
+                    sums + r * TOKENS * WIDTH
+                );
+            }
+        }
+    }
 };
-
-// y of rows first .. first + count and tokens token .. token + valid; TOKENS >= valid of them are in x.
-template <class Math, int TOKENS, int STEPS_PER_GROUP>
-void block(const Product& p, const typename Math::Packed* x, int64_t first, int64_t count, int64_t token, int valid) {
-    const Weight& w = p.weight;
-    alignas(64) float sums[SUMS * WIDTH];
-    Grids grids;
-    const int64_t stride = w.tiles() * Math::PER_TILE;
-    std::memset(sums, 0, sizeof(float) * count * TOKENS * WIDTH);
-    for (int64_t tile = 0; tile < w.tiles(); ++tile) {
-        grids.read(w, tile, STEPS_PER_GROUP, first, count);
-        const int32_t* words = w.words + (tile * w.rows + first) * WIDTH;
-        for (int64_t r = 0; r < count; ++r)
-            Math::template tile<TOKENS, STEPS_PER_GROUP>(
-                words + r * WIDTH, x + tile * Math::PER_TILE, stride, &grids.scale[0][r], &grids.zero[0][r],
-                sums + r * TOKENS * WIDTH
-            );
-    }
-    for (int m = 0; m < valid; ++m)
-        for (int64_t r = 0; r < count; ++r) {
-            const float bias = p.bias ? to_float(p.bias[first + r], w.half) : 0.0f;
-            const float sum = lanes_sum(sums + (r * TOKENS + m) * WIDTH);
-            p.y[(token + m) * w.rows + first + r] = to_half(sum + bias, w.half);
-        }
-}
-
-template <class Math, int TOKENS>
-void block_of_group(
-    const Product& p, const typename Math::Packed* x, int64_t first, int64_t count, int64_t token, int valid
-) {
-    switch (p.weight.group) {
-        case 32: return block<Math, TOKENS, 1>(p, x, first, count, token, valid);
-        case 64: return block<Math, TOKENS, 2>(p, x, first, count, token, valid);
-        default: return block<Math, TOKENS, 4>(p, x, first, count, token, valid);
-    }
-}
-
-// All tokens of the rows of a range. Three tokens are computed as four, the last of them zero.
-template <class Math>
-void rows_of_range(const Product& p, const typename Math::Packed* x, Range range) {
-    const int at_once = p.tokens < TOKENS_AT_ONCE ? int(p.tokens) : TOKENS_AT_ONCE;
-    const int64_t rows = SUMS / (at_once == 3 ? 4 : at_once), stride = p.weight.tiles() * Math::PER_TILE;
-    for (int64_t first = range.first; first < range.last; first += rows) {
-        const int64_t count = range.last - first < rows ? range.last - first : rows;
-        for (int64_t token = 0; token < p.tokens; token += TOKENS_AT_ONCE) {
-            const int valid = p.tokens - token < TOKENS_AT_ONCE ? int(p.tokens - token) : TOKENS_AT_ONCE;
-            const typename Math::Packed* from = x + token * stride;
-            if (valid == 1) block_of_group<Math, 1>(p, from, first, count, token, valid);
-            if (valid == 2) block_of_group<Math, 2>(p, from, first, count, token, valid);
-            if (valid >= 3) block_of_group<Math, 4>(p, from, first, count, token, valid);
-        }
-    }
-}
-
-// y = x Wᵀ + bias. False if there is no memory for x in the order of the kernel.
-template <class Math>
-bool product_by_rows(const Product& p, int threads) {
-    const int64_t stride = p.weight.tiles() * Math::PER_TILE;
-    const int64_t count = (p.tokens + TOKENS_AT_ONCE - 1) * stride;
-    Buffer<typename Math::Packed> x(count);
-    if (!x.data) return false;
-    std::memset(x.data, 0, count * sizeof(typename Math::Packed));
-    for (int64_t m = 0; m < p.tokens; ++m)
-        Math::pack(p.x + m * p.stride, p.weight.columns, p.weight.half, x.data + m * stride);
-    parallel(threads, [&](int thread, int of) {
-        rows_of_range<Math>(p, x.data, share(p.weight.rows, WIDTH, thread, of));
-    });
-    return true;
-}

@@ -92,7 +92,7 @@ def train_tokenizer(new: NewModel) -> "PreTrainedTokenizerBase":
         vocab_size=wanted, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    core.train_from_iterator(load_text(DataSource(data=new.data)).rows, trainer)
+    core.train_from_iterator(load_text(DataSource.parse({"data": new.data}, "data")).rows, trainer)
     if core.get_vocab_size() != wanted:
         raise SourceError(
             f"{new.data}: this text gives a tokenizer of {core.get_vocab_size()} tokens, {wanted} were asked for; use "

@@ -51,9 +51,13 @@ class Spread(Sparse):
     def check_shapes(self, shapes: Shapes) -> None:
         """Also if the spread leaves some matrix without a weight."""
         super().check_shapes(shapes)
-        counts = spread_counts(shapes, self.density, self.spread)
-        if empty := [name for name, count in counts.items() if count == 0]:
-            raise ValueError(f"a density of {self.density:g} leaves no weight of {empty[0]}; use a larger one")
+        check_spread(shapes, self.density, self.spread)
+
+
+def check_spread(shapes: Shapes, density: float, spread: str) -> None:
+    """Raise ValueError if a spread leaves some matrix without a weight."""
+    if empty := [name for name, count in spread_counts(shapes, density, spread).items() if count == 0]:
+        raise ValueError(f"a density of {density:g} leaves no weight of {empty[0]}; use a larger one")
 
 
 def kept_in_all(shapes: Shapes, density: float) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from llmcompress.lazy import Tensor
-from llmcompress.training.sparsity import Shapes, Spread, Static, random_masks, spread_counts
+from llmcompress.training.sparsity import Shapes, Static, check_spread, random_masks, spread_counts
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.snip import Ranked, ranked, snip_scores
 
@@ -34,7 +34,7 @@ class Random(Ranked):
         """What is known before the scores are."""
         super().check_shapes(shapes)
         if self.spread != "snip":
-            Spread(density=self.density, spread=self.spread).check_shapes(shapes)
+            check_spread(shapes, self.density, self.spread)
 
     def technique(self) -> Technique:
         """A mask at random places."""

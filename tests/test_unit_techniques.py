@@ -244,13 +244,15 @@ def test_units_are_chosen_by_size_and_fade_before_they_go(tmp_path):
 # L0
 
 
-def test_gates_close_to_the_share_that_was_asked_for(tmp_path):
-    step = TECHNIQUES["l0"] | {"steps": 60, "units": ["mlp_channel", "kv_group"], "ratio": 0.3}
+@pytest.mark.parametrize(("steps", "off"), [(60, 0.05), pytest.param(300, 0.01, marks=pytest.mark.slow)])
+def test_gates_close_to_the_share_that_was_asked_for(steps, off, tmp_path):
+    """The number that goes is exact; what the gates say before is the nearer, the longer they learn."""
+    step = TECHNIQUES["l0"] | {"steps": steps, "units": ["mlp_channel", "kv_group"], "ratio": 0.3}
     model, technique, _ = learn(tmp_path, step)
     assert sum(counts(model, "mlp_channel")) == 96
     assert sum(counts(model, "kv_group")) == 1
     assert max(counts(model, "kv_group")) == 1  # of two: one stays in every block
-    assert technique.record()["expected_closed"]["mlp_channel"] == pytest.approx(0.3, abs=0.02)
+    assert technique.record()["expected_closed"]["mlp_channel"] == pytest.approx(0.3, abs=off)
 
 
 def test_the_share_of_open_gates_is_what_is_drawn():
@@ -311,7 +313,7 @@ def test_ratios_differ_and_cost_what_the_budget_says(of, tmp_path):
     attention = 2 * 4 * 256 * 96
     assert costs["before"] == (blocks if of == "parameters" else 2 * (blocks - norms) + attention)
     assert (1 - SLACK) * costs["budget"] <= costs["used"] <= costs["budget"]
-    assert kept["mlp_channel_0"] != kept["mlp_channel_1"]
+    assert len(set(technique.record()["shares"].values())) == 4
     zero = [160 - count for count in counts(model, "mlp_channel")]
     assert zero == [kept["mlp_channel_0"], kept["mlp_channel_1"]]
 

@@ -146,6 +146,7 @@ class Allocation(UnitTechnique):
         self.multiplier = torch.zeros((), device=device)
         self.sharpness = 1.0
         self.stay: dict[str, Tensor] = {}  # once it is settled
+        self.settled = torch.zeros(len(self.units), device=device)  # α then
         self.hooks = [each.gated(partial(self.mask, learner.model, i)) for i, each in enumerate(self.units)]
 
     def shares(self, model: "nn.Module") -> Tensor:
@@ -187,7 +188,8 @@ class Allocation(UnitTechnique):
         self.sharpness = 1 + (SHARPEST - 1) * self.options.done(step + 1)
         if step != self.options.end:
             return
-        kept = self.ledger.rounded(self.shares(learner.model).detach().clamp(1e-6, 1 - 1e-6).double().tolist())
+        self.settled = self.shares(learner.model).detach().clamp(1e-6, 1 - 1e-6)
+        kept = self.ledger.rounded(self.settled.double().tolist())
         for units, count in zip(self.units, kept, strict=True):
             self.stay[units.name] = lowest(units.norms(), units.count - count)
             units.mask(self.masks, self.stay[units.name])
@@ -200,7 +202,8 @@ class Allocation(UnitTechnique):
 
     def state(self) -> dict[str, Tensor]:
         """Also the multiplier, how sharp masks are, and what stays; ratios are a parameter of the model."""
-        mine = {"multiplier": self.multiplier, "sharpness": torch.tensor(self.sharpness, dtype=torch.float64)}
+        sharpness = torch.tensor(self.sharpness, dtype=torch.float64)
+        mine = {"multiplier": self.multiplier, "sharpness": sharpness, "settled": self.settled}
         return super().state() | mine | {f"stay.{name}": stay for name, stay in self.stay.items()}
 
     def load(self, state: Mapping[str, Tensor], learner: Learner) -> None:
@@ -208,17 +211,20 @@ class Allocation(UnitTechnique):
         super().load(state, learner)
         device = self.multiplier.device
         self.multiplier, self.sharpness = state["multiplier"].to(device), float(state["sharpness"])
+        self.settled = state["settled"].to(device)
         names = [units.name for units in self.units if f"stay.{units.name}" in state]
         self.stay = {name: state[f"stay.{name}"].to(device) for name in names}
 
     def record(self) -> dict[str, Any]:
-        """Also what stays of every block, and what it costs."""
+        """Also the ratios, what stays of every block, and what it costs."""
         if not self.stay:
             return super().record()
         kept = [int(self.stay[units.name].sum()) for units in self.units]
-        named = {units.name: count for units, count in zip(self.units, kept, strict=True)}
+        names = [units.name for units in self.units]
+        chosen = {"shares": dict(zip(names, self.settled.tolist(), strict=True))}
+        chosen["kept"] = dict(zip(names, kept, strict=True))
         costs = {"of": self.options.of, "budget": floor(self.ledger.budget), "used": self.ledger.cost(kept)}
-        return super().record() | {"kept": named, "costs": costs | {"before": self.ledger.total}}
+        return super().record() | chosen | {"costs": costs | {"before": self.ledger.total}}
 
 
 def probabilities(importance: Tensor, share: Tensor, sharpness: float) -> Tensor:

@@ -38,7 +38,7 @@ class GroupLasso(UnitLearn):
 
     kinds: ClassVar[tuple[str, ...]] = ("mlp_channel", "kv_group", "query_head", "attention", "mlp")
 
-    strength: float = Field(0.1, gt=0, description="λ: how hard units are pulled to zero; more of them go with more")
+    strength: float = Field(0.02, gt=0, description="λ: how hard units are pulled to zero; more of them go with more")
 
     def technique(self) -> Technique:
         """Units shrink, and those at zero stay there."""

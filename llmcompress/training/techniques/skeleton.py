@@ -38,7 +38,7 @@ class Skeleton(Scheduled):
     )
 
     stripe: int = Field(16, ge=2, description="input columns of a row that have one factor")
-    strength: float = Field(0.1, gt=0, description="λ: how hard factors are pulled to zero")
+    strength: float = Field(0.03, gt=0, description="λ: how hard factors are pulled to zero")
     threshold: float = Field(0.05, gt=0, lt=1, description="δ: a factor below it falls")
     speed: float = Field(10.0, gt=0, description="learning rate of factors, in those of weights")
     density: float | None = Field(None, gt=0, lt=1, description="share of the stripes that stays at most")

@@ -72,7 +72,7 @@ class Kernels(Ways[Sparse24Weight]):
         (tokens, columns), rows = x.shape, weight.values.shape[1]
         y = x.new_empty(tokens, rows)
         failed = self._compiled.sparse24_product(
-            many, x.data_ptr(), x.stride(0), weight.values.data_ptr(), weight.index.data_ptr(), address(bias),
+            many, x.data_ptr(), x.stride(0), weight.values.data_ptr(), weight.positions.data_ptr(), address(bias),
             y.data_ptr(), tokens, rows, columns, torch.get_num_threads(),
         )  # fmt: skip
         return self.finished(y, failed)
@@ -80,6 +80,6 @@ class Kernels(Ways[Sparse24Weight]):
     def unpack(self, weight: Sparse24Weight, first: int, out: Tensor) -> None:
         count, columns = out.shape
         self._compiled.sparse24_spread(
-            weight.values.data_ptr(), weight.index.data_ptr(), out.data_ptr(), first, count, weight.values.shape[1],
+            weight.values.data_ptr(), weight.positions.data_ptr(), out.data_ptr(), first, count, weight.values.shape[1],
             columns, torch.get_num_threads(),
         )  # fmt: skip

@@ -422,6 +422,7 @@ def test_other_mlps_are_left_alone(kind, gated, packed_folders):
 
 
 def test_an_mlp_that_computes_something_else_is_left_alone(packed_folders, monkeypatch):
+    monkeypatch.delattr(llmcompress_kernels, "int4_gated_mlp", raising=False)
     model = load(packed_folders("llama"))
     monkeypatch.setattr(llmcompress_kernels, "int4_gated_mlp", gated_reference, raising=False)
     first, second = (layer.mlp for layer in model.model.layers)

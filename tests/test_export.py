@@ -54,12 +54,12 @@ def made(tiny_folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("kind", ["llama", "phi3"])
 def test_the_same_model_all_the_way(kind, name, way, made, tmp_path):
     folder = made(kind, name)
-    expected = logits(load(folder))
+    expected = logits(load(folder, packed=False))  # operators round elsewhere
     for number, format_name in enumerate(way):
         made_now = export(folder, format_name, tmp_path / f"{number}")
         folder = tmp_path / f"{number}"
         assert made_now["format"] == inspect(folder)["format"] == format_name
-        assert torch.equal(logits(load(folder)), expected)
+        assert torch.equal(logits(load(folder, packed=False)), expected)
         results = json.loads((folder / "results.json").read_text())
         on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         assert results["size"]["after_bytes"] == on_disk

@@ -25,8 +25,16 @@ PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 ROUNDINGS = 2  # relative RMS that the two ways may differ by, in units of the dtype's eps
 
 
+kernels: Any = llmcompress_kernels  # which may be a version without the operator
+
+
 class GatedMLP(nn.Module):
     """The MLP of a block, with the submodules of the module that it takes the place of."""
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: Any
 
     def __init__(self, mlp: nn.Module, activation: str) -> None:
         super().__init__()
@@ -39,10 +47,11 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj, self.up_proj
         if fusable(gate, up) and gate.takes(x) and not (is_watched(gate) or is_watched(up)):
             weights = gate.packed(), up.packed()
-            middle = llmcompress_kernels.int4_gated_mlp(x, *weights, self.activation, gate.bias, up.bias)
+            middle = kernels.int4_gated_mlp(x, *weights, self.activation, gate.bias, up.bias)
         else:
             middle = self.act_fn(gate(x)) * up(x)
-        return self.down_proj(middle)
+        y: Tensor = self.down_proj(middle)
+        return y
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -54,7 +63,7 @@ def fuse_gated(model: nn.Module) -> list[str]:
     fused: list[str] = []
     tried: dict[tuple[Any, ...], bool] = {}  # one try for all MLPs of a kind
     for name in [name for name, module in model.named_modules() if is_gated(module)]:
-        mlp = model.get_submodule(name)
+        mlp: Any = model.get_submodule(name)
         activation = activation_of(mlp.act_fn)
         if activation is None:
             continue
@@ -101,7 +110,7 @@ def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def agree(before: nn.Module, after: GatedMLP) -> bool:
+def agree(before: Any, after: GatedMLP) -> bool:
     """Whether both compute the same on random tokens, up to roundings."""
     floats: Tensor = before.gate_proj.packed().scale
     generator = torch.Generator().manual_seed(0)

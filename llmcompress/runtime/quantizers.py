@@ -186,8 +186,9 @@ def native_quantizer(stock: type[HfQuantizer]) -> Any:
 def zero_point_sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Sizes of packed zero points by name; before loading, compressed-tensors has them unpacked."""
     sizes: dict[str, tuple[int, ...]] = {}
+    module: Any
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and hasattr(module, "weight_packed") and hasattr(module, "weight_zero_point"):
+        if all(hasattr(module, leaf) for leaf in ("out_features", "weight_packed", "weight_zero_point")):
             rows = words(module.out_features, module.quantization_scheme.weights.num_bits)
             sizes[f"{name}.weight_zero_point"] = (rows, module.weight_scale.shape[1])
     return sizes

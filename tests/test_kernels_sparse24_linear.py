@@ -32,7 +32,7 @@ def arguments(
     kept, index, whole = stored(rows, columns, dtype)
     values, packed = from_sparse24(kept, index)
     x, bias = torch.randn(tokens, columns).to(dtype), torch.randn(rows).to(dtype)
-    return {"x": x, "values": values, "index": packed, "bias": bias}, whole
+    return {"x": x, "values": values, "positions": packed, "bias": bias}, whole
 
 
 # layout
@@ -171,8 +171,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("values", torch.zeros(48, 32, dtype=BF16), "values is"),
     ("values", torch.zeros(2, 32, 24, dtype=BF16).mT, "values is strided"),
     ("values", torch.zeros(2, 24, 32, dtype=BF16, device="meta"), "values is on meta, expected on cpu"),
-    ("index", torch.zeros(1, 24, 16, dtype=torch.int32), "index is torch.int32"),
-    ("index", torch.zeros(1, 25, 16, dtype=torch.int16), "index is"),
+    ("positions", torch.zeros(1, 24, 16, dtype=torch.int32), "positions is torch.int32"),
+    ("positions", torch.zeros(1, 25, 16, dtype=torch.int16), "positions is"),
     ("bias", torch.zeros(24), "bias is torch.float32"),
     ("bias", torch.zeros(3, dtype=BF16), "bias is"),
 ]

@@ -26,8 +26,8 @@ from .library import sparse_product, takes
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger
-    Tiles(rows=64, tokens=16, warps=4, stages=3),
-    Tiles(rows=64, tokens=32, warps=4, stages=2),
+    Tiles(rows=64, tokens=16, warps=2, stages=3),
+    Tiles(rows=64, tokens=32, warps=2, stages=2),
 )
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
@@ -58,7 +58,7 @@ def aligned_rows(x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
     tokens, rows = x.shape[0], weight.values.shape[1]
-    plan = planned((GEMV, *GEMM), tokens, rows, weight.index.shape[0], processors)
+    plan = planned((GEMV, *GEMM), tokens, rows, weight.positions.shape[0], processors)
     return summed(plan, x, rows, bias, lambda bias, target: start(plan, x, weight, bias, target))
 
 
@@ -81,7 +81,7 @@ def summed(
 def start(plan: Plan, x: Tensor, weight: Sparse24Weight, bias: Tensor | None, target: Tensor) -> None:
     """Start the kernel that the plan names."""
     (tokens, columns), rows = x.shape, weight.values.shape[1]
-    pointers = (x, weight.values, weight.index, bias, target)
+    pointers = (x, weight.values, weight.positions, bias, target)
     if tokens == 1:
         sparse24_gemv[plan.grid](*pointers, rows, columns, plan.span, **plan.options)
     else:
@@ -91,7 +91,7 @@ def start(plan: Plan, x: Tensor, weight: Sparse24Weight, bias: Tensor | None, ta
 
 def expand(weight: Sparse24Weight, columns: int) -> Tensor:
     """The weight [out, in], zeros where nothing is stored."""
-    tiles, rows, _ = weight.index.shape
+    tiles, rows, _ = weight.positions.shape
     values = torch.empty(rows, columns, dtype=weight.values.dtype, device=weight.values.device)
     sparse24_expand[(triton.cdiv(rows, EXPAND.rows), tiles)](
         *weight, values, rows, columns, BN=EXPAND.rows, num_warps=EXPAND.warps, num_stages=EXPAND.stages

@@ -3,12 +3,12 @@
 Stored: kept weights [out, in / 2] in the order of their columns, and their positions, four a byte [out, in / 8]. For
 the kernels of a weight [out, in]:
 
-    values  bf16 or fp16  [ceil(in / 64), out, 32]   plane p of row n is 64 columns (64 bytes): kept weights 2 j and
-                                                     2 j + 1 belong to columns 64 p + 4 j .. 64 p + 4 j + 3
-    index   int16         [ceil(in / 256), out, 16]  nibble i of word j of tile t has first | second << 2 of columns
-                                                     256 t + 64 i + 4 j .. 256 t + 64 i + 4 j + 3
+    values     bf16 or fp16  [ceil(in / 64), out, 32]   plane p of row n is 64 columns (64 bytes): kept weights 2 j and
+                                                        2 j + 1 belong to columns 64 p + 4 j .. 64 p + 4 j + 3
+    positions  int16         [ceil(in / 256), out, 16]  nibble i of word j of tile t has first | second << 2 of columns
+                                                        256 t + 64 i + 4 j .. 256 t + 64 i + 4 j + 3
 
-So one thread that reads 16 bytes of a plane has four fours of columns, and the words of the index that it has for them
+So one thread that reads 16 bytes of a plane has four fours of columns, and the words of positions that it has for them
 serve it in the next three planes too. Rows of a plane follow each other: a program that makes 64 outputs reads one run
 of 4096 bytes. Columns beyond `in`, which exist if it is no multiple of 64 or 256, hold zeros; kernels do not read x
 there. It is 9 bits per weight.
@@ -25,7 +25,7 @@ from ..stored24 import check_index, gather_nibbles, index_of, nibbles_of, split_
 
 WIDTH = 16  # fours of columns of a plane
 PLANE = 4 * WIDTH  # columns
-PLANES = 4  # of a tile: nibbles of a word of the index
+PLANES = 4  # of a tile: nibbles of a word of positions
 TILE = PLANES * PLANE  # columns
 
 
@@ -33,7 +33,7 @@ class Sparse24Weight(NamedTuple):
     """A 2:4 weight in the layout of the kernels; the shapes are in the module's docstring."""
 
     values: Tensor
-    index: Tensor
+    positions: Tensor
 
 
 def from_sparse24(weight: Tensor, weight_index: Tensor) -> Sparse24Weight:
@@ -54,7 +54,7 @@ def from_sparse24(weight: Tensor, weight_index: Tensor) -> Sparse24Weight:
 def to_sparse24(weight: Sparse24Weight, in_features: int) -> tuple[Tensor, Tensor]:
     """The stored tensors (weight, weight_index) again, bit for bit."""
     kept = weight.values.transpose(0, 1).flatten(1)[:, : in_features // 2].contiguous()
-    return kept, index_of(from_tiles(weight.index, in_features))
+    return kept, index_of(from_tiles(weight.positions, in_features))
 
 
 def expand_reference(weight: Sparse24Weight, in_features: int) -> Tensor:

@@ -5,9 +5,9 @@ from torch import Tensor
 from .layout import Sparse24Weight, expand_reference
 
 
-def sparse24_linear_reference(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None = None) -> Tensor:
+def sparse24_linear_reference(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + bias; products and sums in float32, one rounding to the dtype of x. Shapes as in `sparse24_linear`."""
-    weight = expand_reference(Sparse24Weight(values, index), x.shape[-1])
+    weight = expand_reference(Sparse24Weight(values, positions), x.shape[-1])
     y = x.reshape(-1, x.shape[-1]).float() @ weight.float().T
     if bias is not None:
         y += bias.float()

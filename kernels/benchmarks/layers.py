@@ -5,6 +5,7 @@ not change the time of any of them, except that a processor draws less power wit
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ SHAPES = (
 
 def int4_layer(rows: int, columns: int, group: int, symmetric: bool, generator: torch.Generator) -> Int4Layer:
     """Random codes of all 16 values and scales around 1 / sqrt(in), so that outputs are around 1."""
-    options = {"generator": generator, "device": generator.device}
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, **options)
     size = (columns // group, rows)
     scale = ((torch.rand(size, **options) + 0.5) / (8 * columns**0.5)).to(torch.bfloat16)

@@ -110,6 +110,11 @@ def check(operator: Operator, what: Plan) -> Iterator[dict[str, Any]]:
                     yield row | {"error": found, "torch_error": limit, "right": found <= allowed}
 
 
+def prepared_copies(made: Implementation, weights: Any, cache_bytes: int) -> list[Any]:
+    """What an implementation makes of the weights, as often as its time is measured on."""
+    return copies(made.prepare(weights), cache_bytes)
+
+
 def usable(wanted: Sequence[Implementation], what: Plan) -> list[Implementation]:
     """Those which can run on the device."""
     return [made for made in wanted if not made.missing(what.device)]
@@ -184,7 +189,7 @@ class Unit:
         weights = self.operator.make(self.shape.rows, self.shape.columns, GROUP, True, generator)
         ready = {}
         for made in self.wanted:
-            got = attempt(lambda made=made: copies(made.prepare(weights), self.what.cache_bytes))
+            got = attempt(partial(prepared_copies, made, weights, self.what.cache_bytes))
             if isinstance(got, Failure):
                 findings.failures.append(self.case(0) | {"name": made.name, "why": got.why})
             else:

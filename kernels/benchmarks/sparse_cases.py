@@ -1,6 +1,6 @@
 """Rows of the table for operators on 2:4 weights: two of every four neighbours stored, the others zero."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from int4_cases import exact_linear
@@ -37,7 +37,7 @@ class SparseLayer(NamedTuple):
 
 def sparse_layer(rows: int, columns: int, group: int, symmetric: bool, generator: torch.Generator) -> SparseLayer:
     """Any two of each four, with equal chances. Always symmetric: with a zero point, 0.0 is not one code for all."""
-    options = {"generator": generator, "device": generator.device}
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
     pairs = torch.tensor(PAIRS, dtype=torch.uint8, device=generator.device)
     nibbles = pairs[torch.randint(0, len(PAIRS), (rows, columns // 4), **options)]
     kept = torch.randint(0, 16, (rows, columns // 2), dtype=torch.uint8, **options)

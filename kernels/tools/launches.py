@@ -133,11 +133,12 @@ def summing(gpu: Gpu) -> Reduce:
 
 def int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     from llmcompress_kernels.int4_linear import launch
+    from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import planned
 
     if tokens > launch.BLAS_TOKENS:
         return Spent([unpacked(gpu, rows, columns)], blas(gpu, tokens, rows, columns))
-    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("int4_gemv", {}) if tokens == 1 else ("int4_gemm", {"BM": plan.tiles.tokens})
     code = code_of("int4_linear", gpu.architecture, kernel, GROUP=GROUP, zero_ptr=None, **block)
     packed = int4_bytes(rows, columns)
@@ -147,11 +148,12 @@ def int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 def int4_gated_mlp(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """With SwiGLU."""
     from llmcompress_kernels.int4_gated_mlp import launch
+    from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import planned
 
     if tokens > launch.BLAS_TOKENS:
         return Spent([unpacked(gpu, rows, columns)] * 2, dense_gated(gpu, tokens, rows, columns))
-    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("gated_gemv", {}) if tokens == 1 else ("gated_gemm", {"BM": plan.tiles.tokens})
     whole = {"gate_zero_ptr": None, "up_zero_ptr": None, "parts_ptr": None, "ACTIVATION": "silu"}
     code = code_of("int4_gated_mlp", gpu.architecture, kernel, GROUP=GROUP, **whole, **block)
@@ -195,13 +197,15 @@ def dense_adapted(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
 
 def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """Above 256 tokens torch's library for sparse tensor cores, at twice the peak of dense ones."""
+    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
     from llmcompress_kernels.launching import planned
     from llmcompress_kernels.sparse24_linear import launch
+    from llmcompress_kernels.sparse24_linear.layout import TILE
 
     packed = sparse24_bytes(rows, columns)
-    if tokens > launch.BLAS_TOKENS:
+    if tokens > BLAS_TOKENS:
         return Spent([], blas(gpu, tokens, rows, columns, packed, speed=2.0))
-    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("sparse24_gemv", {}) if tokens == 1 else ("sparse24_gemm", {"BM": plan.tiles.tokens})
     code = code_of("sparse24_linear", gpu.architecture, kernel, bits=9.0, **block)
     return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), packed, summing(gpu)))
@@ -209,17 +213,19 @@ def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 
 def sparse24_int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """On sparse tensor cores up to 256 tokens, which takes a launch that orders x before."""
+    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
     from llmcompress_kernels.launching import planned
     from llmcompress_kernels.sparse24_int4_linear import launch
+    from llmcompress_kernels.sparse24_int4_linear.layout import BLOCK, TILE
 
     made = functools.partial(code_of, "sparse24_int4_linear", gpu.architecture)
-    packed, blocks = sparse24_int4_bytes(rows, columns), -(-columns // launch.BLOCK)
-    if tokens > launch.BLAS_TOKENS:
+    packed, blocks = sparse24_int4_bytes(rows, columns), -(-columns // BLOCK)
+    if tokens > BLAS_TOKENS:
         code = made("sparse24_int4_dequantize", bits=3.0, GROUP=GROUP)
         programs = -(-rows // launch.DEQUANTIZE.rows) * blocks
         expanded = Launch(code, programs, code.weights, packed, 2.0 * rows * columns)
         return Spent([expanded], blas(gpu, tokens, rows, columns))
-    plan = planned(launch.FRAGMENT, tokens, rows, -(-columns // launch.TILE), gpu.processors)
+    plan = planned(launch.FRAGMENT, tokens, rows, -(-columns // TILE), gpu.processors)
     block, down = plan.tiles.tokens, plan.grid[1]
     order = Launch(
         made("token_fragments", BM=block), blocks * down, 0, 2.0 * tokens * columns, 2.0 * down * block * columns

@@ -57,7 +57,7 @@ def main(folder: str, expected: str, blocks: int, tolerance: float, trust: bool)
         "tokens": found.shape[0] * found.shape[1],
         "max_abs_difference": float(difference.abs().max()),
         "relative_rms": rms,
-        "rounding_rms": None if rms <= tolerance else relative_rms(found, logits(model.float(), tokens, positions)),
+        "rounding_rms": None if rms <= tolerance else relative_rms(found, logits(in_float32(model), tokens, positions)),
         "top1_agreement": float((found.argmax(-1) == wanted.argmax(-1)).float().mean()),
         "weights": len(digests),
         "adapter_matrices": len(names["adapter"]),
@@ -70,6 +70,11 @@ def main(folder: str, expected: str, blocks: int, tolerance: float, trust: bool)
 def logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Of tokens [n, length] at some positions [m], [n, m, vocabulary]."""
     return torch.cat([model(row[None], use_cache=False).logits[:, positions] for row in tokens])
+
+
+def in_float32(model: Any) -> Any:
+    """The model with its unpacked weights in float32. The `float` of transformers refuses quantized models."""
+    return torch.nn.Module.float(model)
 
 
 def relative_rms(found: torch.Tensor, wanted: torch.Tensor) -> float:

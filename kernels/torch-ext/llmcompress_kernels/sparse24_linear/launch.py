@@ -27,7 +27,7 @@ from .library import sparse_product, takes
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=16, warps=2, stages=3),
-    Tiles(rows=64, tokens=32, warps=2, stages=2),
+    Tiles(rows=32, tokens=32, warps=2, stages=3),
 )
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
 

@@ -25,6 +25,7 @@ from .layout import TILE, Sparse24Weight
 from .library import sparse_product, takes
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
+# Two warps: four would split the tokens and expand every weight twice, and on sm_100 take the instruction for 64 rows.
 GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=16, warps=2, stages=3),
     Tiles(rows=32, tokens=32, warps=2, stages=3),

@@ -25,10 +25,9 @@ from .layout import TILE, Sparse24Weight
 from .library import sparse_product, takes
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
-GEMM = (  # by rising tokens; the last one serves all that is larger
-    Tiles(rows=64, tokens=16, warps=2, stages=3),
-    Tiles(rows=64, tokens=32, warps=2, stages=2),
-)
+# Two warps: four would split the tokens and expand every weight twice, and on sm_100 take the instruction for 64 rows.
+# More tokens a program do not fit into registers everywhere.
+GEMM = Tiles(rows=64, tokens=16, warps=2, stages=3)
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
 
@@ -58,7 +57,7 @@ def aligned_rows(x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
     tokens, rows = x.shape[0], weight.values.shape[1]
-    plan = planned((GEMV, *GEMM), tokens, rows, weight.positions.shape[0], processors)
+    plan = planned((GEMV, GEMM), tokens, rows, weight.positions.shape[0], processors)
     return summed(plan, x, rows, bias, lambda bias, target: start(plan, x, weight, bias, target))
 
 
@@ -103,5 +102,4 @@ def configurations() -> Iterator[Configuration]:
     """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
     yield configured("sparse24_expand", EXPAND, TILE)
     yield configured("sparse24_gemv", GEMV, TILE)
-    for tiles in GEMM:
-        yield configured("sparse24_gemm", tiles, TILE)
+    yield configured("sparse24_gemm", GEMM, TILE)

@@ -77,15 +77,42 @@ inline uint16_t to_half(float value, Half half) {
     return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// 64-byte aligned memory; `data` is null if there is none.
-template <class T>
+// 64-byte aligned memory that the calling thread keeps for its next call, unless it is large: asking the system for it
+// each time takes longer than a small product. One per SLOT and call; `data` is null if there is none.
+constexpr int64_t KEPT_BYTES = 8 << 20;
+
+struct Kept {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Kept() { std::free(data); }
+};
+
+template <class T, int SLOT>
 struct Buffer {
     T* data;
-    explicit Buffer(int64_t count) {
-        data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64));
+    explicit Buffer(int64_t count) : bytes((count * int64_t(sizeof(T)) + 127) / 64 * 64) {
+        Kept& kept = mine();
+        if (kept.bytes < bytes) {
+            std::free(kept.data);
+            kept.data = std::aligned_alloc(64, bytes);
+            kept.bytes = kept.data ? bytes : 0;
+        }
+        data = static_cast<T*>(kept.data);
     }
-    ~Buffer() { std::free(data); }
+    ~Buffer() {
+        if (bytes <= KEPT_BYTES) return;
+        std::free(mine().data);
+        mine().data = nullptr;
+        mine().bytes = 0;
+    }
     Buffer(const Buffer&) = delete;
+
+  private:
+    int64_t bytes;
+    static Kept& mine() {
+        static thread_local Kept kept;
+        return kept;
+    }
 };
 
 struct Range {

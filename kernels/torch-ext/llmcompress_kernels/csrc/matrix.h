@@ -259,9 +259,9 @@ bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
     const int64_t apart = cut.steps * TILE_WORDS, tiles = (p.tokens + SIDE - 1) / SIDE;
     const int64_t most = p.tokens < MANY_TOKENS ? (p.tokens + TOKENS - 1) / TOKENS * TOKENS : MANY_TOKENS;
     const int64_t sums_each = MANY_ROWS * most;
-    Buffer<uint32_t> x(tiles * apart);
-    Buffer<uint8_t> panels(2 * cut.bytes() * threads);
-    Buffer<float> sums(sums_each * threads);
+    Buffer<uint32_t, 0> x(tiles * apart);
+    Buffer<uint8_t, 1> panels(2 * cut.bytes() * threads);
+    Buffer<float, 2> sums(sums_each * threads);
     if (!x.data || !panels.data || !sums.data) return false;
     parallel(threads, [&](int thread, int of) {
         const Range packed = share(tiles, 1, thread, of);

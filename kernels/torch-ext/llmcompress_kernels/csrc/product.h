@@ -78,7 +78,7 @@ template <class Math>
 bool product_by_rows(const Product<typename Math::Weight>& p, int threads) {
     const int64_t stride = p.weight.tiles() * Math::PER_TILE;
     const int64_t count = (p.tokens + TOKENS_AT_ONCE - 1) * stride;
-    Buffer<typename Math::Packed> x(count);
+    Buffer<typename Math::Packed, 0> x(count);
     if (!x.data) return false;
     std::memset(x.data, 0, count * sizeof(typename Math::Packed));
     for (int64_t m = 0; m < p.tokens; ++m)

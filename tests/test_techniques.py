@@ -352,6 +352,7 @@ def test_a_run_leaves_zeros_that_later_steps_keep(run_here):
     assert "rigl" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_from_random_weights_depends_on_its_seed_alone(run_here):
     step = SHORT | {"train": "dense", "start": "random", "steps": 2}
     first, again, other = (digests(run_here("llama", step | {"seed": seed})[0]) for seed in (1, 1, 2))
@@ -383,6 +384,7 @@ def test_zeros_of_a_model_are_not_chosen_anew(run_here, tmp_path):
         run_here(str(tmp_path / "zeros"), SHORT | SPARSE["set"])
 
 
+@pytest.mark.slow
 def test_a_score_may_be_taken_on_what_the_dense_model_says(run_here):
     step = sparse_run("snip", loss="distillation", windows=8)
     assert run_here("llama", step)[1]["training"][0]["loss"] == {"distillation": 1.0}

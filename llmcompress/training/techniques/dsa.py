@@ -221,7 +221,7 @@ class Allocation(UnitTechnique):
             return super().record()
         kept = [int(self.stay[units.name].sum()) for units in self.units]
         names = [units.name for units in self.units]
-        chosen = {"shares": dict(zip(names, self.settled.tolist(), strict=True))}
+        chosen: dict[str, Any] = {"shares": dict(zip(names, self.settled.tolist(), strict=True))}
         chosen["kept"] = dict(zip(names, kept, strict=True))
         costs = {"of": self.options.of, "budget": floor(self.ledger.budget), "used": self.ledger.cost(kept)}
         return super().record() | chosen | {"costs": costs | {"before": self.ledger.total}}

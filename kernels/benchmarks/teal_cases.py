@@ -24,7 +24,7 @@ def column_layer(rows: int, columns: int, group: int, symmetric: bool, generator
 
 
 def masked(x: Tensor, threshold: float) -> Tensor:
-    return x.masked_fill(x.abs() <= threshold, 0)
+    return x.masked_fill(x.float().abs() <= threshold, 0)
 
 
 def exact_masked(x: Tensor, weight: ColumnLayer) -> Tensor:

@@ -22,10 +22,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, r
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    """tiny-llama with 512 tokens, whose tokenizer has learned from a few sentences."""
+    """tiny-llama with 384 tokens, whose tokenizer has learned from a few sentences."""
     listed = MODELS["tiny-llama"]
     assert listed.new is not None
-    new = replace(listed.new, config=TINY_LLAMA | {"vocab_size": 512})
+    new = replace(listed.new, config=TINY_LLAMA | {"vocab_size": 384})
     monkeypatch.setitem(MODELS, "tiny-llama", replace(listed, new=new))
     words = [f"{a}{b}{c}" for a in "bdfgkl" for b in "aeiou" for c in "mnrst"]
     monkeypatch.setattr(new_model, "load_text", lambda source: Text([" ".join(words)] * 3, "\n"))

@@ -205,7 +205,7 @@ def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     packed = sparse24_bytes(rows, columns)
     if tokens > BLAS_TOKENS:
         return Spent([], blas(gpu, tokens, rows, columns, packed, speed=2.0))
-    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
+    plan = planned((launch.GEMV, launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("sparse24_gemv", {}) if tokens == 1 else ("sparse24_gemm", {"BM": plan.tiles.tokens})
     code = code_of("sparse24_linear", gpu.architecture, kernel, bits=9.0, **block)
     return Spent(packed_product(gpu, plan, code, (tokens, rows, columns), packed, summing(gpu)))

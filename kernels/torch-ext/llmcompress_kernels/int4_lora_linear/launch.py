@@ -2,7 +2,8 @@
 
 h = x Aᵀ goes first, by the BLAS; its result is at most 64 wide. Then tokens M choose as in int4_linear/launch.py, with
 its tiles: `lora_gemv`, `lora_gemm`, or above BLAS_TOKENS the unpacked weight. Where the inner dimension is split, the
-kernels of `int4_linear` make the parts and `lora_gemm_reduce` adds them up, for one token too: it reads little.
+kernels of `int4_linear` make the parts and `lora_gemm_reduce` adds them up, for one token too: it reads little. So it
+does for several tokens and ranks above WIDEST, with one part.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
 from .reference import Adapter
 
 RANKS = (16, 32, 64)  # to which a rank is padded
+WIDEST = 32  # rank that lora_gemm adds itself: at 64 it spills registers on sm_89, and the reduce adds the update
 REDUCE = Tiles(rows=64, tokens=16, warps=4, stages=3)
 
 
@@ -48,7 +50,7 @@ def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, adapter: Adapter
     update = (h.shape[1], adapter.scaling)
     options = plan.options | {"GROUP": columns // weight.scale.shape[0], "R": padded(h.shape[1])}
     pointers = (x, *weight, bias, adapter.b, h, y)
-    if plan.splits > 1:
+    if plan.splits > 1 or (tokens > 1 and options["R"] > WIDEST):
         reduce(partial_sums(plan, x, weight), bias, adapter, h, y)
     elif tokens == 1:
         lora_gemv[plan.grid](*pointers, rows, columns, plan.span, *update, **options)
@@ -79,5 +81,5 @@ def configurations() -> Iterator[Configuration]:
     for rank in RANKS:
         yield configured("lora_gemm_reduce", REDUCE, 0, R=rank)
         yield configured("lora_gemv", GEMV, TILE, GROUP=64, R=rank)
-        for tiles in GEMM:
+        for tiles in GEMM if rank <= WIDEST else ():
             yield configured("lora_gemm", tiles, TILE, GROUP=64, R=rank)

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from provenance import in_words, provenance
 
 from llmcompress.at_runtime import RUNTIMES
@@ -71,22 +72,22 @@ def recipes(names: list[str]) -> list[Path]:
 
 def measure(recipe: Path, seed: int) -> dict[str, Any]:
     """What one run reached."""
+    steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["steps"]
+    seeds = [f"--set=steps.{number}.seed={seed}" for number, step in enumerate(steps) if "train" in step]
     with tempfile.TemporaryDirectory() as scratch:
-        line = [sys.executable, "-m", "llmcompress", "run", str(recipe), "--output", f"{scratch}/out", "--json"]
-        done = subprocess.run(
-            [*line, "--set", f"steps.0.seed={seed}"], stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT
-        )
+        line = [sys.executable, "-m", "llmcompress", "run", str(recipe), "--output", f"{scratch}/out", "--json", *seeds]
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"{recipe.stem}: exit code {done.returncode}")
     results = json.loads(done.stdout)
-    curve, stages = results["training"][0], results["stages"]
+    curves, stages = results["training"], results["stages"]
     zeros = (results["sparsity"] or {}).get("of_decoder_linears", 0.0)
     row = {
         "perplexity": results["scores"]["perplexity"][0]["compressed"]["value"],
         "parameters": stages[-1]["parameters"] if stages else results["base_model"]["parameters"],
         "zeros": zeros,
-        "tokens": curve["tokens"],
-        "seconds": curve["seconds"],
+        "tokens": sum(curve["tokens"] for curve in curves),
+        "seconds": sum(curve["seconds"] for curve in curves),
     }
     print(f"{recipe.stem}, seed {seed}: {row}", file=sys.stderr, flush=True)
     return row

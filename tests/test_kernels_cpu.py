@@ -253,6 +253,30 @@ def test_an_error_of_the_compiler_is_quoted(fresh, answer):
     assert not [path for path in fresh.iterdir() if path.suffix != ".lock"]
 
 
+def test_a_folder_that_others_may_write_to_is_not_loaded_from(fresh, answer):
+    """Somebody could have put a library there, and its checksum."""
+    fresh.mkdir(parents=True, exist_ok=True)
+    fresh.chmod(0o777)
+    with pytest.raises(native.Unavailable, match=r"others may write to .*; make it yours alone"):
+        native.load(answer, native.FLAGS)
+    fresh.chmod(0o700)
+    assert load_answer(answer) == 42
+
+
+def test_without_a_home_thresholds_are_measured_and_nothing_is_compiled(answer, monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", homeless)
+    with pytest.raises(native.Unavailable, match="no home folder; set XDG_CACHE_HOME"):
+        native.load(answer, native.FLAGS)
+    made = inputs(columns=1024, rows=1024)
+    few = many = lambda x, weight, bias: x
+    crossover.found.cache_clear()
+    assert crossover.crossover("homeless", BF16, few, many, lambda dtype: made.weight) in (*crossover.CANDIDATES, 96)
+
+
 def test_compiled_once_and_again_when_something_changes(fresh, answer):
     assert load_answer(answer) == 42
     (made,) = fresh.glob("*.so")

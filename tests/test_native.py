@@ -15,10 +15,16 @@ from torch import Tensor
 
 from llmcompress.errors import FormatError
 from llmcompress.runtime import accelerated, load
+from llmcompress.runtime.native import one_more
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds this one of eight outputs
 GROUP = 32
 Linear = tuple[Tensor, Tensor, Tensor]  # codes [out, in], scales [out, groups], zeros [out, groups]
+
+
+def test_one_more_than_fifteen_is_zero_and_leaves_the_next_zero_point_alone():
+    codes = torch.cartesian_prod(*[torch.arange(16, dtype=torch.uint8)] * 2).repeat(1, 4)  # [256, 8], all neighbours
+    assert torch.equal(from_words(one_more(to_words(codes)), 8), (codes + 1) % 16)
 
 
 def linear_of(tensors: dict[str, Tensor], module: str) -> Linear:

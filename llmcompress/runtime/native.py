@@ -24,6 +24,7 @@ from llmcompress.runtime.operators import Shape, panels
 
 INVERSE = [0, 4, 1, 5, 2, 6, 3, 7]  # nibble of each of eight outputs; the inverse of ORDER = 0 2 4 6 1 3 5 7
 ONES = 0x11111111  # one in every nibble
+LOW = 0x77777777  # the lower three bits of every nibble
 EIGHTS = 0x88888888 - 2**32  # eight in every nibble, as int32
 LAYOUTS = {("gptq", "gptq"), ("gptq", "gptq_v2"), ("awq", "gemm")}  # method and format
 
@@ -62,7 +63,7 @@ class NativeLinear(nn.Module):
         """The tensors of `pack-quantized`; zeros that are all 8 are left out."""
         if self.layout[0] == "gptq":
             packed, zeros = self.qweight.T.contiguous(), self.qzeros.data
-            zeros = zeros + ONES if self.layout[1] == "gptq" else zeros
+            zeros = one_more(zeros) if self.layout[1] == "gptq" else zeros
         else:
             packed, zeros = repacked(self.qweight.data, self.shape), to_words(awq_codes(self.qzeros.data))
         tensors = {"weight_packed": packed, "weight_scale": self.scales.T.contiguous()}
@@ -91,6 +92,11 @@ def placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 def groups_of(columns: int, groups: int, device: Any) -> Tensor:
     """Group of each column, where groups are neighbouring columns; [columns] int64."""
     return torch.arange(columns, device=device) // -(-columns // groups)
+
+
+def one_more(words: Tensor) -> Tensor:
+    """Every nibble of int32 words plus one, 15 becoming 0, as the tools that write `gptq` take it; none carries."""
+    return ((words & LOW) + ONES) ^ (words & EIGHTS)
 
 
 def awq_codes(words: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import cache_folder, processor
+from .native import Unavailable, cache_folder, processor, sources
 
 Way = Callable[[Tensor, Any, Tensor | None], Tensor]  # x, weight, bias -> y
 Sample = Callable[[torch.dtype], Any]  # a weight of SIDE by SIDE
@@ -35,8 +35,11 @@ def crossover(name: str, dtype: torch.dtype, few: Way, many: Way, sample: Sample
 
 @functools.cache
 def found(name: str, threads: int, dtype: torch.dtype, few: Way, many: Way, sample: Sample) -> int:
-    key = hashlib.sha256(repr((name, threads, torch.__version__, processor())).encode()).hexdigest()[:32]
-    path = cache_folder() / f"crossover-{key}.json"
+    key = hashlib.sha256(repr((name, threads, torch.__version__, processor(), sources())).encode()).hexdigest()[:32]
+    try:
+        path = cache_folder() / f"crossover-{key}.json"
+    except Unavailable:
+        return measure(dtype, few, many, sample(dtype))  # once per process
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))["tokens"]
         if kept in (*CANDIDATES, NONE):

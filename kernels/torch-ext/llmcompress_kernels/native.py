@@ -61,8 +61,9 @@ def load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         raise Unavailable(f"this is {sys.platform} on {platform.machine()}, and there is code for linux on x86_64")
     compiler = find_compiler()
     path = cache_folder() / f"{source.stem}-{fingerprint(source, compiler, flags)}.so"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_owner(path.parent)
     if not is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with locked(path.with_suffix(".lock")):
             if not is_whole(path):
                 build(source, compiler, flags, path)
@@ -80,8 +81,19 @@ def find_compiler() -> Path:
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/llmcompress, or ~/.cache/llmcompress."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmcompress"
+    """$XDG_CACHE_HOME/llmcompress, or ~/.cache/llmcompress. Raises Unavailable where there is no home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "llmcompress"
+    except RuntimeError as problem:
+        raise Unavailable("this user has no home folder; set XDG_CACHE_HOME") from problem
+
+
+def check_owner(folder: Path) -> None:
+    """Raises Unavailable if somebody else could have put a library into a folder."""
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o002:
+        raise Unavailable(f"others may write to {folder}; make it yours alone, or set XDG_CACHE_HOME")
 
 
 def fingerprint(source: Path, compiler: Path, flags: tuple[str, ...]) -> str:
@@ -97,16 +109,22 @@ def fingerprint(source: Path, compiler: Path, flags: tuple[str, ...]) -> str:
 
 @functools.cache
 def processor() -> str:
-    """Model and features of the first CPU, as Linux lists them."""
+    """Model and features of the first CPU, as Linux lists them; elsewhere what Python knows of it."""
     wanted: dict[str, str] = {}
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "flags"):
-                wanted[key.strip()] = value.strip()
-            if not line.strip():
-                break
-    return repr(wanted)
+    listed = Path("/proc/cpuinfo")
+    for line in listed.read_text(encoding="utf-8").splitlines() if listed.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "flags"):
+            wanted[key.strip()] = value.strip()
+        if not line.strip():
+            break
+    return repr(wanted or (platform.machine(), platform.processor()))
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of all code in csrc/."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(SOURCES.iterdir()))).hexdigest()
 
 
 def checksum_file(path: Path) -> Path:

@@ -359,7 +359,7 @@ def test_a_run_from_random_weights_depends_on_its_seed_alone(run_here):
     assert first == again != other
 
 
-def test_a_mask_is_taken_from_another_model(run_here):
+def test_a_mask_is_taken_from_another_model(run_here, tiny_folders):
     found, results = run_here("llama", sparse_run("random"))
     step = SHORT | {"train": "masked", "mask": str(found), "start": "random", "seed": 7}
     other, others = run_here("llama", step)
@@ -368,6 +368,8 @@ def test_a_mask_is_taken_from_another_model(run_here):
     for name in [name for name in old if "_proj" in name]:
         assert torch.equal(old[name] == 0, new[name] == 0)
         assert not torch.equal(old[name], new[name])
+    with pytest.raises(PlanError, match="has no zeros to keep; name a model that was pruned"):
+        run_here("llama", step | {"mask": str(tiny_folders("llama"))})
     with pytest.raises(PlanError, match=r"is a mask for another model: model\.layers\.0\.self_attn\.\w+\.weight is "):
         run_here("qwen3", step, keep=[])
 

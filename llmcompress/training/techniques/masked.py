@@ -4,10 +4,11 @@ With `start: random` it tells what a mask is worth without the weights that it w
 arXiv:1803.03635, section 2; Liu et al. 2019, arXiv:1810.05270).
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
+from llmcompress.errors import PlanError
 from llmcompress.lazy import Tensor
 from llmcompress.shelf import WEIGHTS, Shelf
 from llmcompress.training.sparsity import Static
@@ -42,6 +43,13 @@ class Masked(Learn):
 class Given(Static):
     """The mask that was given."""
 
+    options: Any
+
     def choose(self, learner: Learner) -> dict[str, Tensor]:
-        """Where the other model is not zero."""
-        return {name: learner.given[name].to(weight.device) for name, weight in learner.weights.items()}
+        """Where the other model is not zero. Raises PlanError if it is zero nowhere, or in all of a matrix."""
+        masks = {name: learner.given[name].to(weight.device) for name, weight in learner.weights.items()}
+        if all(bool(mask.all()) for mask in masks.values()):
+            raise PlanError(f"mask: {self.options.mask} has no zeros to keep; name a model that was pruned")
+        if empty := [name for name, mask in masks.items() if not bool(mask.any())]:
+            raise PlanError(f"mask: {empty[0]} is all zeros in {self.options.mask}, so that nothing could learn there")
+        return masks

@@ -46,7 +46,7 @@ def interpreted(cases: list[dict[str, Any]], name: str = "interpreted_program.py
     return json.loads(ran.stdout)
 
 
-def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
+def assert_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
     """At most twice the error of torch, and unpacked to the same bits. A NaN anywhere fails the comparison."""
     assert found["kernel"] <= 2 * found["torch"], (asked, found)
     assert found["unpacked"], asked

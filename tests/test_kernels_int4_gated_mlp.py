@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import case, int4_weight, interpreted, is_exact, relative_error
+from kernel_cases import assert_exact, case, int4_weight, interpreted, relative_error
 from llmcompress_kernels import Int4Weight, int4_gated_mlp
 from llmcompress_kernels.int4_gated_mlp.reference import ACTIVATIONS, Gated, int4_gated_mlp_reference
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
@@ -163,10 +163,10 @@ def results() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_torch(name, results):
-    is_exact(results[name], CASES[name])
+    assert_exact(results[name], CASES[name])
 
 
 @pytest.mark.slow
 def test_kernels_are_as_exact_as_torch_on_all_grids():
     for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        is_exact(found, asked)
+        assert_exact(found, asked)

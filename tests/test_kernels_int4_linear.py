@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import case, interpreted, is_exact, relative_error
+from kernel_cases import assert_exact, case, interpreted, relative_error
 from llmcompress_kernels.int4_linear import from_pack_quantized, int4_linear, to_pack_quantized
 from llmcompress_kernels.int4_linear.layout import PLANES, TILE, WIDTH, from_tiles, to_tiles
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
@@ -229,13 +229,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_torch(name, results):
-    is_exact(results[name], CASES[name])
+    assert_exact(results[name], CASES[name])
 
 
 @pytest.mark.slow
 def test_kernels_are_as_exact_as_torch_on_all_grids():
     for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        is_exact(found, asked)
+        assert_exact(found, asked)
 
 
 @given(tiles=st.integers(1, 300), programs=st.integers(1, 2000), processors=st.integers(1, 200))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import case, interpreted, is_exact, relative_error
+from kernel_cases import assert_exact, case, interpreted, relative_error
 from llmcompress_kernels import from_sparse24_int4, sparse24_int4_linear, to_sparse24_int4
 from llmcompress_kernels.sparse24_int4_linear.layout import BLOCK, STRIP, TILE, dequantize_reference
 from ptx_fragments import mma_sp_m16n8k32, right, sparse_a
@@ -274,13 +274,13 @@ def results() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_torch(name, results):
-    is_exact(results[name], CASES[name])
+    assert_exact(results[name], CASES[name])
 
 
 @pytest.mark.slow
 def test_kernels_are_as_exact_as_torch_on_all_grids():
     for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        is_exact(found, asked)
+        assert_exact(found, asked)
 
 
 # what the compiler makes of the inline assembly

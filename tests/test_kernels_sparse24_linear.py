@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import case, interpreted, is_exact, relative_error
+from kernel_cases import assert_exact, case, interpreted, relative_error
 from llmcompress_kernels import from_sparse24, sparse24_linear, to_sparse24
 from llmcompress_kernels.sparse24_linear.layout import PLANE, TILE, expand_reference
 from llmcompress_kernels.sparse24_linear.library import cutlass_form, takes
@@ -218,10 +218,10 @@ def results() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_torch(name, results):
-    is_exact(results[name], CASES[name])
+    assert_exact(results[name], CASES[name])
 
 
 @pytest.mark.slow
 def test_kernels_are_as_exact_as_torch_on_all_grids():
     for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        is_exact(found, asked)
+        assert_exact(found, asked)

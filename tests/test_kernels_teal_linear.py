@@ -143,7 +143,7 @@ GRID = [
 ]
 
 
-def is_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
+def assert_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
     """At most twice the error of torch, and the same bits again. A NaN anywhere fails the comparison."""
     assert found["kernel"] <= 2 * found["torch"], asked
     assert found["same"], asked
@@ -158,10 +158,10 @@ def results() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_torch(name, results):
-    is_exact(results[name], CASES[name])
+    assert_exact(results[name], CASES[name])
 
 
 @pytest.mark.slow
 def test_kernels_are_as_exact_as_torch_on_all_shapes():
     for found, asked in zip(interpreted(GRID, PROGRAM), GRID, strict=True):
-        is_exact(found, asked)
+        assert_exact(found, asked)

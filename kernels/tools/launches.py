@@ -196,7 +196,8 @@ def dense_adapted(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
 
 
 def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
-    """Above 256 tokens torch's library for sparse tensor cores, at twice the peak of dense ones."""
+    """Above 256 tokens, with compute capability 8, torch's library for sparse tensor cores, at twice the peak of dense
+    ones; elsewhere the weight is expanded for the BLAS."""
     from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
     from llmcompress_kernels.launching import planned
     from llmcompress_kernels.sparse24_linear import launch
@@ -204,7 +205,9 @@ def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 
     packed = sparse24_bytes(rows, columns)
     if tokens > BLAS_TOKENS:
-        return Spent([], blas(gpu, tokens, rows, columns, packed, speed=2.0))
+        if gpu.architecture // 10 == 8:
+            return Spent([], blas(gpu, tokens, rows, columns, packed, speed=2.0))
+        return Spent([], blas(gpu, tokens, rows, columns) + stream(gpu, 1, packed + 2.0 * rows * columns))
     plan = planned((launch.GEMV, launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("sparse24_gemv", {}) if tokens == 1 else ("sparse24_gemm", {"BM": plan.tiles.tokens})
     code = code_of("sparse24_linear", gpu.architecture, kernel, bits=9.0, **block)

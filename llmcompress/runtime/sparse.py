@@ -1,7 +1,7 @@
 """Rows of `OPERATORS` for the 2:4 formats of this project, as far as llmcompress_kernels has their operators.
 
-They take weights on a GPU only: their code for CPUs was not measured yet, so there a `StoredLinear` unpacks the weight at
-each call. A model that was loaded on a CPU and moved is packed by `accelerate`.
+They take weights on a GPU only: their code for CPUs was not measured yet, so there a `StoredLinear` unpacks the weight
+at each call. A model that was loaded on a CPU and moved is packed by `accelerate`.
 """
 
 from typing import Any

@@ -32,7 +32,7 @@ LARGE = 1 << 20  # weights from which on one is large
 CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens; none of them: 96
 NONE = 96
 TURNS = 9  # of both ways; the first does not count
-FEWEST = 3  # turns when the time is up
+FEWEST = 4  # turns when the time is up: of three that count, one may be disturbed
 SECONDS = 0.5  # for one search
 
 

@@ -5,8 +5,8 @@
 // (AVX2, AVX-512). That is 32 products at 512 bits, as many as vdpbf16ps has, which takes twice the time on the CPU
 // that this was measured on, and many lack. Codes need no conversion, and the sum of a group of columns is exact.
 //
-// What is lost: a value of bfloat16 or float16 is exact down to 1/128 or 1/16 of the largest of its 128 columns; a smaller
-// one is off by at most 2^-15 of the largest, which y's own rounding exceeds unless the largest is some hundred times
+// What is lost: a value of bfloat16 or float16 is exact down to 1/128 or 1/16 of the largest of its 128 columns; a
+// smaller one is off by at most 2^-15 of the largest, which y's own rounding exceeds unless the largest is some hundred times
 // the others and its weight is zero. 8-bit x (vpdpbusd) would double the speed, but is off by 2^-8 of the largest: in
 // groups of 32 columns that is about 0.5% of y, three times the error of a linear in bfloat16, and twice is our limit.
 //
@@ -60,7 +60,8 @@ struct Int4Strip {
         for (int g = 0; g < groups; ++g) {
             const int64_t at = w.group_at(tile * TILE + g * (TILE / groups)) * w.rows + first;
             scale[g] = count < LANES ? copied(w.scale + at, count, kept_scale[g]) : w.scale + at;
-            zero[g] = w.zero && count < LANES ? copied(w.zero + at, count, kept_zero[g]) : w.zero ? w.zero + at : nullptr;
+            zero[g] = w.zero ? w.zero + at : nullptr;
+            if (w.zero && count < LANES) zero[g] = copied(w.zero + at, count, kept_zero[g]);
         }
     }
     Int4Strip(const Int4Strip&) = delete;

@@ -5,7 +5,9 @@
 
 struct Int4Format {
     using Weight = Int4;
-    static Int4 weight(const void* a, const void* b, const void* c, int64_t rows, int64_t columns, int group, Half half) {
+    static Int4 weight(
+        const void* a, const void* b, const void* c, int64_t rows, int64_t columns, int group, Half half
+    ) {
         const auto* words = static_cast<const int32_t*>(a);
         return {words, static_cast<const uint16_t*>(b), static_cast<const uint8_t*>(c), rows, columns, group, half};
     }

@@ -3,7 +3,7 @@
 //
 // A library is a file that includes this one and then says EXPORT_FORMAT(Format). A Format has
 //
-//     Weight, weight(a, b, c, rows, columns, group, half)   from its three tensors, in the order of `pointers` in Python
+//     Weight, weight(a, b, c, rows, columns, group, half)   from its three tensors, in the order of `tensors_of`
 //     by_rows(product, threads)                             few tokens; false without memory
 //     by_matrix(product, threads)                           many tokens of bfloat16, under HAS_MATRIX
 //     unpack(weight, first, count, out)                     rows first .. first + count, [count, columns]
@@ -38,8 +38,8 @@ void unpack_by(const typename Format::Weight& weight, int64_t first, int64_t cou
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// half: 0 bfloat16, 1 float16. `multiply`: y = x Wᵀ + bias for few tokens (many: 0) or by matrix instructions (many: 1);
-// returns 0, or 1 without memory.
+// half: 0 bfloat16, 1 float16. `multiply`: y = x Wᵀ + bias for few tokens (many: 0) or by matrix instructions
+// (many: 1); returns 0, or 1 without memory.
 #define EXPORT_FORMAT(Format)                                                                                        \
     EXPORT int has_matrix() { return matrix_can_be_used(); }                                                         \
     EXPORT int multiply(                                                                                             \

@@ -5,8 +5,8 @@
 //
 // Blocks are chosen for the caches. A *panel*, 32 rows by up to 640 columns of the weight, is unpacked into the first
 // one and multiplied by all tokens of a block, of whose x the same columns stay in the second one while the panels of
-// 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens; one of at most
-// 640 columns, whose sums need not wait, once per 800 or more.
+// 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens; one of at
+// most 640 columns, whose sums need not wait, once per 800 or more.
 //
 // While a thread multiplies a panel, it unpacks the next one: few instructions keep the matrix unit busy, and between
 // them the vector units are free.
@@ -146,7 +146,7 @@ inline __m512 row_pairs(const float* sums, const float* bias, int i) {
     const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + (2 * i + 1) * SIDE), _mm512_set1_ps(bias[2 * i + 1]));
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i at = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(16 << 16));
+    const __m512i at = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
     return (__m512)_mm512_permutexvar_epi16(at, both);
 }
 

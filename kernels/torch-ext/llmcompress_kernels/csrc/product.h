@@ -1,5 +1,5 @@
-// Few tokens, whatever the format of the weight: weights are made in registers, once for up to four or eight tokens, and
-// never stored.
+// Few tokens, whatever the format of the weight: weights are made in registers, once for up to four or eight tokens,
+// and never stored.
 //
 // Sums are kept in float32. A thread takes a block of rows and goes along it tile by tile, since neighbouring rows of a
 // tile lie together: it reads runs of kilobytes.
@@ -128,7 +128,8 @@ bool product_by_rows(const Product<typename Math::Weight>& p, int threads) {
     std::memset(static_cast<void*>(x.data), 0, count * stride * sizeof(Packed));
     const auto pack = [&](int thread, int of) {
         const Range range = share(p.tokens, 1, thread, of);
-        for (int64_t m = range.first; m < range.last; ++m) Math::pack(p.weight, p.x + m * p.stride, x.data + m * stride);
+        for (int64_t m = range.first; m < range.last; ++m)
+            Math::pack(p.weight, p.x + m * p.stride, x.data + m * stride);
     };
     parallel(useful(threads, p.weight.columns, p.tokens, PACK_EACH), pack);
     parallel(useful(threads, p.weight.rows * p.weight.columns, p.tokens + 2, ROWS_EACH), [&](int thread, int of) {

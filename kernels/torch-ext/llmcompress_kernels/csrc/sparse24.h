@@ -64,7 +64,7 @@ struct Sparse24Fours : ColumnLanes {
 
     static void pack(const Sparse24& w, const uint16_t* x, float* out) {
         for (int64_t k = 0; k < w.columns; ++k)
-            out[k / Sparse24::PLANE * Sparse24::PLANE + k % 4 * WIDTH + k % Sparse24::PLANE / 4] = to_float(x[k], w.half);
+            out[k / 64 * 64 + k % 4 * WIDTH + k % 64 / 4] = to_float(x[k], w.half);
     }
 
     template <int TOKENS>

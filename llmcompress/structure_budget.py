@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from llmcompress.arch import Module
+from llmcompress.cost import Phase
 from llmcompress.errors import PlanError
 from llmcompress.layout import block_index, block_linears
 from llmcompress.plan import Plan, PlannedLinear
@@ -32,6 +33,7 @@ class StructurePlan(Plan):
     widths: dict[int, int]  # units that each of these keeps; what a global ranking decides is spread evenly till then
     drop: int  # how many blocks go
     smaller: ModelSource  # as far as it is known: with `drop`, as if the last blocks went
+    scoring: Phase  # what finding out which units go will take
 
     @property
     def needs_data(self) -> bool:
@@ -63,6 +65,11 @@ class StructurePlan(Plan):
         if self.ranked:
             return sum(self.groups[i].units for i in free), sum(self.widths[i] for i in free)
         return self.groups[min(free)].units, self.widths[min(free)]
+
+    def plain(self) -> dict[str, Any]:
+        """Also what scoring takes."""
+        scoring = {"memory_bytes": int(self.scoring.memory), "seconds": self.scoring.seconds}
+        return Plan.plain(self) | {"scoring": scoring | {"disk_bytes": int(self.scoring.disk)}}
 
 
 def needs_data(options: Structure) -> bool:
@@ -126,7 +133,8 @@ def extended(
     """The dense plan with what the step does."""
     changes = {"notes": [note], "linears": list(planned_linears(dense, result))}
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__} | changes
-    return StructurePlan(**values, step=step, groups=dict(groups), widths=dict(widths), drop=drop, smaller=result)
+    more = {"groups": dict(groups), "widths": dict(widths), "drop": drop, "smaller": result}
+    return StructurePlan(**values, step=step, **more, scoring=Phase())
 
 
 def planned_linears(dense: Plan, result: ModelSource) -> Iterator[PlannedLinear]:

@@ -9,6 +9,7 @@ from rich.text import Text
 from llmcompress.adapter_plan import AdapterPlan
 from llmcompress.at_runtime import RUNTIMES
 from llmcompress.catalog import DATASETS, MODELS
+from llmcompress.cost import LIBRARIES
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
 from llmcompress.machine import gib
@@ -19,6 +20,7 @@ from llmcompress.recipe import recipe_paths
 from llmcompress.runtime_plan import RuntimePlan
 from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
+from llmcompress.structure_budget import StructurePlan
 from llmcompress.suite import suite_paths
 from llmcompress.training import TRAININGS
 from llmcompress.training_plan import TrainPlan, updated_linears
@@ -63,10 +65,18 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
             ("result", gib(cost.output_bytes)),
             ("peak host memory", gib(cost.peak_host_bytes)),
             ("peak device memory", gib(cost.peak_device_bytes)),
+            *scoring_rows(plan),
             ("disk", gib(cost.disk_bytes)),
             ("time, evaluation aside", f"about {cost.seconds:.0f} s"),
         ],
     )
+
+
+def scoring_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What a structure step takes to find out which units go, if it looks at more than weights."""
+    if isinstance(plan, StructurePlan) and plan.scoring.seconds:
+        memory = gib(LIBRARIES + plan.scoring.memory)
+        yield "scoring alone", f"{memory}, about {plan.scoring.seconds:.0f} s, {gib(plan.scoring.disk)} of disk"
 
 
 def describe(name: str, method: Any) -> str:

@@ -25,7 +25,7 @@ from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
 from llmcompress.job import Job
 from llmcompress.proof import digest
-from llmcompress.stats import GradientMoments, InputGram, InputMoments
+from llmcompress.stats import GradientMoments, InputGram, InputGramMean, InputMoments
 from llmcompress.stream import Block, collect, oriented, stream_blocks
 from llmcompress.structure import Depth, Sublayer, Width
 from llmcompress.structure.compensation import least_squares, mean_bias
@@ -161,15 +161,16 @@ class WidthJob(Job):
         name, how = group.consumer, self._options.compensate
         if how == "none":
             return None
-        weight, gram = weight_of(block, name), collect(block, {(name,): InputGram})[name].mean
+        weight = weight_of(block, name)
         if how == "least_squares":
+            gram = collect(block, {(name,): InputGram})[name].mean
             self._check_no_zeros(name, block, weight)
             changed = least_squares(weight, gram, columns)
             oriented(block, name).copy_(changed)
             return relative_error(weight, changed, gram)
-        changed = torch.zeros_like(weight)
+        found = collect(block, {(name,): InputGramMean})[name]
+        changed, gram, mean = torch.zeros_like(weight), found.mean, found.average
         changed[:, columns] = weight[:, columns]
-        mean = collect(block, {(name,): InputMoments})[name].mean
         self._add_bias(block, name, mean_bias(weight, mean, columns), result)
         left = quadratic(changed - weight, gram - torch.outer(mean, mean)).clamp(min=0)
         return float((left / quadratic(weight, gram)).sqrt())

@@ -132,8 +132,8 @@ def extended(
     """The dense plan with what the step does."""
     changes = {"notes": [note], "linears": list(planned_linears(dense, result))}
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__} | changes
-    more = {"groups": dict(groups), "widths": dict(widths), "drop": drop, "smaller": result}
-    return StructurePlan(**values, step=step, **more, ranking=None, scoring=Phase())
+    values |= {"groups": dict(groups), "widths": dict(widths), "drop": drop, "smaller": result}
+    return StructurePlan(**values, step=step, ranking=None, scoring=Phase())
 
 
 def planned_linears(dense: Plan, result: ModelSource) -> Iterator[PlannedLinear]:

@@ -9,7 +9,7 @@ from rich.text import Text
 from llmcompress.adapter_plan import AdapterPlan
 from llmcompress.at_runtime import RUNTIMES
 from llmcompress.catalog import DATASETS, MODELS
-from llmcompress.cost import LIBRARIES
+from llmcompress.cost import LIBRARIES, Phase
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
 from llmcompress.machine import gib
@@ -20,7 +20,6 @@ from llmcompress.recipe import recipe_paths
 from llmcompress.runtime_plan import RuntimePlan
 from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
-from llmcompress.structure_budget import StructurePlan
 from llmcompress.suite import suite_paths
 from llmcompress.training import TRAININGS
 from llmcompress.training_plan import TrainPlan, updated_linears
@@ -74,9 +73,10 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
 
 def scoring_rows(plan: Plan) -> Iterator[tuple[str, str]]:
     """What a structure step takes to find out which units go, if it looks at more than weights."""
-    if isinstance(plan, StructurePlan) and plan.scoring.seconds:
-        memory = gib(LIBRARIES + plan.scoring.memory)
-        yield "scoring alone", f"{memory}, about {plan.scoring.seconds:.0f} s, {gib(plan.scoring.disk)} of disk"
+    scoring: Phase | None = getattr(plan, "scoring", None)  # the class of such plans needs torch, plans of methods none
+    if scoring and scoring.seconds:
+        memory = gib(LIBRARIES + scoring.memory)
+        yield "scoring alone", f"{memory}, about {scoring.seconds:.0f} s, {gib(scoring.disk)} of disk"
 
 
 def describe(name: str, method: Any) -> str:

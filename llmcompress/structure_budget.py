@@ -42,6 +42,14 @@ class StructurePlan(Plan):
         return needs_data(self.step.options)
 
     @property
+    def advice(self) -> str:
+        """How to need less memory."""
+        words = "use fewer calibration samples or shorter ones"
+        if self.scoring.disk:
+            return f"{words}, a score without gradients"
+        return f"{words}, `compensate: none`" if getattr(self.step.options, "compensate", "none") != "none" else words
+
+    @property
     def result(self) -> ModelSource:
         """The smaller model."""
         return self.smaller

@@ -13,6 +13,8 @@ from tiny_runs import recipe, write_hollow
 
 from llmcompress import cost
 from llmcompress.cost import LIBRARIES, Phase, cost_of
+from llmcompress.errors import PlanError
+from llmcompress.machine import check_memory
 from llmcompress.source import open_source
 from llmcompress.stages import plan_stages
 from llmcompress.structure_budget import StructurePlan
@@ -34,9 +36,9 @@ def _a_machine_of_known_speed(monkeypatch):
 def planned(tiny_folders, text) -> Any:
     """The plan of the last of some steps, with so many windows of 64 tokens."""
 
-    def go(*steps: dict[str, Any], model: Path | None = None, samples: int = 64, length: int = 64) -> Any:
+    def go(*steps: dict[str, Any], model: Path | None = None, samples: int = 64, length: int = 64, **more: Any) -> Any:
         calibration = {"data": str(text), "samples": samples, "length": length}
-        made = recipe(model or tiny_folders("llama"), text, *steps, calibration=calibration)
+        made = recipe(model or tiny_folders("llama"), text, *steps, calibration=calibration, **more)
         return plan_stages(made, open_source(made.model))[-1][1]
 
     return go
@@ -137,6 +139,19 @@ def test_what_scoring_takes_is_told(planned):
     }
     assert "scoring alone" in shown(plan)
     assert "scoring alone" not in shown(planned(WIDTH | {"score": "magnitude"}))
+
+
+@pytest.mark.parametrize(
+    ("step", "advice"),
+    [
+        (WIDTH | {"score": "taylor"}, "shorter ones, a score without gradients, or raise max_memory"),
+        (WIDTH | {"score": "magnitude"}, "shorter ones, `compensate: none`, or raise max_memory"),
+        (DEPTH | {"score": "greedy"}, "shorter ones, or raise max_memory"),
+    ],
+)
+def test_too_little_memory_says_what_would_need_less(step, advice, planned):
+    with pytest.raises(PlanError, match=advice):
+        check_memory(planned(step, max_memory="600MiB"))
 
 
 def test_a_narrower_model_takes_less_to_train_and_lora_still_less(planned):

@@ -25,6 +25,7 @@ from llmcompress.source import ModelSource, open_source
 from llmcompress.training import Recover
 
 LOADING = 8.0  # seconds to load the whole model, and to write what it has learned
+BEHIND = 1.25  # numbers that a pass leaves behind for each that goes into a linear or comes out
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,23 +203,36 @@ def predict(plan: TrainPlan) -> Cost:
 
 
 def learning(plan: TrainPlan, parameters: int) -> Phase:
-    """The whole model in float32, what of it is trained three times more, masks, and a pass there and back.
+    """The whole model in float32, both moments of what of it is trained, and a pass there and back.
 
-    Two states are on disk for a moment, and what was learned before it is the result.
+    Gradients come while what the pass has left behind goes; they wait only where a step takes several passes. Two
+    states are on disk for a moment, and what was learned before it is the result.
     """
-    options, length = plan.step.options, length_of(plan)
+    options = plan.step.options
     trained = lora_parameters(plan) if options.lora else parameters
-    widths = sum(sum(linear.shape) for linear in plan.linears)  # what goes into linears and comes out, for a token
-    if options.gradient_checkpointing:
-        widths = sum(sum(shape) for shape in block_shapes(plan))
-    inside = 2 if options.precision == "bfloat16" else 4
-    window = options.micro_batch * length * (2.5 * widths * inside + 4 * 4 * vocabulary(plan))
+    gradient, moments = 4 * trained, 2 * 4 * trained
+    waiting = gradient if options.batch > options.micro_batch else 0
     pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
-    memory = 4 * parameters + max(3 * 4 * trained + window, options.scoring_bytes * pruned) + pruned
+    at_work = max(moments + waiting + passing_back(plan, parameters), moments + gradient)
+    memory = 4 * parameters + max(at_work, options.scoring_bytes * pruned) + pruned
+    operations = 2.0 * parameters * options.steps * options.batch * length_of(plan)
     passes = 4.0 if options.gradient_checkpointing else 3.0
-    operations = 2.0 * parameters * options.steps * options.batch * length
     seconds = LOADING + 2.0 * passes * operations / speed(plan, options.precision)
     return Phase(memory, seconds, 2 * 3 * 4 * trained + parameters * plan.itemsize)
+
+
+def passing_back(plan: TrainPlan, parameters: int) -> float:
+    """Bytes that a pass leaves behind for the way back: inside blocks, logits with two gradients, and rounded weights.
+
+    With gradient checkpointing the inputs of all blocks, and the inside of one.
+    """
+    options, checkpointing = plan.step.options, plan.step.options.gradient_checkpointing
+    item = 2 if options.precision == "bfloat16" else 4
+    shapes = block_shapes(plan) if checkpointing else [linear.shape for linear in plan.linears]
+    inside = BEHIND * item * sum(sum(shape) for shape in shapes)
+    inputs = 4 * plan.count * hidden_size(plan) if checkpointing else 0
+    rounded = item * parameters if item < 4 else 0
+    return rounded + options.micro_batch * length_of(plan) * (inside + inputs + 3 * item * vocabulary(plan))
 
 
 def teaching(plan: TrainPlan, parameters: int) -> Phase:

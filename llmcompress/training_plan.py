@@ -213,7 +213,7 @@ def learning(plan: TrainPlan, parameters: int) -> Phase:
     gradient, moments = 4 * trained, 2 * 4 * trained
     waiting = gradient if options.batch > options.micro_batch else 0
     pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
-    at_work = max(moments + waiting + passing_back(plan, parameters), moments + gradient)
+    at_work = max(moments + waiting + passing_back(plan, parameters, options.micro_batch), moments + gradient)
     memory = 4 * parameters + max(at_work, options.scoring_bytes * pruned) + pruned
     operations = 2.0 * parameters * options.steps * options.batch * length_of(plan)
     passes = 4.0 if options.gradient_checkpointing else 3.0
@@ -221,8 +221,8 @@ def learning(plan: TrainPlan, parameters: int) -> Phase:
     return Phase(memory, seconds, 2 * 3 * 4 * trained + parameters * plan.itemsize)
 
 
-def passing_back(plan: TrainPlan, parameters: int) -> float:
-    """Bytes that a pass leaves behind for the way back: inside blocks, logits with two gradients, and rounded weights.
+def passing_back(plan: TrainPlan, parameters: int, windows: int) -> float:
+    """Bytes that a pass of some windows leaves behind for the way back: inside blocks, logits with two gradients, and rounded weights.
 
     With gradient checkpointing the inputs of all blocks, and the inside of one.
     """
@@ -232,7 +232,7 @@ def passing_back(plan: TrainPlan, parameters: int) -> float:
     inside = BEHIND * item * sum(sum(shape) for shape in shapes)
     inputs = 4 * plan.count * hidden_size(plan) if checkpointing else 0
     rounded = item * parameters if item < 4 else 0
-    return rounded + options.micro_batch * length_of(plan) * (inside + inputs + 3 * item * vocabulary(plan))
+    return rounded + windows * length_of(plan) * (inside + inputs + 3 * item * vocabulary(plan))
 
 
 def teaching(plan: TrainPlan, parameters: int) -> Phase:

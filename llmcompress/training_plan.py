@@ -222,7 +222,7 @@ def learning(plan: TrainPlan, parameters: int) -> Phase:
 
 
 def passing_back(plan: TrainPlan, parameters: int, windows: int) -> float:
-    """Bytes that a pass of some windows leaves behind for the way back: inside blocks, logits with two gradients, and rounded weights.
+    """Bytes that a pass of some windows leaves behind: insides of blocks, logits with two gradients, rounded weights.
 
     With gradient checkpointing the inputs of all blocks, and the inside of one.
     """

@@ -26,8 +26,8 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "structure training at_runtime",
     "recipe",
     "layout plan machine assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "
-    "training_plan adapter_plan runtime_plan stages cost proof suite perplexity offline_tasks tasks evaluate "
-    "inspection report hub",
+    "training_plan adapter_plan runtime_plan stages cost method_cost structure_cost proof suite perplexity "
+    "offline_tasks tasks evaluate inspection report hub",
     "generation speed bench compress survey results job structure_job hidden_job training_job adapter_job runtime_job "
     "run export pad tables",
     "cli __main__",

@@ -106,6 +106,24 @@ def test_fewer_blocks_of_unlike_width_are_numbered_anew(run_here):
     assert results["proof"]["passed"]
 
 
+def test_sub_layers_of_unlike_size_count_with_their_own_parameters(run_here):
+    """The larger MLP has the larger norm, but each of its parameters is worth less, so it goes."""
+    unlike = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group", "protect_first": 1}
+    step = NO_MLP | {"score": {"method": "magnitude", "norm": "l1"}, "ratio": 0.6}
+    _, results = run_here("llama", unlike, step)
+    narrow, last = results["stages"][1:]
+    assert narrow["parameters"] - last["parameters"] == 3 * 96 * 160
+    told = [note for note in results["notes"] if note.startswith("mlp: 2 -> 1 in 2 blocks")]
+    assert f"removes {3 * 96 * 160:,} parameters" in told[-1]
+
+
+def test_rounds_may_take_every_sub_layer(run_here):
+    folder, results = run_here("llama", NO_ATTENTION | {"ratio": 0.99, "rounds": 2})
+    assert [stage["name"] for stage in results["stages"]] == ["before", "attention", "attention"]
+    assert len(config_of(folder)["per_layer_config"]) == 2
+    assert results["proof"]["passed"]
+
+
 def test_other_code_in_the_folder_is_not_run(run_here):
     folder, _ = run_here("llama", RANKED | {"multiple": 8})
     with (folder / CODE).open("a") as file:

@@ -22,7 +22,7 @@ LAYERS = [  # a module imports from its own layer and from those above it in thi
     "errors files thresholds shelf options catalog engines progress quiet reload lazy adapter modeling_llmcompress",
     "grid mask budget stats histogram weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats runtime teal eviction",
-    "source gguf_source hub_source new_model text calibrate arch building fused stream checkpoint gradients",
+    "source gguf_source hub_source new_model cached text calibrate arch building fused stream checkpoint gradients",
     "structure training at_runtime",
     "recipe",
     "layout plan machine assignment packed_source structure_budget depth_plan width_plan structure_plan hidden_plan "

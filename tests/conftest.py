@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": SIZES | {"intermediate_size": 160},
     "opt": SIZES | {"ffn_dim": 160, "word_embed_proj_dim": 96},
 }
+
+# From recipe to folder these are as another one: llama with a window, and two whose norms gemma3 has too.
+ALIKE = {"mistral", "qwen3", "gemma2"}
+
+
+def some_slow(kinds: Iterable[str]) -> list[Any]:
+    """The kinds as parameters of a test that takes long for each; those that are alike are marked slow."""
+    return [pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind for kind in kinds]
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:

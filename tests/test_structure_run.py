@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, write_tiny
+from conftest import ARCHITECTURES, some_slow, tiny_model, tiny_tokenizer, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import proof_inside, recipe, reloaded, tensors
@@ -28,7 +28,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_narrower_models_of_every_architecture_are_proved(kind, run_here):
     folder, results = run_here(kind, CHANNELS)
     assert results["proof"]["passed"]
@@ -39,7 +39,7 @@ def test_narrower_models_of_every_architecture_are_proved(kind, run_here):
     assert results["size"]["after_bytes"] < results["size"]["before_bytes"]
 
 
-@pytest.mark.parametrize("kind", GROUPED)
+@pytest.mark.parametrize("kind", some_slow(GROUPED))
 def test_fewer_key_value_groups(kind, run_here):
     step = {"structure": "kv_group", "score": "activation", "ratio": 0.5, "of": "group"}
     folder, _ = run_here(kind, step)
@@ -87,7 +87,7 @@ def test_rounds_end_where_one_round_does(run_here):
     assert once == twice == 72
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_fewer_blocks_generate_with_a_cache(kind, run_here):
     folder, results = run_here(kind, BLOCKS, dtype="float32")
     model = reloaded(folder)

@@ -15,7 +15,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,8 +147,8 @@ def die_at(moments: list[dict[str, str]], whole: str, recipe_values: dict[str, A
     """A run into `whole`, then for each moment {"folder", "side", "file"} one that dies by SIGKILL in a child process.
 
     Every file that a run finishes is renamed to its name; a child dies before or after the rename that makes `file`.
-    The first run has imported everything, so that children need not. Called in an interpreter of its own with one
-    thread (`run_die_at`), since threads do not survive a fork.
+    The first run has imported everything, so that children need not. Called in an interpreter with one thread
+    (`run_die_at`), since threads do not survive a fork.
     """
     from llmcompress.run import run
 
@@ -176,13 +179,19 @@ def dying(rename: Any, side: str, file: str) -> Any:
     return method
 
 
+@cache
+def interpreter_with_one_thread() -> ProcessPoolExecutor:
+    """Another interpreter, the same one for all tests: it takes longer to import everything than to run and die."""
+    executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        executor.submit(int).result()  # starts it
+    return executor
+
+
 def run_die_at(moments: list[dict[str, str]], whole: Path, recipe_values: dict[str, Any]) -> None:
-    """`die_at` in a new interpreter."""
-    code = "import json, sys, tiny_runs; tiny_runs.die_at(*json.loads(sys.argv[1]))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, json.dumps([moments, str(whole), recipe_values])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """`die_at` in the other interpreter."""
+    interpreter_with_one_thread().submit(die_at, moments, str(whole), recipe_values).result()
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -204,6 +204,16 @@ def test_all_that_is_compared_learns_from_as_many_tokens():
     assert ticket.options.density == pytest.approx(0.2, abs=1e-5)
 
 
+def test_trainings_of_different_length_do_not_stand_in_one_table(tmp_path, monkeypatch):
+    script = evals_module("compare_techniques")
+    monkeypatch.setattr(script, "COMPARED", tmp_path / "known.json")
+    script.check_steps(400)
+    (tmp_path / "known.json").write_text(json.dumps({"dense": {"0": {"tokens": 400 * 4 * 256}}}))
+    script.check_steps(400)
+    with pytest.raises(SystemExit, match="trainings of 400 steps"):
+        script.check_steps(200)
+
+
 def test_weights_for_a_given_mask_are_other_ones_than_it_was_found_with():
     seeds = {trial.name: trial.values["steps"][0].get("seed") for trial in comparisons.trials(400, [1])}
     assert seeds["ticket-80"] == seeds["static-80"] == 1

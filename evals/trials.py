@@ -173,41 +173,19 @@ class Bench:
         """Run what is due; what went wrong, a line for each trial."""
         shares = core_shares(self.jobs)
         conditions = {"jobs": self.jobs, "threads": len(shares[0])}
-        machine = provenance(*self.written) | conditions
-        waiting, free, running, wrong = self.due(), shares, list[Running](), list[str]()
-        total, began = len(waiting), time.monotonic()
         self.work.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that what runs is ended too
-        failed: set[Key] = set()
+        turn = Turn(self, provenance(*self.written) | conditions, self.due(), shares)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that what runs is ended too
         try:
-            while waiting or running:
-                for trial in [each for each in waiting if failed.intersection(each.needs)]:
-                    waiting.remove(trial)
-                    failed.add(trial.key)
-                    wrong.append(f"{trial.name}, seed {trial.seed}: not run, as what it goes on from has failed")
-                while free and (trial := self.startable(waiting, running)):
-                    waiting.remove(trial)
-                    running.append(self.start(trial, free.pop(0)))
-                for each in [each for each in running if each.process.poll() is not None]:
-                    running.remove(each)
-                    free.append(each.cores)
-                    problem = self.end(each, machine)
-                    if problem:
-                        failed.add(each.trial.key)
-                        wrong.append(problem)
-                    done = total - len(waiting) - len(running)
-                    left = (time.monotonic() - began) / done * (total - done) / 60
-                    told = problem or f"{each.trial.name}, seed {each.trial.seed}: {short(self.row(each.trial))}"
-                    say(f"{told}; {done} of {total}, about {left:.0f} min left")
+            while turn.waiting or turn.running:
+                turn.leave_out()
+                turn.start()
+                turn.collect()
                 time.sleep(PAUSE)
         finally:
-            stop(running)
-        return wrong
-
-    def startable(self, waiting: list[Trial], running: list[Running]) -> Trial | None:
-        """The first that has all that it goes on from."""
-        pending = {trial.key for trial in waiting} | {each.trial.key for each in running}
-        return next((trial for trial in waiting if not pending.intersection(trial.needs)), None)
+            stop(turn.running)
+            signal.signal(signal.SIGTERM, before)
+        return turn.wrong
 
     def start(self, trial: Trial, cores: frozenset[int]) -> Running:
         """Begin, or go on."""
@@ -261,6 +239,56 @@ class Bench:
         """What is known of a trial."""
         found: dict[str, Any] = self.rows[trial.name][str(trial.seed)]
         return found
+
+
+@dataclass
+class Turn:
+    """What is going on while a bench runs."""
+
+    bench: Bench
+    machine: Mapping[str, Any]  # what stands in every row
+    waiting: list[Trial]
+    free: list[frozenset[int]]  # cores that nobody uses
+    running: list[Running] = field(default_factory=list)
+    failed: set[Key] = field(default_factory=set)
+    wrong: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.total, self.began = len(self.waiting), time.monotonic()
+
+    def leave_out(self) -> None:
+        """Trials that would go on from one that has failed."""
+        for trial in [each for each in self.waiting if self.failed.intersection(each.needs)]:
+            self.waiting.remove(trial)
+            self.failed.add(trial.key)
+            self.wrong.append(f"{trial.name}, seed {trial.seed}: not run, as what it goes on from has failed")
+
+    def start(self) -> None:
+        """As many as there are cores for, of those that have all that they go on from."""
+        while self.free:
+            pending = {trial.key for trial in [*self.waiting, *(each.trial for each in self.running)]}
+            ready = [trial for trial in self.waiting if not pending.intersection(trial.needs)]
+            if not ready:
+                return
+            self.waiting.remove(ready[0])
+            self.running.append(self.bench.start(ready[0], self.free.pop(0)))
+
+    def collect(self) -> None:
+        """Rows of those that have ended."""
+        for each in [each for each in self.running if each.process.poll() is not None]:
+            self.running.remove(each)
+            self.free.append(each.cores)
+            problem = self.bench.end(each, self.machine)
+            if problem:
+                self.failed.add(each.trial.key)
+                self.wrong.append(problem)
+            self.tell(problem or f"{each.trial.name}, seed {each.trial.seed}: {short(self.bench.row(each.trial))}")
+
+    def tell(self, text: str) -> None:
+        """What has come of a trial, and how long the others will take."""
+        done = self.total - len(self.waiting) - len(self.running)
+        left = (time.monotonic() - self.began) / done * (self.total - done) / 60
+        say(f"{text}; {done} of {self.total}, about {left:.0f} min left")
 
 
 def row_of(results: Mapping[str, Any], folder: Path, trainings: int) -> dict[str, Any]:

@@ -223,6 +223,13 @@ def test_silenced_units_learn_on_until_the_last_choice(tmp_path):
     assert silent[9] == silent[11] == [40, 40]
 
 
+def test_by_norm_the_smallest_units_go(tmp_path):
+    model = uneven()
+    units = units_in(model, ("mlp_channel",))[0]
+    learn(tmp_path, TECHNIQUES["geometric_median"] | {"by": "norm"}, model=model)
+    assert units.zero().tolist() == [True] * 40 + [False] * 120
+
+
 # growing regularization
 
 

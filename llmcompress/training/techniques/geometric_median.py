@@ -7,10 +7,11 @@ The units of a block with the smallest d, those nearest to its geometric median,
 part. Every `every` steps a share `ratio` of them is silenced: what they give to the rest of the model is set to zero,
 their columns of the down or output projection. The paper zeroes a filter's weights and keeps the next layer's, through
 which it may recover; here a unit's own rows stay, for the same reason, as a unit of which everything is zero gets no
-gradient. The last time, those that are chosen go for good, as a whole.
+gradient. The last time, those that are chosen go for good, as a whole. With `by: norm` the units of the smallest norm
+go instead, which is what the paper compares with (soft filter pruning, He et al. 2018, arXiv:1808.06866).
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +34,9 @@ class SoftGeometricMedian(Fewer):
     )
 
     every: int = Field(20, ge=1, description="steps between choices")
+    by: Literal["distance", "norm"] = Field(
+        "distance", description="what the smallest go by: the distance to all others, or as a baseline their norm"
+    )
 
     def technique(self) -> Technique:
         """Silence, and let learn."""
@@ -49,7 +53,8 @@ class SoftPruning(UnitTechnique):
         if not self.options.turn(step, self.options.every):
             return
         for units in self.units:
-            stay = lowest(distances(units), round(self.options.ratio * units.count))
+            scores = units.norms() if self.options.by == "norm" else distances(units)
+            stay = lowest(scores, round(self.options.ratio * units.count))
             if step == self.options.end:
                 units.mask(self.masks, stay)
             else:

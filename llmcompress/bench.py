@@ -2,8 +2,12 @@
 
 Each measurement is a process of its own (`speed.py`), and the two sides alternate, so that what else the machine does
 falls on both. The numbers are medians over rounds; the ratios are those of the medians.
+
+A dense side that is the packed folder, unpacked, has held both forms while it was loaded, and its peak says so; a dense
+folder (`--base`) has not.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,20 +27,29 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch", "transformers", "compressed-tensors")
 Progress = Callable[[str, int, int], None]  # what is being measured, how much is done, of how much
+Turn = Callable[[], dict[str, Any]]  # one measurement
 
 
-def bench(sides: dict[str, "Case"], *, rounds: int = 3, progress: Progress | None = None) -> dict[str, Any]:
-    """Measure `packed` and `dense` in turn; the object that `--json` prints.
+def bench(
+    sides: dict[str, "Case"],
+    *,
+    rounds: int = 3,
+    progress: Progress | None = None,
+    beside: dict[str, Turn] | None = None,
+) -> dict[str, Any]:
+    """Measure `packed`, `dense` and whatever else is in `sides` in turn; the object that `--json` prints.
 
+    beside: measurements of other engines that take turns with these; they return at least the seconds of `Measured`.
     Raises SourceError if a side cannot be loaded.
     """
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    turns: dict[str, Turn] = {name: functools.partial(measured, case) for name, case in sides.items()} | (beside or {})
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
     for number in range(rounds):
-        for place, (name, case) in enumerate(sides.items()):
+        for place, (name, turn) in enumerate(turns.items()):
             if progress:
-                progress("measuring", number * len(sides) + place, rounds * len(sides))
-            found[name].append(measured(case))
-    medians = {name: summary(rows, sides[name]) for name, rows in found.items()}
+                progress("measuring", number * len(turns) + place, rounds * len(turns))
+            found[name].append(turn())
+    medians = {name: summary(rows, sides.get(name, sides["packed"])) for name, rows in found.items()}
     return {
         "sides": {name: asdict(case) for name, case in sides.items()},
         "rounds": rounds,

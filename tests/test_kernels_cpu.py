@@ -8,15 +8,18 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from kernel_cases import int4_weight, relative_error
-from llmcompress_kernels import crossover, native
+from llmcompress_kernels import crossover, native, sparse24_int4_linear, sparse24_linear
 from llmcompress_kernels.int4_linear import cpu, int4_linear, torch_cpu
-from llmcompress_kernels.int4_linear.layout import Int4Weight
+from llmcompress_kernels.int4_linear.layout import Int4Weight, sample_weight
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
+from llmcompress_kernels.sparse24_int4_linear import cpu as cpu_sparse24_int4
+from llmcompress_kernels.sparse24_linear import cpu as cpu_sparse24
 from torch import Tensor
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -271,10 +274,9 @@ def test_without_a_home_thresholds_are_measured_and_nothing_is_compiled(answer, 
     monkeypatch.setattr(native.Path, "home", homeless)
     with pytest.raises(native.Unavailable, match="no home folder; set XDG_CACHE_HOME"):
         native.load(answer, native.FLAGS)
-    made = inputs(columns=1024, rows=1024)
     few = many = lambda x, weight, bias: x
     crossover.found.cache_clear()
-    assert crossover.crossover("homeless", BF16, few, many, lambda dtype: made.weight) in (*crossover.CANDIDATES, 96)
+    assert crossover.crossover("homeless", BF16, few, many, nothing, (576, 576)) in (*crossover.CANDIDATES, 96)
 
 
 def test_compiled_once_and_again_when_something_changes(fresh, answer):
@@ -338,40 +340,104 @@ def test_two_processes_compile_once(fresh, answer, tmp_path):
 # the crossover
 
 
-def nothing(dtype: torch.dtype) -> None:
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """Seconds by which ways say how long they take, in place of the time that passes."""
+    now = [0.0]
+    monkeypatch.setattr(crossover, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+class Timed:
+    """Two ways that take what they are said to; `calls` has what was called, with how many tokens."""
+
+    def __init__(self, clock: list[float], few: Callable[[int], float], many: Callable[[int], float]) -> None:
+        self.clock, self.seconds = clock, {"few": few, "many": many}
+        self.calls: list[tuple[str, int]] = []
+
+    def way(self, name: str) -> Callable[..., None]:
+        def call(x: Tensor, weight: object, bias: Tensor | None) -> None:
+            self.calls.append((name, len(x)))
+            self.clock[0] += self.seconds[name](len(x))
+
+        return call
+
+    def crossover(self, shape: tuple[int, int] = (576, 576)) -> int:
+        crossover.found.cache_clear()
+        return crossover.crossover("test", BF16, self.way("few"), self.way("many"), nothing, shape)
+
+
+def nothing(dtype: torch.dtype, rows: int, columns: int) -> None:
     """In place of a weight."""
 
 
-def test_crossover_is_measured_once_and_kept(fresh, monkeypatch):
-    calls: list[str] = []
-
-    def few(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-        calls.append("few")
-        crossover.time.sleep(0.001 * x.shape[0])
-        return x
-
-    def many(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
-        calls.append("many")
-        crossover.time.sleep(0.007)
-        return x
-
-    assert crossover.crossover("test", BF16, few, many, nothing) == 8
+def test_crossover_is_measured_once_and_kept(fresh, clock):
+    ways = Timed(clock, lambda tokens: 0.001 * tokens, lambda tokens: 0.007)
+    assert ways.crossover() == 8
     (path,) = fresh.glob("crossover-*.json")
     assert json.loads(path.read_text())["tokens"] == 8
-    calls.clear()
-    crossover.found.cache_clear()
-    assert crossover.crossover("test", BF16, few, many, nothing) == 8
-    assert not calls
+    ways.calls.clear()
+    assert ways.crossover() == 8
+    assert not ways.calls
     for damage in ("", "[]", '{"tokens": -3}', '{"tokens": "x"}'):
         path.write_text(damage)
-        crossover.found.cache_clear()
-        assert crossover.crossover("test", BF16, few, many, nothing) == 8
+        assert ways.crossover() == 8
     assert json.loads(path.read_text())["tokens"] == 8
     assert len(list(fresh.iterdir())) == 1
 
 
-def test_crossover_without_a_folder(fresh, monkeypatch):
+@pytest.mark.parametrize("tokens", [*crossover.CANDIDATES, crossover.NONE])
+def test_crossover_finds_every_number_of_tokens(tokens, fresh, clock):
+    ways = Timed(clock, lambda x: 0.001 * x, lambda x: 0.001 * tokens - 0.0005)
+    assert ways.crossover() == tokens
+    assert len({x for _, x in ways.calls}) <= 4
+
+
+@pytest.mark.parametrize("seconds", [0.1, 100.0])
+def test_crossover_takes_turns_and_is_not_misled_by_slow_calls(seconds, fresh, clock, monkeypatch):
+    monkeypatch.setattr(crossover, "SECONDS", seconds)
+
+    def disturbed(tokens: int) -> float:
+        return 0.007 + 0.1 * (len(ways.calls) % 8 == 3)
+
+    ways = Timed(clock, lambda tokens: 0.001 * tokens, disturbed)
+    assert ways.crossover() == 8
+    assert {call for call, _ in ways.calls[0::2]} == {"many"}
+    assert {call for call, _ in ways.calls[1::2]} == {"few"}
+
+
+def test_crossover_ends_in_time(fresh, clock):
+    ways = Timed(clock, lambda tokens: 0.2, lambda tokens: 0.3)
+    assert ways.crossover() == crossover.NONE
+    assert len(ways.calls) == 3 * 2 * crossover.FEWEST  # three numbers of tokens
+
+
+def test_crossover_of_small_and_of_large_weights(fresh, clock):
+    sampled: list[tuple[int, int]] = []
+
+    def sample(dtype: torch.dtype, rows: int, columns: int) -> None:
+        sampled.append((rows, columns))
+
+    few, many = lambda x, weight, bias: None, lambda x, weight, bias: None
+    for shape in ((576, 576), (192, 576), (1024, 1023), (1024, 1024), (4096, 14336)):
+        crossover.crossover("test", BF16, few, many, sample, shape)
+    assert sampled == [crossover.CLASSES["small"], crossover.CLASSES["large"]]
+    assert len(list(fresh.glob("crossover-*.json"))) == 2
+
+
+@pytest.mark.parametrize("shape", crossover.CLASSES.values(), ids=str)
+def test_samples_are_weights_that_every_way_takes(shape):
+    rows, columns = shape
+    for dtype in (BF16, F16):
+        x = torch.randn(1, columns).to(dtype)  # of one token, which needs no search
+        assert int4_linear(x, *sample_weight(dtype, rows, columns)).shape == (1, rows)
+        for operator, module in ((sparse24_linear, cpu_sparse24), (sparse24_int4_linear, cpu_sparse24_int4)):
+            sample = module.Kernels.sample(dtype, rows, columns)
+            assert operator(x, *sample).shape == (1, rows)
+            if (compiled := module.native()) is not None:
+                assert compiled.of_many(x, sample, None).shape == (1, rows)
+
+
+def test_crossover_without_a_folder(fresh, clock):
     fresh.parent.write_text("a file where the folder should be")
-    monkeypatch.setattr(crossover, "SECONDS", 0.0)
-    monkeypatch.setattr(crossover, "fastest", lambda way, x, weight: float(way is len))
-    assert crossover.crossover("test", BF16, max, len, nothing) == crossover.NONE
+    assert Timed(clock, lambda tokens: 1.0, lambda tokens: 2.0).crossover() == crossover.NONE

@@ -29,7 +29,8 @@ from llmcompress.runtime import (
     mlp,
     operators,
 )
-from llmcompress.runtime.mlp import activation_of, fuse_gated
+from llmcompress.runtime.linears import plain_linear, say_unpacked
+from llmcompress.runtime.mlp import activation_of, fuse_gated, unlike
 from llmcompress.runtime.table import OPERATORS
 
 SOME = [("llama", True), ("qwen2", False), ("phi3", True)]  # GQA of 3, tied heads; biases; fused qkv
@@ -132,13 +133,30 @@ def test_dequantized_and_saved_it_is_an_ordinary_folder(packed_folders, tmp_path
 def test_in_another_dtype_it_is_unpacked_and_says_so(packed_folders, caplog):
     model = load(packed_folders("llama"))
     before = {name: linear.dense() for name, linear in compressed_linears(model)}
+    say_unpacked.cache_clear()
     with caplog.at_level(logging.WARNING):
         model.to(torch.float32)
+        found = logits(model)
     assert all(torch.equal(linear.dense(), before[name]) for name, linear in compressed_linears(model))
-    assert len(caplog.messages) <= 1  # once for a whole process
-    found = logits(model)
+    (message,) = caplog.messages  # once for a whole process
+    assert "int4_linear computes in torch.bfloat16" in message
+    assert "in torch.float32 they are unpacked at each call" in message
     assert found.dtype == torch.float32
     assert torch.equal(found, logits(model.dequantize(torch.float32)))
+
+
+def test_an_input_of_another_dtype_is_told_of(packed_folders, caplog):
+    """Which no conversion of the model has announced."""
+    linear = load(packed_folders("llama")).model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    say_unpacked.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        found = [linear(x) for _ in range(2)]
+        assert torch.equal(found[0], F.linear(x, linear.dense().float()))
+        assert len(caplog.messages) == 1
+        linear(x.bfloat16())
+        linear(x.half())
+    assert ["in torch.float16 they" in message for message in caplog.messages] == [False, True]
 
 
 # what is never made
@@ -379,7 +397,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(activation)
         return gated_reference(x, gate, up, activation, *biases)
 
-    monkeypatch.setattr(llmcompress_kernels, "int4_gated_mlp", counted, raising=False)
+    monkeypatch.setattr(mlp, "int4_gated_mlp", counted)
     return calls
 
 
@@ -427,19 +445,60 @@ def test_a_fused_model_is_saved_as_it_was(gated, packed_folders, tmp_path):
 
 @pytest.mark.parametrize("kind", ["phi3", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_other_mlps_are_left_alone(kind, gated, packed_folders):
-    assert accelerated(load(packed_folders(kind))).fused == []
+    done = accelerated(load(packed_folders(kind)))
+    assert (done.fused, done.apart) == ([], {})  # neither has a gate by itself
 
 
 def test_an_mlp_that_computes_something_else_is_left_alone(packed_folders, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(mlp, "agree", lambda before, after: False)
         model = load(packed_folders("llama"))
+    done = accelerated(model)
+    why = "LlamaMLP computes something else than a gated MLP"
+    assert (done.fused, done.apart) == ([], {"model.layers.0.mlp": why, "model.layers.1.mlp": why})
+    assert f"gated but not fused: model.layers.0.mlp and 1 more ({why})" in done.in_words()
     first, second = (layer.mlp for layer in model.model.layers)
     first.down_proj.register_forward_hook(lambda module, args, output: output * 1.25)
     scaled = first.forward
     first.forward = lambda x: scaled(x) * 0.75
-    assert fuse_gated(model) == []  # both are of one class, and the first one tried does not agree
+    assert fuse_gated(model) == done.apart  # both are of one class, and the first one tried does not agree
     assert not isinstance(second, GatedMLP)
+
+
+def test_why_an_mlp_is_not_fused(packed_folders):
+    model, other = load(packed_folders("llama")), load(packed_folders("llama", symmetric=False))
+    gate, up, down = (getattr(model.model.layers[0].mlp, f"{part}_proj") for part in ("gate", "up", "down"))
+    assert unlike(gate, up) is None
+    assert unlike(gate, down) == "gate_proj is [160, 96] and up_proj [96, 160]"
+    assert unlike(gate, other.model.layers[0].mlp.up_proj) == "one of gate_proj and up_proj has zero points"
+    assert unlike(gate, nn.Linear(96, 160)) == "one of gate_proj and up_proj is not packed"
+    halved = load(packed_folders("llama"), dtype=torch.float16).model.layers[0].mlp.up_proj
+    assert unlike(gate, halved) == "gate_proj and up_proj differ in their groups or in the dtype of their scales"
+
+
+def test_an_mlp_of_another_activation_has_a_reason(tiny_folders, tmp_path, text):
+    from conftest import write_tiny
+    from tiny_runs import proof_inside, recipe
+
+    from llmcompress.run import run
+
+    source = write_tiny(tmp_path / "dense", "llama", hidden_act="relu")
+    with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+        run(recipe(source, text, {"method": "rtn", "group_size": 32}), tmp_path / "packed")
+    done = accelerated(load(tmp_path / "packed"))
+    assert set(done.apart.values()) == {"its activation is none of silu, gelu, gelu_tanh"}
+    assert len(done.apart) == 2
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj"])
+def test_a_part_that_is_replaced_is_computed_by_itself(part, gated, packed_folders):
+    model = load(packed_folders("llama"))
+    expected, calls = logits(model), len(gated)
+    fused = model.model.layers[0].mlp
+    packed = getattr(fused, part)
+    setattr(fused, part, plain_linear(packed.dense(), packed.bias))
+    assert error(logits(model), expected) < 0.02
+    assert len(gated) == calls + 1  # that of the other block
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Folders in our own formats: loaded packed, saved again, unpacked, refused if damaged, never loaded by accident."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from llmcompress_kernels import native
 from safetensors.torch import load_file, save_file
 from tiny_runs import logits, proof_inside, recipe, write_text
 
@@ -18,8 +18,7 @@ import llmcompress
 from llmcompress.errors import FormatError
 from llmcompress.inspection import inspect
 from llmcompress.run import run
-from llmcompress.runtime import StoredLinear, accelerated, compressed_linears, load
-from llmcompress.runtime.operators import Operator
+from llmcompress.runtime import PackedLinear, StoredLinear, accelerated, compressed_linears, load, sparse
 from llmcompress.runtime.table import OPERATORS
 
 TWO_OF_FOUR = {"method": "magnitude", "pattern": "2:4"}
@@ -29,6 +28,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "sparse24-int4": [TWO_OF_FOUR, RTN],
     "bitmask": [{"method": "magnitude", "sparsity": 0.6}],
 }
+CODE = {"sparse24": sparse.native_sparse24, "sparse24-int4": sparse.native_sparse24_int4}  # None without a compiler
 PLAIN = [kind for kind in ARCHITECTURES if kind != "gpt2"]
 formats = pytest.mark.parametrize("name", RECIPES)
 
@@ -56,6 +56,16 @@ def folder(made: Any, name: str, tmp_path: Path) -> Path:
     return shutil.copytree(made("llama", name)[0], tmp_path / "copy")
 
 
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """Relative RMS."""
+    return float((found.float() - truth.float()).norm() / truth.float().norm())
+
+
+def runs_packed(name: str) -> bool:
+    """Whether an operator computes with the format here."""
+    return name in CODE and CODE[name]() is not None
+
+
 @formats
 @pytest.mark.parametrize("kind", PLAIN)
 def test_every_architecture_computes_what_the_dense_model_does(kind, name, made):
@@ -64,10 +74,17 @@ def test_every_architecture_computes_what_the_dense_model_does(kind, name, made)
     assert {row["name"] for row in results["layers"]} <= {n for n, _ in compressed_linears(model)} | {
         n.removeprefix(model.base_model_prefix + ".") for n, _ in compressed_linears(model)
     }
+    kinds = {type(linear) for _, linear in compressed_linears(model)}
+    assert kinds == {PackedLinear if runs_packed(name) else StoredLinear}
     packed = logits(model)
     dense = model.dequantize()
     assert not list(compressed_linears(dense))
-    assert torch.equal(logits(dense), packed)
+    unpacked = logits(dense)
+    if runs_packed(name):
+        truth = logits(dense.float())
+        assert 0 < error(packed, truth) <= 2 * error(unpacked, truth)
+    else:
+        assert torch.equal(unpacked, packed)
 
 
 @formats
@@ -94,6 +111,8 @@ def test_saved_again_it_has_the_same_tensors(name, made, tmp_path):
 @formats
 def test_in_another_dtype(name, made):
     model = load(made("llama", name)[0], dtype=torch.float32)
+    reasons = {"the model computes in float32, it is stored in bfloat16"}  # operators would have to unpack at each call
+    assert set(accelerated(model).kept.values()) == reasons
     assert logits(model).dtype == torch.float32
     as_stored = dict(compressed_linears(load(made("llama", name)[0])))
     for linear, packed in compressed_linears(model):  # values are what the file says, however they are used
@@ -265,16 +284,18 @@ def test_configs_that_are_not_ours_are_refused(name, changes, words, folder):
         load(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in ("sparse24", "sparse24-int4") if name in OPERATORS])
+@pytest.mark.parametrize("name", CODE)
 def test_an_operator_has_the_same_weights(name, made, monkeypatch, tmp_path):
-    """On a CPU operators of 2:4 weights gain nothing and are not taken; here they are."""
-    folder, operator = made("qwen2", name)[0], OPERATORS[name]
-    stored = load(folder)
-    assert set(accelerated(stored).kept.values()) == {"there is no kernel for a CPU"}
-    fields = {field.name: getattr(operator, field.name) for field in dataclasses.fields(operator)}
-    monkeypatch.setitem(OPERATORS, name, Operator(**fields | {"refuses": lambda tensors, shape: None}))
+    if not runs_packed(name):
+        pytest.skip("no compiled kernels on this machine")
+    folder = made("qwen2", name)[0]
+    with monkeypatch.context() as patch:
+        patch.delitem(OPERATORS, name)
+        stored = load(folder)
+    assert set(accelerated(stored).kept.values()) == {f"no operator takes {name}"}
     model = load(folder)
-    assert set(accelerated(model).packed.values()) == {operator.name}
+    assert set(accelerated(model).packed.values()) == {OPERATORS[name].name}
+    assert set(accelerated(model).apart.values()) == {f"no operator takes two weights of {OPERATORS[name].name}"}
     before = dict(compressed_linears(stored))
     for linear, packed in compressed_linears(model):
         assert torch.equal(packed.dense(), before[linear].dense())
@@ -286,7 +307,53 @@ def test_an_operator_has_the_same_weights(name, made, monkeypatch, tmp_path):
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
+@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize(
+    ("switch", "why"),
+    [("0", "LLMCOMPRESS_CPU_EXTENSION=0 switches the C++ code for CPUs off"), ("1", "could not be compiled here")],
+)
+def test_without_code_for_this_cpu_it_says_why_it_is_unpacked(name, switch, why, made, monkeypatch, caplog):
+    for function in ("native_sparse24", "native_sparse24_int4"):
+        monkeypatch.setattr(sparse, function, lambda: None)
+    monkeypatch.setenv(native.SWITCH, switch)
+    with caplog.at_level("WARNING", "llmcompress"):
+        model = load(made("llama", name)[0])
+    done = accelerated(model)
+    assert (len(done.kept), done.packed) == (14, {})
+    assert all(why in reason for reason in done.kept.values())
+    assert [record.getMessage() for record in caplog.records if "llmcompress" in record.name] == [done.in_words()]
+    assert torch.equal(logits(model), logits(model.dequantize()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "why"),
+    [
+        (torch.float32, "cpu", "it is stored in float32, the kernels' dtypes are bfloat16 and float16"),
+        (torch.bfloat16, "meta", "its tensors are offloaded"),
+    ],
+)
+def test_what_the_operators_on_2_4_weights_refuse(dtype, device, why):
+    tensors = {
+        "weight": torch.ones(8, 8, dtype=torch.uint8, device=device),
+        "weight_scale": torch.ones(8, 1, dtype=dtype),
+    }
+    assert OPERATORS["sparse24-int4"].refuses(tensors, (8, 32)) == why
+    assert OPERATORS["sparse24"].refuses({"weight": torch.ones(8, 16, dtype=dtype, device=device)}, (8, 32)) == why
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_turned_into_another_dtype_before_it_is_packed(name, made, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delitem(OPERATORS, name)
+        model = load(made("llama", name)[0])
+    model.to(torch.float16)
+    done = llmcompress.accelerate(model)
+    assert set(done.kept.values()) == {"the model computes in float16, it is stored in bfloat16"}
+    if runs_packed(name):
+        assert len(llmcompress.accelerate(model.to(torch.bfloat16)).packed) == 14
+
+
 def test_a_linear_shows_what_it_is(made):
-    text = repr(next(linear for _, linear in compressed_linears(load(made("llama", "sparse24")[0]))))
+    text = repr(next(linear for _, linear in compressed_linears(load(made("llama", "bitmask")[0]))))
     assert StoredLinear.__name__ in text
-    assert "format=sparse24" in text
+    assert "format=bitmask" in text

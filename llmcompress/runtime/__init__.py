@@ -15,7 +15,8 @@ A folder written by `llmcompress` in one of its own formats says in config.json
 and every linear in `modules` becomes a `StoredLinear`, or a `PackedLinear` where its format has an operator.
 
 `save_pretrained` writes the tensors of the file back, and `model.dequantize()` gives ordinary linears with the same
-values. A model that stock transformers has loaded is packed by `accelerate(model)`.
+values. A model that stock transformers has loaded is packed by `accelerate(model)`. A LoRA adapter in `adapter/` is
+added by the packed linears themselves (`LoraLinear`), if `load` is what loads the folder.
 """
 
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import nn
 
 from llmcompress.adapter import adapter_of, attach, unpack
 from llmcompress.runtime.linears import CompressedLinear, PackedLinear, StoredLinear, compressed_linears
+from llmcompress.runtime.lora import LoraLinear, with_adapter
 from llmcompress.runtime.mlp import GatedMLP
 from llmcompress.runtime.quantizers import LLMCompressConfig
 from llmcompress.runtime.swap import Accelerated, accelerate
@@ -36,6 +38,7 @@ __all__ = [
     "CompressedLinear",
     "GatedMLP",
     "LLMCompressConfig",
+    "LoraLinear",
     "PackedLinear",
     "StoredLinear",
     "accelerate",
@@ -49,20 +52,25 @@ def load(folder: str | Path, *, packed: bool = True, **options: Any) -> Any:
     """The model of a folder, in eval mode. options: of transformers' `from_pretrained`.
 
     packed: linears that compute with their packed weights, where an operator takes them; False: ordinary linears with
-    the same values. If the folder has an adapter, the model computes with it, and its weights are unpacked, as peft
-    needs them. If it has activation thresholds, the model leaves out what they say.
-    Raises FormatError if a packed tensor is damaged or of another size than config.json says, and what transformers
-    raises for a folder that it cannot load.
+    the same values. If the folder has an adapter, the model computes with it: beside packed weights where `lora.py`
+    can, else beside unpacked ones, as peft needs them, which one line of the log then explains. If it has activation
+    thresholds, the model leaves out what they say.
+    Raises FormatError if a packed tensor or the adapter is damaged or of another size than config.json says, and what
+    transformers raises for a folder that it cannot load.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options).eval()
-    if thresholds := thresholds_of(Path(folder)):
-        apply_thresholds(model, thresholds)
-    adapter = adapter_of(Path(folder))
-    if (adapter or not packed) and getattr(model, "hf_quantizer", None) is not None:
+    quantized, adapter = getattr(model, "hf_quantizer", None) is not None, adapter_of(Path(folder))
+    if adapter and quantized:
+        model = with_adapter(model, adapter, accelerated(model), packed=packed)
+    elif adapter:
+        model = attach(model, adapter)
+    elif quantized and not packed:
         unpack(model)
-    return attach(model, adapter) if adapter else model
+    if thresholds := thresholds_of(Path(folder)):  # last: linears that take the place of others have no hooks
+        apply_thresholds(model, thresholds)
+    return model
 
 
 def accelerated(model: nn.Module) -> Accelerated:

@@ -57,8 +57,9 @@ class StoredLinear(CompressedLinear):
     """
 
     def __init__(self, linear: nn.Linear, format_name: str, dtype: torch.dtype) -> None:
+        """dtype: of the file's floats; the model computes in that of the linear, which may be another one."""
         super().__init__((linear.out_features, linear.in_features), linear.bias)
-        self.format_name = format_name
+        self.format_name, self.stored_in, self.computes_in = format_name, dtype, linear.weight.dtype
         for name, tensor in OWN[format_name].placeholders(self.shape, dtype).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
@@ -70,6 +71,12 @@ class StoredLinear(CompressedLinear):
         """The weight. The tensors were checked when they were loaded."""
         return OWN[self.format_name].values(self.stored())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredLinear":
+        """As of all; the model's dtype is what it turns other weights into."""
+        self.computes_in = fn(torch.empty(0, dtype=self.computes_in)).dtype
+        super()._apply(fn, recurse)
+        return self
+
     def extra_repr(self) -> str:
         """For print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format_name}"
@@ -79,7 +86,9 @@ class PackedLinear(CompressedLinear):
     """A linear that multiplies with its packed weight, by an operator of llmcompress_kernels.
 
     The weight is in the layout of the operator, as buffers; a state dict has the tensors of the file again, exactly.
-    An input of another dtype than the weight's floats is multiplied with the unpacked weight.
+    An input of another dtype than the weight's floats is multiplied with the unpacked weight: right, slow, and said
+    once in the log. It comes about where a loaded model is turned into another dtype, or runs under autocast; a model
+    that is loaded in another dtype is not packed at all.
     """
 
     def __init__(self, operator: Operator, weight: Weight, shape: Shape, bias: nn.Parameter | None) -> None:
@@ -89,13 +98,23 @@ class PackedLinear(CompressedLinear):
             self.register_buffer(name, tensor, persistent=False)
 
     def packed(self) -> Weight:
-        """The weight as the operator takes it."""
-        return self.operator.weight(*(getattr(self, name) for name in self.operator.weight._fields))
+        """The weight as the operator takes it; not kept, since hooks that move models put other tensors in place."""
+        return self.operator.weight(*(self._buffers[name] for name in self.operator.weight._fields))
+
+    @property
+    def floats(self) -> torch.dtype:
+        """The dtype of the weight's floats, and of inputs that the operator takes."""
+        tensor = self._buffers[self.operator.floats]
+        assert tensor is not None
+        return tensor.dtype
 
     def takes(self, x: Tensor) -> bool:
         """Whether the operator multiplies with this input."""
-        floats: Tensor = getattr(self, self.operator.floats)
-        return x.dtype == floats.dtype
+        return x.dtype == self.floats
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., in], which the operator takes -> [..., out]."""
+        return self.operator.compute(x, self.packed(), self.bias)
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the file, made anew."""
@@ -107,14 +126,17 @@ class PackedLinear(CompressedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.operator.compute(x, self.packed(), self.bias) if self.takes(x) else super().forward(x)
+        if self.takes(x):
+            return self.product(x)
+        if not torch.compiler.is_compiling():  # which cannot write to a log
+            say_unpacked(self.operator.name, self.floats, x.dtype)
+        return super().forward(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """As of all; says once if the model leaves the dtype that the operator computes in."""
-        floats: Tensor = getattr(self, self.operator.floats)
-        changed = fn(floats[:0]).dtype
-        if changed != floats.dtype:
-            say_unpacked(self.operator.name, floats.dtype, changed)
+        changed = fn(getattr(self, self.operator.floats)[:0]).dtype
+        if changed != self.floats:
+            say_unpacked(self.operator.name, self.floats, changed)
         super()._apply(fn, recurse)
         return self
 
@@ -129,7 +151,7 @@ class PackedLinear(CompressedLinear):
 
 @functools.cache
 def say_unpacked(operator: str, packed: torch.dtype, found: torch.dtype) -> None:
-    """One line for a whole model."""
+    """One line for all linears of a process."""
     logger.warning(
         "%s computes in %s, the dtype of the packed weights; in %s they are unpacked at each call: load the folder "
         "with that dtype instead",

@@ -1,16 +1,17 @@
 """Gated MLPs, down(act(gate x) * up x), whose first two linears read x once: one call of `int4_gated_mlp`.
 
-Candidates are modules with `gate_proj`, `up_proj`, `down_proj` and `act_fn`. What else their class may do is not read
-but observed: the fused module must compute what the module before it did, on random tokens, or it is not taken.
+Candidates are modules with `gate_proj`, `up_proj`, `down_proj` and `act_fn`, of which one of the first two is packed.
+What else their class may do is not read but observed: the fused module must compute what the module before it did, on
+random tokens, or it is not taken. Each candidate that is not has a reason.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import llmcompress_kernels
 import torch
 import torch.nn.functional as F
+from llmcompress_kernels import int4_gated_mlp
 from torch import Tensor, nn
 
 from llmcompress.runtime.linears import PackedLinear
@@ -23,9 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the operator names 
 }
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 ROUNDINGS = 2  # relative RMS that the two ways may differ by, in units of the dtype's eps
-
-
-kernels: Any = llmcompress_kernels  # which may be a version without the operator
 
 
 class GatedMLP(nn.Module):
@@ -43,11 +41,11 @@ class GatedMLP(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., hidden] -> [..., hidden]. What has been unpacked since is computed as in any other MLP."""
+        """x [..., hidden] -> [..., hidden]. What is no longer packed, or has an adapter, is computed one by one."""
         gate, up = self.gate_proj, self.up_proj
-        if fusable(gate, up) and gate.takes(x) and not (is_watched(gate) or is_watched(up)):
-            weights = gate.packed(), up.packed()
-            middle = kernels.int4_gated_mlp(x, *weights, self.activation, gate.bias, up.bias)
+        plain = type(gate) is PackedLinear and type(up) is PackedLinear  # then they are those that were fused
+        if plain and gate.takes(x) and not (is_watched(gate) or is_watched(up)):
+            middle = int4_gated_mlp(x, gate.packed(), up.packed(), self.activation, gate.bias, up.bias)
         else:
             middle = self.act_fn(gate(x)) * up(x)
         y: Tensor = self.down_proj(middle)
@@ -58,23 +56,32 @@ class GatedMLP(nn.Module):
         return f"operator=int4_gated_mlp, activation={self.activation}"
 
 
-def fuse_gated(model: nn.Module) -> list[str]:
-    """Fuse every gated MLP that can be, in place; their names."""
-    fused: list[str] = []
+def fuse_gated(model: nn.Module) -> dict[str, str | None]:
+    """Fuse every gated MLP that can be, in place; by name None for those, or why it is two calls as before."""
+    done: dict[str, str | None] = {}
     tried: dict[tuple[Any, ...], bool] = {}  # one try for all MLPs of a kind
     for name in [name for name, module in model.named_modules() if is_gated(module)]:
         mlp: Any = model.get_submodule(name)
-        activation = activation_of(mlp.act_fn)
-        if activation is None:
-            continue
-        new = GatedMLP(mlp, activation)
-        kind = (type(mlp), activation, mlp.gate_proj.shape)
-        if kind not in tried:
-            tried[kind] = agree(mlp, new)
-        if tried[kind]:
-            model.set_submodule(name, new)
-            fused.append(name)
-    return fused
+        fused = fused_or_why_not(mlp, tried)
+        if isinstance(fused, GatedMLP):
+            model.set_submodule(name, fused)
+        done[name] = None if isinstance(fused, GatedMLP) else fused
+    return done
+
+
+def fused_or_why_not(mlp: Any, tried: dict[tuple[Any, ...], bool]) -> GatedMLP | str:
+    """The fused form of an MLP, or why it has none. tried: what has come out for MLPs of a kind, added to."""
+    why = unlike(mlp.gate_proj, mlp.up_proj)
+    if why is not None:
+        return why
+    activation = activation_of(mlp.act_fn)
+    if activation is None:
+        return f"its activation is none of {', '.join(ACTIVATIONS)}"
+    new = GatedMLP(mlp, activation)
+    kind = (type(mlp), activation, mlp.gate_proj.shape)
+    if kind not in tried:
+        tried[kind] = agree(mlp, new)
+    return new if tried[kind] else f"{type(mlp).__name__} computes something else than a gated MLP"
 
 
 def is_watched(linear: nn.Module) -> bool:
@@ -83,20 +90,24 @@ def is_watched(linear: nn.Module) -> bool:
 
 
 def is_gated(module: nn.Module) -> bool:
-    """Whether it has the parts, and its gate and up are int4 linears that one call can multiply."""
+    """Whether it has the parts, and a packed linear among the first two."""
     if isinstance(module, GatedMLP) or not all(hasattr(module, name) for name in PARTS):
         return False
-    return fusable(module.gate_proj, module.up_proj)
+    return isinstance(module.gate_proj, PackedLinear) or isinstance(module.up_proj, PackedLinear)
 
 
-def fusable(gate: Any, up: Any) -> bool:
-    """Two int4 linears of one shape and one kind of grid."""
-    both = isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)
-    if not both or gate.operator is not INT4 or up.operator is not INT4:
-        return False
+def unlike(gate: Any, up: Any) -> str | None:
+    """Why one call cannot multiply with both; None if it can."""
+    if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)):
+        return "one of gate_proj and up_proj is not packed"
+    if gate.operator is not INT4 or up.operator is not INT4:
+        return f"no operator takes two weights of {(gate if gate.operator is not INT4 else up).operator.name}"
+    if gate.shape != up.shape:
+        return f"gate_proj is {list(gate.shape)} and up_proj {list(up.shape)}"
     first, second = gate.packed(), up.packed()
-    same_grid = first.scale.shape == second.scale.shape and (first.zero is None) == (second.zero is None)
-    return gate.shape == up.shape and same_grid and first.scale.dtype == second.scale.dtype
+    if first.scale.shape != second.scale.shape or first.scale.dtype != second.scale.dtype:
+        return "gate_proj and up_proj differ in their groups or in the dtype of their scales"
+    return None if (first.zero is None) == (second.zero is None) else "one of gate_proj and up_proj has zero points"
 
 
 def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:

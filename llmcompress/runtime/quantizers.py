@@ -40,6 +40,7 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True
     accelerated: Accelerated | None = None  # after loading
+    has_updates = False  # of an adapter, beside packed weights
 
     @property
     def is_trainable(self) -> bool:
@@ -53,7 +54,7 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         """A state dict has the tensors of the file."""
-        return True
+        return may_be_saved(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Pack what was loaded."""
@@ -128,6 +129,11 @@ class CompressedTensorsQuantizer(CompressedTensorsHfQuantizer):
     """compressed-tensors folders: what no operator takes is unpacked at the first forward pass, as ever."""
 
     accelerated: Accelerated | None = None  # after loading
+    has_updates = False  # of an adapter, beside packed weights
+
+    def is_serializable(self) -> bool:
+        """A state dict has the tensors of the file."""
+        return may_be_saved(self)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Sizes by config.json must be those of the files."""
@@ -170,6 +176,16 @@ class NativeQuantizer(PackedQuantizer):
         place_natives(model, {name: info.shape for name, info in stored.items()}, layout)
         check_sizes(model, stored)
         return model
+
+
+def may_be_saved(quantizer: Any) -> bool:
+    """Whether the tensors of the file are all that the model computes with. If not, transformers points to the log."""
+    if quantizer.has_updates:
+        logger.warning(
+            "saving this model would leave the updates of its adapter out; copy its folder, or let dequantize() add "
+            "them to the weights first"
+        )
+    return not quantizer.has_updates
 
 
 def native_quantizer(stock: type[HfQuantizer]) -> Any:

@@ -16,7 +16,7 @@ from llmcompress.errors import FormatError
 from llmcompress.runtime.linears import PackedLinear, StoredLinear
 from llmcompress.runtime.mlp import fuse_gated
 from llmcompress.runtime.native import NativeLinear
-from llmcompress.runtime.operators import Shape
+from llmcompress.runtime.operators import Shape, dtype_name
 from llmcompress.runtime.table import OPERATORS
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Accelerated:
     packed: dict[str, str] = field(default_factory=dict)  # the operator that multiplies
     kept: dict[str, str] = field(default_factory=dict)  # why the linear is unpacked as before
     fused: list[str] = field(default_factory=list)  # gated MLPs whose first two linears are one call
+    apart: dict[str, str] = field(default_factory=dict)  # why those of a gated MLP are two calls
 
     def __bool__(self) -> bool:
         """Whether there was anything to do."""
@@ -40,11 +41,19 @@ class Accelerated:
         words = [f"{len(self.packed)} linears packed" + (f" ({', '.join(operators)})" if operators else "")]
         if self.fused:
             words.append(f"{len(self.fused)} gated MLPs fused")
-        for why in dict.fromkeys(self.kept.values()):
-            names = [name for name, reason in self.kept.items() if reason == why]
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            words.append(f"unpacked: {names[0]}{more} ({why})")
+        words += [f"gated but not fused: {reason}" for reason in by_reason(self.apart)]
+        words += [f"unpacked: {reason}" for reason in by_reason(self.kept)]
         return "; ".join(words)
+
+
+def by_reason(found: Mapping[str, str]) -> list[str]:
+    """Names and why, for each reason its first name alone."""
+    lines = []
+    for why in dict.fromkeys(found.values()):
+        names = [name for name, reason in found.items() if reason == why]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{more} ({why})")
+    return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +88,14 @@ def accelerate(model: nn.Module) -> Accelerated:
         done.kept[name] = packed
         if isinstance(module, NativeLinear):  # nobody else could compute with it
             model.set_submodule(name, module.unpacked())
-    done.fused.extend(fuse_gated(model))
+    for name, why in fuse_gated(model).items():
+        if why is None:
+            done.fused.append(name)
+        else:
+            done.apart[name] = why
     drop_hook(model)
-    if done.kept:
-        logger.warning("%s", done.in_words())
+    if done:
+        logger.log(logging.WARNING if done.kept else logging.INFO, "%s", done.in_words())
     return done
 
 
@@ -112,11 +125,21 @@ def stored_of(module: nn.Module) -> Stored:
     if isinstance(module, NativeLinear):
         return Stored("pack-quantized", module.tensors(), module.shape, module.bias, module.refusal)
     if isinstance(module, StoredLinear):
-        return Stored(module.format_name, module.stored(), module.shape, module.bias)
+        return Stored(module.format_name, module.stored(), module.shape, module.bias, other_dtype(module))
     why = refusal_of(module)
     tensors = {name: tensor.data for name, tensor in module.named_parameters() if name.startswith("weight_")}
     shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (0, 0)
     return Stored("pack-quantized", tensors, shape, getattr(module, "bias", None), why)
+
+
+def other_dtype(linear: StoredLinear) -> str | None:
+    """Why an operator is of no use to a linear whose inputs are of another dtype than its file; None if they are not.
+
+    Its tensors keep the dtype of the file, since their values are defined by it, and operators take only one.
+    """
+    if linear.stored_in == linear.computes_in:
+        return None
+    return f"the model computes in {dtype_name(linear.computes_in)}, it is stored in {dtype_name(linear.stored_in)}"
 
 
 def refusal_of(module: Any) -> str | None:

@@ -4,7 +4,8 @@
     many, bfloat16, CPUs with AMX   `by_matrix`: they are made as factors of matrix instructions
     many, else                      `by_panels`: rows of the weight are unpacked, as many as a cache holds, for torch
 
-An operator's `cpu.py` says how each of them calls its C++. "Many" begins where it was measured to be faster.
+An operator's `cpu.py` says how each of them calls its C++. "Many" begins where it was measured to be faster, for
+small and for large weights (crossover.py).
 """
 
 from abc import ABC, abstractmethod
@@ -42,8 +43,8 @@ class Ways(ABC, Generic[W]):
 
     @staticmethod
     @abstractmethod
-    def sample(dtype: torch.dtype) -> W:
-        """A random weight to measure with."""
+    def sample(dtype: torch.dtype, rows: int, columns: int) -> W:
+        """A random weight [rows, columns], multiples of 64, to measure with."""
 
     def has_rows(self, dtype: torch.dtype) -> bool:
         """Whether `by_rows` takes this dtype."""
@@ -51,14 +52,15 @@ class Ways(ABC, Generic[W]):
 
     def product(self, x: Tensor, weight: W, bias: Tensor | None) -> Tensor:
         """[M, out], by the fastest way for this number of tokens."""
-        if self.has_rows(x.dtype) and (x.shape[0] == 1 or x.shape[0] < self.many(x.dtype)):
+        shape = self.rows_of(weight), x.shape[1]
+        if self.has_rows(x.dtype) and (x.shape[0] == 1 or x.shape[0] < self.many(x.dtype, shape)):
             return self.by_rows(x, weight, bias)
         return self.of_many(x, weight, bias)
 
-    def many(self, dtype: torch.dtype) -> int:
-        """Tokens from which `of_many` is faster than `by_rows`."""
+    def many(self, dtype: torch.dtype, shape: tuple[int, int]) -> int:
+        """Tokens from which `of_many` is faster than `by_rows`, for a weight [out, in]."""
         name = f"{self.name} {dtype} matrix={self.matrix}"
-        return crossover(name, dtype, self.by_rows, self.of_many, self.sample)
+        return crossover(name, dtype, self.by_rows, self.of_many, self.sample, shape)
 
     def of_many(self, x: Tensor, weight: W, bias: Tensor | None) -> Tensor:
         """Weights rounded to the dtype of x, by matrix instructions or by torch."""

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..checks import check_place, check_shape, refuse_unless
-from ..int4_linear import Int4Weight, int4_linear
-from ..int4_linear.layout import check_linear, tensors_of
+from ..direct import may_call_directly
+from ..int4_linear import Int4Weight
+from ..int4_linear.cpu import int4_linear_cpu
+from ..int4_linear.layout import check_linear, fits, tensors_of
 from .reference import ACTIVATIONS, Gated
 
 __all__ = ["int4_gated_mlp"]
@@ -36,12 +38,24 @@ def int4_gated_mlp(
     """
     weights = Gated(gate, up, gate_bias, up_bias)
     check(x, weights, activation)
+    if may_call_directly(x, gate.scale, up.scale, gate_bias, up_bias):
+        return int4_gated_mlp_cpu(x, weights, activation)
     return _int4_gated_mlp(x, *gate, *up, gate_bias, up_bias, activation)
+
+
+def int4_gated_mlp_cpu(x: Tensor, weights: Gated, activation: str) -> Tensor:
+    """Two products, and the rest in float32; arguments as `check` lets them through."""
+    gate, up, gate_bias, up_bias = weights
+    gates = ACTIVATIONS[activation](int4_linear_cpu(x, gate, gate_bias).float())
+    return gates.mul_(int4_linear_cpu(x, up, up_bias)).to(x.dtype)
 
 
 def check(x: Tensor, weights: Gated, activation: str) -> None:
     """Raises ValueError for arguments that `int4_gated_mlp` does not take."""
     gate, up, gate_bias, up_bias = weights
+    alike = gate.scale.shape == up.scale.shape and (gate.zero is None) == (up.zero is None)
+    if alike and activation in ACTIVATIONS and fits(x, gate, gate_bias) and fits(x, up, up_bias):
+        return  # what follows takes several times as long to say what does not fit
     check_place(NAME, x, [*tensors_of(gate, gate_bias, "gate_"), *tensors_of(up, up_bias, "up_")])
     check_linear(NAME, x, gate, gate_bias, "gate_")
     check_linear(NAME, x, up, up_bias, "up_")
@@ -80,9 +94,7 @@ def _int4_gated_mlp(
 
 @_int4_gated_mlp.register_kernel("cpu")
 def _(x: Tensor, *flat: Any) -> Tensor:
-    weights, activation = checked(x, *flat)
-    gates = ACTIVATIONS[activation](int4_linear(x, *weights.gate, weights.gate_bias).float())
-    return gates.mul_(int4_linear(x, *weights.up, weights.up_bias)).to(x.dtype)
+    return int4_gated_mlp_cpu(x, *checked(x, *flat))
 
 
 @_int4_gated_mlp.register_fake

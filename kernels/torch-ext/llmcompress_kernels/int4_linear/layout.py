@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..checks import DEVICES, FLOATS, check_dtype, check_shape, refuse_unless
-from ..crossover import SIDE
 
 GROUPS = (32, 64, 128)  # columns per scale
 PLANES = 8  # nibbles of a word
@@ -92,10 +91,12 @@ def are(tensor: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[i
     return tensor.dtype == dtype and tensor.device == device and tensor.shape == shape and tensor.is_contiguous()
 
 
-def sample_weight(dtype: torch.dtype) -> Int4Weight:
-    """A random weight of SIDE by SIDE in groups of 128, to measure with."""
-    words = torch.randint(-(2**31), 2**31, (SIDE // TILE, SIDE, WIDTH), generator=torch.Generator().manual_seed(0))
-    return Int4Weight(words.to(torch.int32), torch.full((SIDE // TILE, SIDE), 0.01, dtype=dtype), None)
+def sample_weight(dtype: torch.dtype, rows: int, columns: int) -> Int4Weight:
+    """A random weight in the largest groups that divide its columns, to measure with."""
+    group = next(size for size in reversed(GROUPS) if columns % size == 0)
+    shape = (-(-columns // TILE), rows, WIDTH)
+    words = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0))
+    return Int4Weight(words.to(torch.int32), torch.full((columns // group, rows), 0.01, dtype=dtype), None)
 
 
 def from_pack_quantized(packed: Tensor, scale: Tensor, zero_point: Tensor | None, in_features: int) -> Int4Weight:

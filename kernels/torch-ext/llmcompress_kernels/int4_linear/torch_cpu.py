@@ -22,9 +22,10 @@ ROW_UNIT = 16  # torch's operator takes outputs in multiples of it
 
 def int4_linear_torch(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     """x [M, in] -> [M, out], M and out at least 1."""
-    if x.dtype == torch.bfloat16 and weight.words.shape[1] % ROW_UNIT == 0 and converted().takes(weight):
-        many = crossover("int4_linear torch", x.dtype, by_torch_int4, by_panels, sample_weight) if x.shape[0] > 1 else 2
-        if x.shape[0] < many:
+    shape = weight.words.shape[1], x.shape[1]
+    if x.dtype == torch.bfloat16 and shape[0] % ROW_UNIT == 0 and converted().takes(weight):
+        ways = by_torch_int4, by_panels
+        if x.shape[0] == 1 or x.shape[0] < crossover("int4_linear torch", x.dtype, *ways, sample_weight, shape):
             return by_torch_int4(x, weight, bias)
     return by_panels(x, weight, bias)
 

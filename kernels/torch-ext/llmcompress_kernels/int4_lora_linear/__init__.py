@@ -8,8 +8,10 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..checks import check_dtype, check_place, check_shape, refuse_unless
-from ..int4_linear import Int4Weight, int4_linear
-from ..int4_linear.layout import check_linear, tensors_of
+from ..direct import may_call_directly
+from ..int4_linear import Int4Weight
+from ..int4_linear.cpu import int4_linear_cpu
+from ..int4_linear.layout import are, check_linear, fits, tensors_of
 from .reference import Adapter
 
 __all__ = ["int4_lora_linear"]
@@ -36,22 +38,43 @@ def int4_lora_linear(
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
-    check(x, weight, bias, Adapter(lora_a, lora_b, scaling))
+    adapter = Adapter(lora_a, lora_b, scaling)
+    check(x, weight, bias, adapter)
+    if may_call_directly(x, weight.scale, bias, lora_a, lora_b):
+        return int4_lora_linear_cpu(x, weight, bias, adapter)
     return _int4_lora_linear(x, *weight, bias, lora_a, lora_b, scaling)
+
+
+def int4_lora_linear_cpu(x: Tensor, weight: Int4Weight, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    """Two products added up; arguments as `check` lets them through."""
+    linear = torch.nn.functional.linear
+    update = linear(linear(x, adapter.a), adapter.b)
+    return int4_linear_cpu(x, weight, bias).add_(update, alpha=adapter.scaling)
 
 
 def check(x: Tensor, weight: Int4Weight, bias: Tensor | None, adapter: Adapter) -> None:
     """Raises ValueError for arguments that `int4_lora_linear` does not take."""
+    if fits(x, weight, bias) and update_fits(x, weight, adapter):
+        return  # what follows takes several times as long to say what does not fit
     a, b, scaling = adapter
     check_place(NAME, x, [*tensors_of(weight, bias), ("lora_a", a), ("lora_b", b)])
     check_linear(NAME, x, weight, bias)
     check_dtype(NAME, "lora_a", a, x.dtype)
     check_dtype(NAME, "lora_b", b, x.dtype)
-    fits = a.dim() == 2 and 1 <= a.shape[0] <= MAX_RANK
-    refuse_unless(fits, NAME, "lora_a", list(a.shape), f"a matrix [rank, in] of rank 1 to {MAX_RANK}")
+    ranked = a.dim() == 2 and 1 <= a.shape[0] <= MAX_RANK
+    refuse_unless(ranked, NAME, "lora_a", list(a.shape), f"a matrix [rank, in] of rank 1 to {MAX_RANK}")
     check_shape(NAME, "lora_a", a, a.shape[0], x.shape[-1])
     check_shape(NAME, "lora_b", b, weight.words.shape[1], a.shape[0])
     refuse_unless(math.isfinite(scaling), NAME, "scaling", scaling, "a finite number")
+
+
+def update_fits(x: Tensor, weight: Int4Weight, adapter: Adapter) -> bool:
+    """Whether all that is checked of A, B and their factor holds, for an x that fits the weight."""
+    a, b, scaling = adapter
+    if a.dim() != 2 or not 1 <= len(a) <= MAX_RANK or not math.isfinite(scaling):
+        return False
+    (_, out), rank = weight.scale.shape, len(a)
+    return are(a, x.dtype, x.device, (rank, x.shape[-1])) and are(b, x.dtype, x.device, (out, rank))
 
 
 def checked(x: Tensor, *flat: Any) -> tuple[Int4Weight, Tensor | None, Adapter]:
@@ -76,10 +99,7 @@ def _int4_lora_linear(
 
 @_int4_lora_linear.register_kernel("cpu")
 def _(x: Tensor, *flat: Any) -> Tensor:
-    weight, bias, adapter = checked(x, *flat)
-    linear = torch.nn.functional.linear
-    update = linear(linear(x, adapter.a), adapter.b)
-    return int4_linear(x, *weight, bias).add_(update, alpha=adapter.scaling)
+    return int4_lora_linear_cpu(x, *checked(x, *flat))
 
 
 @_int4_lora_linear.register_fake

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..crossover import SIDE
+from ..int4_linear.layout import GROUPS
 from ..native import library
 from ..ways import Ways, address, by_tokens, declare, is_half
 from .layout import BLOCK, LANES, STRIP, TILE, Sparse24Int4Weight
@@ -53,11 +53,12 @@ class Kernels(Ways[Sparse24Int4Weight]):
         self.matrix = bool(self._has & MANY)
 
     @staticmethod
-    def sample(dtype: torch.dtype) -> Sparse24Int4Weight:
-        shape = (SIDE // BLOCK, SIDE // STRIP, LANES, 4)
+    def sample(dtype: torch.dtype, rows: int, columns: int) -> Sparse24Int4Weight:
+        group = next(size for size in reversed(GROUPS) if columns % size == 0)
+        shape = (-(-columns // BLOCK), -(-rows // STRIP), LANES, 4)
         words = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0)).to(torch.int32)
-        metadata = torch.full((SIDE // TILE, *shape[1:]), POSITIONS, dtype=torch.int32)
-        return Sparse24Int4Weight(words, metadata, torch.full((SIDE // BLOCK, SIDE), 0.01, dtype=dtype))
+        metadata = torch.full((-(-columns // TILE), *shape[1:]), POSITIONS, dtype=torch.int32)
+        return Sparse24Int4Weight(words, metadata, torch.full((columns // group, rows), 0.01, dtype=dtype))
 
     def has_rows(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and bool(self._has & FEW)

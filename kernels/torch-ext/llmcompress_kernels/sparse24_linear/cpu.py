@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..crossover import SIDE
 from ..native import library
 from ..ways import Ways, address, by_tokens, declare
 from .layout import PLANE, TILE, WIDTH, Sparse24Weight
@@ -50,9 +49,10 @@ class Kernels(Ways[Sparse24Weight]):
         self.matrix = bool(self._has & MANY)
 
     @staticmethod
-    def sample(dtype: torch.dtype) -> Sparse24Weight:
-        values = torch.randn(SIDE // PLANE, SIDE, 2 * WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
-        return Sparse24Weight(values, torch.full((SIDE // TILE, SIDE, WIDTH), POSITIONS, dtype=torch.int16))
+    def sample(dtype: torch.dtype, rows: int, columns: int) -> Sparse24Weight:
+        planes, tiles = -(-columns // PLANE), -(-columns // TILE)
+        values = torch.randn(planes, rows, 2 * WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return Sparse24Weight(values, torch.full((tiles, rows, WIDTH), POSITIONS, dtype=torch.int16))
 
     def has_rows(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16 and bool(self._has & FEW)

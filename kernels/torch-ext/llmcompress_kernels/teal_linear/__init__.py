@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
+from ..direct import may_call_directly
 from .cpu import teal_linear_cpu
 from .reference import teal_linear_reference
 
@@ -29,8 +30,8 @@ def teal_linear(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | Non
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
     check(x, columns, threshold, bias)
-    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return teal_linear_cpu(x, columns, threshold, bias)  # small products would spend more on the dispatcher
+    if may_call_directly(x, columns, bias):
+        return teal_linear_cpu(x, columns, threshold, bias)
     return _teal_linear(x, columns, threshold, bias)
 
 

@@ -17,8 +17,19 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
-from .kernel import int4_dequantize, int4_gemm, int4_gemv, reduce_splits
+from ..launching import (
+    REDUCE,
+    Plan,
+    Tiles,
+    configured,
+    device_of,
+    interpreted,
+    planned,
+    result_dtype,
+    rows_of_tokens,
+    summed,
+)
+from .kernel import int4_dequantize, int4_gemm, int4_gemv
 from .layout import GROUPS, TILE, Int4Weight
 
 BLAS_TOKENS = 256  # above this M the weight is dequantized
@@ -30,7 +41,11 @@ GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
-REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
+
+WEIGHTS: tuple[dict[str, Any], ...] = (  # every group, with zeros; without them, which takes instructions away, the widest
+    *({"GROUP": group} for group in GROUPS),
+    {"GROUP": 128, "zero_ptr": None},
+)
 
 
 def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
@@ -48,17 +63,9 @@ def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, proce
 
 
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
-    tokens, rows = x.shape[0], weight.words.shape[1]
+    """x [M, in] -> [M, out]."""
     plan = plan_of(x, weight, processors)
-    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    if plan.splits == 1:
-        start(plan, x, weight, bias, y)
-    else:
-        parts = partial_sums(plan, x, weight)
-        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
-        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
-    return y.to(x.dtype)
+    return summed(plan, x, weight.words.shape[1], bias, lambda bias, target: start(plan, x, weight, bias, target))
 
 
 def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
@@ -99,13 +106,9 @@ def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All tiles and groups, with a bias and zeros; without zeros, which takes instructions away, groups of 128.
-
-    A split launch stores float32 without a bias, after the same loop.
-    """
+    """All tiles and WEIGHTS, with a bias: a split launch stores float32 without one, after the same loop."""
     yield configured("reduce_splits", REDUCE, 0)
-    weights: list[dict[str, Any]] = [*({"GROUP": group} for group in GROUPS), {"GROUP": 128, "zero_ptr": None}]
-    for weight in weights:
+    for weight in WEIGHTS:
         yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
         yield configured("int4_gemv", GEMV, TILE, **weight)
         for tiles in GEMM:

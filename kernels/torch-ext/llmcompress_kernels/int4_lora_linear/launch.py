@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, dequantize, partial_sums, plan_of
+from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, WEIGHTS, dequantize, partial_sums, plan_of
 from ..int4_linear.layout import TILE, Int4Weight
 from ..launching import Plan, Tiles, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
@@ -77,9 +77,10 @@ def padded(rank: int) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Ends of all ranks, with a bias, after the loop for groups of 64; all loops are in the table of `int4_linear`."""
+    """All ranks, tiles and weights, with a bias."""
     for rank in RANKS:
         yield configured("lora_gemm_reduce", REDUCE, 0, R=rank)
-        yield configured("lora_gemv", GEMV, TILE, GROUP=64, R=rank)
-        for tiles in GEMM if rank <= WIDEST else ():
-            yield configured("lora_gemm", tiles, TILE, GROUP=64, R=rank)
+        for weight in WEIGHTS:
+            yield configured("lora_gemv", GEMV, TILE, R=rank, **weight)
+            for tiles in GEMM if rank <= WIDEST else ():
+                yield configured("lora_gemm", tiles, TILE, R=rank, **weight)

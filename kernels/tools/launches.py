@@ -99,8 +99,8 @@ def product_launch(
 ) -> Launch:
     """The kernel that multiplies one token or few with packed weights.
 
-    plan: `launching.Plan`. shape: M, rows, columns. packed: bytes of all weights, each read once: programs that read the
-    same are neighbours. matrices: weights with the same rows. summed: float32 sums are stored, even of a single split.
+    plan: `launching.Plan`. shape: M, rows, columns. packed: bytes of all weights, each read once, as programs that read
+    the same are neighbours. matrices: weights with the same rows. summed: float32 sums are stored, even of one split.
     """
     tokens, rows, columns = shape
     down, across, splits = plan.grid

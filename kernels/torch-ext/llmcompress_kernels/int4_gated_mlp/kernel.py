@@ -1,9 +1,9 @@
 """Triton kernels of `int4_gated_mlp`. Imported only when a kernel is about to run.
 
 The sums over two weights, gate and up, in one read of x are those of int4_linear/kernel.py. What follows them needs no
-further kernel, since a program has the same outputs n of both in the same registers. Where the inner dimension is split,
-programs store the two sums apart, float32 [splits, 2, M, N], and `reduce_gated` adds them up before it applies the
-activation; how sums are split: outputs.py.
+further kernel, since a program has the same outputs n of both in the same registers. Where the inner dimension is
+split, programs store the two sums apart, float32 [splits, 2, M, N], and `reduce_gated` adds them up before it applies
+the activation; how sums are split: outputs.py.
 
 Arguments: y_ptr is None in a split launch, and parts_ptr in one that is not.
 """

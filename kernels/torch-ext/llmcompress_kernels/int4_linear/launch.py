@@ -42,7 +42,9 @@ GEMM = (  # by rising tokens; the last one serves all that is larger
 )
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
-WEIGHTS: tuple[dict[str, Any], ...] = (  # every group, with zeros; without them, which takes instructions away, the widest
+WEIGHTS: tuple[
+    dict[str, Any], ...
+] = (  # every group, with zeros; without them, which takes instructions away, the widest
     *({"GROUP": group} for group in GROUPS),
     {"GROUP": 128, "zero_ptr": None},
 )

@@ -8,9 +8,9 @@ from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unles
 from ..direct import may_call_directly
 from .cpu import sparse24_linear_cpu
 from .layout import PLANE, TILE, WIDTH, Sparse24Weight, from_sparse24, to_sparse24
-from .library import form_elements, library_form
+from .library import form_elements, sparse24_form
 
-__all__ = ["Sparse24Weight", "from_sparse24", "library_form", "sparse24_linear", "to_sparse24"]
+__all__ = ["Sparse24Weight", "from_sparse24", "sparse24_form", "sparse24_linear", "to_sparse24"]
 
 NAME = "sparse24_linear"
 
@@ -24,8 +24,8 @@ def sparse24_linear(
     values     [ceil(in / 64), out, 32]   dtype of x, in the order of layout.py; `from_sparse24` makes both tensors
     positions  [ceil(in / 256), out, 16]  int16, where they are
     bias       [out]                      dtype of x, or None
-    form       [9 / 16 out in]            dtype of x, the same weight by `library_form` on this GPU, or None: for many
-                                          tokens torch's sparse kernel multiplies with it, and the packed one is not read
+    form       [9 / 16 out in]            dtype of x, the same weight by `sparse24_form` on this very GPU, or None; above
+                                          64 tokens torch's sparse kernel multiplies with it, on a CPU nothing does
     returns    [..., out]                 dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32. The packed kernels give the same bits

@@ -31,6 +31,7 @@ GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=32, warps=2, stages=3),
 )
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
+LIBRARY_TOKENS = 64  # above this M a form for torch's library is used, if there is one
 
 
 def sparse24_linear_triton(
@@ -38,7 +39,7 @@ def sparse24_linear_triton(
 ) -> Tensor:
     """x [..., in] with any strides -> [..., out].
 
-    processors: streaming multiprocessors of the GPU; form: of the same weight, by `library_form`.
+    processors: streaming multiprocessors of the GPU; form: of the same weight, by `sparse24_form`.
     """
     rows = weight.values.shape[1]
     if x.numel() == 0 or rows == 0:

@@ -1,13 +1,13 @@
 """2:4 products by torch's own kernels for sparse tensor cores, for many tokens at once.
 
-torch has two libraries behind `torch.sparse.SparseSemiStructuredTensor`, and each wants the weight in a form of its own:
+torch has two libraries behind `torch.sparse.SparseSemiStructuredTensor`; each wants the weight in a form of its own:
 
     CUTLASS      compute capability 8, all others it refuses: kept weights as they are stored, and positions of 16
                  columns as an int16, in an order that its loads ask for
     cuSPARSELt   capability 9 from version 0.6.2 on, and 10 from 0.8.0 on, where this build of torch has it: a form
                  that it makes of the dense weight, and that nobody else can read
 
-Making a form costs more than a product of few tokens, so it is not made in a product: `library_form` makes it once, on
+Making a form costs more than a product of few tokens, so it is not made in a product: `sparse24_form` makes it once, on
 the GPU where it is used. It is a tensor that belongs to whoever asked for it, and `sparse24_linear` takes it beside the
 packed weight. A form takes 9 bits per weight, as the packed tensors do, and both together more than the dense weight;
 so it is for those who have the memory and long prompts.
@@ -25,7 +25,7 @@ TOKENS_MULTIPLE = 16
 VERSIONS = {9: 602, 10: 800}  # of cuSPARSELt, 0.6.2 and 0.8.0, by the first capability that each knows
 
 
-def library_form(weight: Sparse24Weight, in_features: int) -> Tensor | None:
+def sparse24_form(weight: Sparse24Weight, in_features: int) -> Tensor | None:
     """The weight [out, in] for torch's kernel, [9 / 16 out in] in its dtype; None if torch has none for it.
 
     Needs the memory of the dense weight for a moment where cuSPARSELt makes the form.

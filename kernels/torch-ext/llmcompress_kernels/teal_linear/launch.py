@@ -9,7 +9,6 @@ Tiles are chosen by what the compiler reports (kernels/resources/teal_linear.jso
 
 from collections.abc import Iterator
 
-import torch
 import triton
 from torch import Tensor
 

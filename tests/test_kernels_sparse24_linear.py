@@ -17,9 +17,9 @@ from llmcompress_kernels.sparse24_linear.library import (
     cutlass_form,
     cutlass_parts,
     form_elements,
-    sparse24_form,
     library_of,
     library_product,
+    sparse24_form,
 )
 from sparse24_cases import stored_sparse24
 from torch import Tensor

@@ -164,10 +164,11 @@ def int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 def int4_gated_mlp(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """With SwiGLU."""
     from llmcompress_kernels.int4_gated_mlp import launch
+    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
     from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import REDUCE, planned
 
-    if tokens > launch.BLAS_TOKENS:
+    if tokens > BLAS_TOKENS:
         return Spent([unpacked(gpu, rows, columns)] * 2, dense_gated(gpu, tokens, rows, columns))
     shape, packed = (tokens, rows, columns), int4_bytes(rows, columns)
     reduce = Reduce(code_of("int4_gated_mlp", gpu.architecture, "reduce_gated", ACTIVATION="silu"), REDUCE.rows)
@@ -223,9 +224,9 @@ def dense_adapted(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
 
 def sparse24_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """From the packed weight alone."""
-    from llmcompress_kernels.sparse24_linear.launch import BLAS_TOKENS
+    from llmcompress_kernels.sparse24_linear.launch import blas_tokens
 
-    if tokens > BLAS_TOKENS:
+    if tokens > blas_tokens(gpu.architecture // 10):
         return expanded24(gpu, tokens, rows, columns)
     return packed24(gpu, tokens, rows, columns)
 

@@ -24,8 +24,8 @@ def sparse24_linear(
     values     [ceil(in / 64), out, 32]   dtype of x, in the order of layout.py; `from_sparse24` makes both tensors
     positions  [ceil(in / 256), out, 16]  int16, where they are
     bias       [out]                      dtype of x, or None
-    form       [9 / 16 out in]            dtype of x, the same weight by `sparse24_form` on this very GPU, or None; above
-                                          64 tokens torch's sparse kernel multiplies with it, on a CPU nothing does
+    form       [9 / 16 out in]            dtype of x, or None: the same weight by `sparse24_form` on this very GPU, with
+                                          which torch's sparse kernel multiplies more than 64 tokens; no use on a CPU
     returns    [..., out]                 dtype of x, contiguous
 
     All tensors are on one device, and all but x contiguous. Sums are in float32. The packed kernels give the same bits

@@ -2,12 +2,20 @@
 
     tokens M     kernel             why
     1            sparse24_gemv      a tensor core would do nothing in 15 of its 16 columns
-    2 .. 256     sparse24_gemm      the packed weight is read once per BM tokens, and expanded in registers
-    above        library.py         sparse tensor cores through torch, where it has a kernel for the GPU
-                 sparse24_expand    elsewhere: the weight is expanded once, and the BLAS does the rest
+    2 .. 256     sparse24_gemm      the packed weight is expanded in registers, once per BM tokens
+    above        sparse24_expand    the weight is expanded once, and the BLAS does the rest
+    above 64     library.py         sparse tensor cores through torch, where a form for them was given
 
 Tiles are chosen by what the compiler reports (kernels/resources/sparse24_linear.json): no spills, weight loads of 128
-bits. BLAS_TOKENS is declared, not measured.
+bits. The limits follow from the model of kernels/tools/roofline.py; nothing was measured.
+
+- Programs of all tokens of the same rows run side by side, so the packed weight comes from memory once whatever M is.
+  What grows with M is the instructions that expand it, 7 per weight and 32 tokens.
+- Expanding in memory costs 25 bits per weight before the BLAS begins. On GPUs of compute capability 8 and 9, the
+  packed form takes a quarter of that way's time at 64 tokens, half at 128 and about the same at 256. On capability 10,
+  whose tensor cores and memory are twice as fast while its processors issue no more instructions, they meet at 96.
+- The library multiplies at twice the dense peak. The model gives it the lead from 33 tokens on, on all but one GPU, but
+  such products are short, and it knows nothing of what a library's tiles do with few tokens: so from 65 on.
 """
 
 from collections.abc import Iterator
@@ -17,7 +25,6 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import BLAS_TOKENS
 from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, rows_of_tokens, summed
 from .kernel import sparse24_expand, sparse24_gemm, sparse24_gemv
 from .layout import TILE, Sparse24Weight
@@ -32,6 +39,8 @@ GEMM = (  # by rising tokens; the last one serves all that is larger
 )
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
 LIBRARY_TOKENS = 64  # above this M a form for torch's library is used, if there is one
+BLAS_TOKENS = 256  # above this M the weight is expanded for the BLAS
+BLAS_TOKENS_10 = 96  # the same from compute capability 10 on
 
 
 def sparse24_linear_triton(
@@ -49,11 +58,16 @@ def sparse24_linear_triton(
         name = None if form is None or tokens.shape[0] <= LIBRARY_TOKENS else library_of(x.device)
         if form is not None and name is not None:
             y = library_product(tokens, form, rows, bias, name)
-        elif tokens.shape[0] <= BLAS_TOKENS:
+        elif tokens.shape[0] <= blas_tokens(torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0):
             y = product(tokens, weight, bias, processors)
         else:
             y = torch.nn.functional.linear(tokens, expand(weight, tokens.shape[1]), bias)
     return y.view(*x.shape[:-1], rows)
+
+
+def blas_tokens(capability: int) -> int:
+    """The most tokens that the packed weight is multiplied with, by the first number of a compute capability."""
+    return BLAS_TOKENS_10 if capability >= 10 else BLAS_TOKENS
 
 
 def aligned_rows(x: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def int4_plan(gpu: Gpu, tokens: int, rows: int, columns: int) -> tuple[Any, Code
     from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import planned
 
-    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
+    plan = planned(launch.choices(gpu.architecture // 10), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("int4_gemv", {}) if tokens == 1 else ("int4_gemm", {"BM": plan.tiles.tokens})
     return plan, code_of("int4_linear", gpu.architecture, kernel, GROUP=GROUP, zero_ptr=None, **block)
 
@@ -200,20 +200,23 @@ def dense_gated(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
 
 def int4_lora_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """With an adapter of RANK."""
-    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
+    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS, WIDE
     from llmcompress_kernels.int4_lora_linear.launch import REDUCE
 
     down = blas(gpu, tokens, RANK, columns)
     if tokens > BLAS_TOKENS:
         return Spent([unpacked(gpu, rows, columns)], dense_adapted(gpu, tokens, rows, columns))
-    plan, code = int4_plan(gpu, tokens, rows, columns)
+    shape, packed = (tokens, rows, columns), int4_bytes(rows, columns) + 2 * RANK * rows
+    made = code_of("int4_lora_linear", gpu.architecture, "lora_gemm_reduce", R=RANK)
+    reduce = Reduce(made, REDUCE.rows, REDUCE.tokens)
+    plan, code = int4_plan(gpu, *shape)
+    if plan.tiles == WIDE:
+        one = product_launch(plan, code, shape, packed, summed=True)
+        return Spent([one, reduce_launch(reduce, one.stored, tokens, rows)], down)
     if plan.splits == 1:
         kernel, block = ("lora_gemv", {}) if tokens == 1 else ("lora_gemm", {"BM": plan.tiles.tokens})
         code = code_of("int4_lora_linear", gpu.architecture, kernel, GROUP=GROUP, zero_ptr=None, R=RANK, **block)
-    made = code_of("int4_lora_linear", gpu.architecture, "lora_gemm_reduce", R=RANK)
-    reduce = Reduce(made, REDUCE.rows, REDUCE.tokens)
-    packed = int4_bytes(rows, columns) + 2 * RANK * rows
-    return Spent(packed_product(plan, code, (tokens, rows, columns), packed, reduce), down)
+    return Spent(packed_product(plan, code, shape, packed, reduce), down)
 
 
 def dense_adapted(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configuration import Configuration
+from .configuration import ARCHITECTURES, Configuration
 from .outputs import reduce_splits
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
@@ -22,12 +22,16 @@ MAX_SPLITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline."""
+    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline.
+
+    architectures: on which the compiler makes a good kernel of it.
+    """
 
     rows: int
     tokens: int
     warps: int
     stages: int
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)  # of the kernel that adds up splits
@@ -95,6 +99,11 @@ def rows_of_tokens(x: Tensor) -> Tensor:
     return tokens if tokens.stride(1) == 1 else tokens.contiguous()
 
 
+def capability_of(x: Tensor) -> int:
+    """The first number of the compute capability of x's GPU; 0 without one."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+
+
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be that of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
@@ -115,4 +124,5 @@ def configured(kernel: str, tiles: Tiles, columns: int, **constants: Any) -> Con
     constants |= {"BN": tiles.rows}
     if "gemm" in kernel:
         constants |= {"BM": tiles.tokens, "INTERPRETED": False}
-    return Configuration(kernel, constants, tiles.warps, tiles.stages, weights=tiles.rows * columns)
+    weights = tiles.rows * columns
+    return Configuration(kernel, constants, tiles.warps, tiles.stages, weights, tiles.architectures)

@@ -9,7 +9,7 @@
 A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. For 64 tokens there is
 no room: that spills on sm_89, and on sm_100 Triton makes a kernel of it that only traps. So more than 32 tokens would
 unpack every weight twice, and instructions are what bounds these kernels: the model of kernels/tools/roofline.py gives
-two linears with tiles of 64 tokens the shorter time on all its GPUs, though they read x twice.
+two linears, with tiles of 64 and 128 tokens, the shorter time on all its GPUs, though they read x twice.
 
 Tiles are chosen by what the compiler reports (kernels/resources/int4_gated_mlp.json). BLAS_TOKENS is declared, not
 measured.

@@ -6,7 +6,9 @@
     above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
 
 Tiles are chosen by what the compiler reports (kernels/resources/int4_linear.json): no spills, weight loads of 128 bits,
-few instructions per weight. BLAS_TOKENS is declared, not measured.
+few instructions per weight. What bounds many tokens are the instructions that unpack a weight, as often as there are
+tiles of tokens; so tiles are as large as registers allow. On sm_100 Triton makes a kernel of WIDE that only traps.
+BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from ..launching import (
     REDUCE,
     Plan,
     Tiles,
+    capability_of,
     configured,
     device_of,
     interpreted,
@@ -35,11 +38,12 @@ from .layout import GROUPS, TILE, Int4Weight
 BLAS_TOKENS = 256  # above this M the weight is dequantized
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
-GEMM = (  # by rising tokens; the last one serves all that is larger
+GEMM = (  # by rising tokens; the last one serves all that is larger where there is no WIDE
     Tiles(rows=128, tokens=16, warps=4, stages=3),
     Tiles(rows=64, tokens=32, warps=4, stages=3),
     Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
+WIDE = Tiles(rows=128, tokens=128, warps=8, stages=2, architectures=(80, 89, 90))
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
 WEIGHTS: tuple[
@@ -73,7 +77,12 @@ def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int)
 def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
     """Of the product of x [M, in] with a weight."""
     tiles, rows, _ = weight.words.shape
-    return planned((GEMV, *GEMM), x.shape[0], rows, tiles, processors)
+    return planned(choices(capability_of(x)), x.shape[0], rows, tiles, processors)
+
+
+def choices(capability: int) -> tuple[Tiles, ...]:
+    """Tiles by rising tokens, for the first number of a compute capability."""
+    return (GEMV, *GEMM) if capability >= 10 else (GEMV, *GEMM, WIDE)
 
 
 def partial_sums(plan: Plan, x: Tensor, weight: Int4Weight) -> Tensor:
@@ -113,5 +122,5 @@ def configurations() -> Iterator[Configuration]:
     for weight in WEIGHTS:
         yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
         yield configured("int4_gemv", GEMV, TILE, **weight)
-        for tiles in GEMM:
+        for tiles in (*GEMM, WIDE):
             yield configured("int4_gemm", tiles, TILE, **weight)

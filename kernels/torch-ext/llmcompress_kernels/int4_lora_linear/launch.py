@@ -3,7 +3,8 @@
 h = x Aᵀ goes first, by the BLAS; its result is at most 64 wide. Then tokens M choose as in int4_linear/launch.py, with
 its tiles: `lora_gemv`, `lora_gemm`, or above BLAS_TOKENS the unpacked weight. Where the inner dimension is split, the
 kernels of `int4_linear` make the parts and `lora_gemm_reduce` adds them up, for one token too: it reads little. So it
-does for several tokens and ranks above WIDEST, with one part.
+does, with one part, where the update would need registers that are not there: for several tokens and ranks above
+WIDEST, and for the widest tiles.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, WEIGHTS, dequantize, partial_sums, plan_of
+from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, WEIGHTS, WIDE, dequantize, partial_sums, plan_of
 from ..int4_linear.layout import TILE, Int4Weight
 from ..launching import Plan, Tiles, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
@@ -50,7 +51,7 @@ def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, adapter: Adapter
     update = (h.shape[1], adapter.scaling)
     options = plan.options | {"GROUP": columns // weight.scale.shape[0], "R": padded(h.shape[1])}
     pointers = (x, *weight, bias, adapter.b, h, y)
-    if plan.splits > 1 or (tokens > 1 and options["R"] > WIDEST):
+    if plan.splits > 1 or plan.tiles == WIDE or (tokens > 1 and options["R"] > WIDEST):
         reduce(partial_sums(plan, x, weight), bias, adapter, h, y)
     elif tokens == 1:
         lora_gemv[plan.grid](*pointers, rows, columns, plan.span, *update, **options)

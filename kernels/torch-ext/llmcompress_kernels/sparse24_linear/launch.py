@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, rows_of_tokens, summed
+from ..launching import Plan, Tiles, capability_of, configured, device_of, interpreted, planned, rows_of_tokens, summed
 from .kernel import sparse24_expand, sparse24_gemm, sparse24_gemv
 from .layout import TILE, Sparse24Weight
 from .library import library_of, library_product
@@ -58,7 +58,7 @@ def sparse24_linear_triton(
         name = None if form is None or tokens.shape[0] <= LIBRARY_TOKENS else library_of(x.device)
         if form is not None and name is not None:
             y = library_product(tokens, form, rows, bias, name)
-        elif tokens.shape[0] <= blas_tokens(torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0):
+        elif tokens.shape[0] <= blas_tokens(capability_of(x)):
             y = product(tokens, weight, bias, processors)
         else:
             y = torch.nn.functional.linear(tokens, expand(weight, tokens.shape[1]), bias)

@@ -142,7 +142,7 @@ def summing(gpu: Gpu) -> Reduce:
 
 
 def int4_plan(gpu: Gpu, tokens: int, rows: int, columns: int) -> tuple[Any, Code]:
-    """How `int4_linear` multiplies up to BLAS_TOKENS, and its code."""
+    """How `int4_linear` multiplies with a packed weight, and its code."""
     from llmcompress_kernels.int4_linear import launch
     from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import planned
@@ -153,9 +153,9 @@ def int4_plan(gpu: Gpu, tokens: int, rows: int, columns: int) -> tuple[Any, Code
 
 
 def int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
-    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
+    from llmcompress_kernels.int4_linear.launch import blas_tokens
 
-    if tokens > BLAS_TOKENS:
+    if tokens > blas_tokens(gpu.architecture // 10):
         return Spent([unpacked(gpu, rows, columns)], blas(gpu, tokens, rows, columns))
     plan, code = int4_plan(gpu, tokens, rows, columns)
     return Spent(packed_product(plan, code, (tokens, rows, columns), int4_bytes(rows, columns), summing(gpu)))
@@ -164,26 +164,22 @@ def int4_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 def int4_gated_mlp(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """With SwiGLU."""
     from llmcompress_kernels.int4_gated_mlp import launch
-    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS
     from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import REDUCE, planned
 
-    if tokens > BLAS_TOKENS:
-        return Spent([unpacked(gpu, rows, columns)] * 2, dense_gated(gpu, tokens, rows, columns))
-    shape, packed = (tokens, rows, columns), int4_bytes(rows, columns)
-    reduce = Reduce(code_of("int4_gated_mlp", gpu.architecture, "reduce_gated", ACTIVATION="silu"), REDUCE.rows)
-    if tokens > launch.FUSED_TOKENS:
-        one = product_launch(*int4_plan(gpu, *shape), shape, packed, summed=True)
-        return Spent([one, one, reduce_launch(reduce, 2 * one.stored, tokens, rows)])
+    if tokens > launch.fused_tokens(gpu.architecture // 10):
+        return two_calls(gpu, tokens, rows, columns)
     plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("gated_gemv", {}) if tokens == 1 else ("gated_gemm", {"BM": plan.tiles.tokens})
     whole = {"gate_zero_ptr": None, "up_zero_ptr": None, "parts_ptr": None, "ACTIVATION": "silu"}
     code = code_of("int4_gated_mlp", gpu.architecture, kernel, GROUP=GROUP, **whole, **block)
-    return Spent(packed_product(plan, code, shape, 2 * packed, reduce, matrices=2))
+    reduce = Reduce(code_of("int4_gated_mlp", gpu.architecture, "reduce_gated", ACTIVATION="silu"), REDUCE.rows)
+    packed = 2 * int4_bytes(rows, columns)
+    return Spent(packed_product(plan, code, (tokens, rows, columns), packed, reduce, matrices=2))
 
 
 def two_calls(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
-    """What `int4_gated_mlp` does, by two calls of `int4_linear` and torch's activation and product."""
+    """What `int4_gated_mlp` does, by `int4_linear` twice and torch's activation and product."""
     one = int4_linear(gpu, tokens, rows, columns)
     return Spent(2 * one.launches, 2 * one.torch + activating(gpu, tokens, rows))
 
@@ -200,11 +196,11 @@ def dense_gated(gpu: Gpu, tokens: int, rows: int, columns: int) -> float:
 
 def int4_lora_linear(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """With an adapter of RANK."""
-    from llmcompress_kernels.int4_linear.launch import BLAS_TOKENS, WIDE
+    from llmcompress_kernels.int4_linear.launch import WIDE, blas_tokens
     from llmcompress_kernels.int4_lora_linear.launch import REDUCE
 
     down = blas(gpu, tokens, RANK, columns)
-    if tokens > BLAS_TOKENS:
+    if tokens > blas_tokens(gpu.architecture // 10):
         return Spent([unpacked(gpu, rows, columns)], dense_adapted(gpu, tokens, rows, columns))
     shape, packed = (tokens, rows, columns), int4_bytes(rows, columns) + 2 * RANK * rows
     made = code_of("int4_lora_linear", gpu.architecture, "lora_gemm_reduce", R=RANK)

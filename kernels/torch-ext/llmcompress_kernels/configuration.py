@@ -17,8 +17,6 @@ TYPES = {  # of kernel arguments that are neither int32 nor a pointer to the dty
     "gate_zero_ptr": "*u8",
     "up_zero_ptr": "*u8",
     "parts_ptr": "*fp32",
-    "gates_ptr": "*fp32",
-    "ups_ptr": "*fp32",
     "index_ptr": "*i16",
     "metadata_ptr": "*i32",
     "fragments_ptr": "*i32",

@@ -77,21 +77,15 @@ def gated_gemm(
 
 @triton.jit
 def reduce_gated(
-    gates_ptr, ups_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, stride, M, N, splits,
-    BN: tl.constexpr, ACTIVATION: tl.constexpr,
+    parts_ptr, gate_bias_ptr, up_bias_ptr, y_ptr, M, N, splits, BN: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """y [M, N] of parts of gate and up, each [M, N] and `stride` numbers from one split to the next.
-
-    They are added in the order of the splits. Grid (ceil(N / BN), M).
-    """
+    """y [M, N] of parts [splits, 2, M, N], added in the order of the splits. Grid (ceil(N / BN), M)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1)
     gate = tl.zeros((BN,), dtype=tl.float32)
     up = tl.zeros((BN,), dtype=tl.float32)
-    at = m.to(tl.int64) * N + n
-    for _ in range(splits):
-        gate += tl.load(gates_ptr + at, mask=n < N, other=0.0)
-        up += tl.load(ups_ptr + at, mask=n < N, other=0.0)
-        at += stride
+    for split in range(splits):
+        gate += tl.load(parts_ptr + (2 * split * M + m).to(tl.int64) * N + n, mask=n < N, other=0.0)
+        up += tl.load(parts_ptr + ((2 * split + 1) * M + m).to(tl.int64) * N + n, mask=n < N, other=0.0)
     y = gated(gate, up, gate_bias_ptr, up_bias_ptr, n, N, ACTIVATION)
     tl.store(y_ptr + m.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)

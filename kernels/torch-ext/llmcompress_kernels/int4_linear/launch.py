@@ -3,12 +3,13 @@
     tokens M     kernel             why
     1            int4_gemv          a tensor core would do nothing in 15 of its 16 columns
     2 .. 256     int4_gemm          the packed weight is read once per BM tokens
-    above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
+    above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest; from compute capability
+                                    10 on above 64 tokens: tensor cores and memory are faster there, instructions not
 
 Tiles are chosen by what the compiler reports (kernels/resources/int4_linear.json): no spills, weight loads of 128 bits,
 few instructions per weight. What bounds many tokens are the instructions that unpack a weight, as often as there are
 tiles of tokens; so tiles are as large as registers allow. On sm_100 Triton makes a kernel of WIDE that only traps.
-BLAS_TOKENS is declared, not measured.
+The limits follow from the model of kernels/tools/roofline.py; nothing was measured.
 """
 
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from .kernel import int4_dequantize, int4_gemm, int4_gemv
 from .layout import GROUPS, TILE, Int4Weight
 
 BLAS_TOKENS = 256  # above this M the weight is dequantized
+BLAS_TOKENS_10 = 64  # the same from compute capability 10 on
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens; the last one serves all that is larger where there is no WIDE
@@ -56,16 +58,24 @@ WEIGHTS: tuple[
 
 def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
-    columns, rows = x.shape[-1], weight.words.shape[1]
+    rows = weight.words.shape[1]
     if x.numel() == 0 or rows == 0:
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
     tokens = rows_of_tokens(x)
     with device_of(x):
-        if tokens.shape[0] > BLAS_TOKENS:
-            y = torch.nn.functional.linear(tokens, dequantize(weight, columns, x.dtype), bias)
-        else:
-            y = product(tokens, weight, bias, processors)
-    return y.view(*x.shape[:-1], rows)
+        return multiplied(tokens, weight, bias, processors).view(*x.shape[:-1], rows)
+
+
+def multiplied(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
+    """x [M, in] -> [M, out], with the packed weight or, for many tokens, the unpacked one."""
+    if x.shape[0] > blas_tokens(capability_of(x)):
+        return torch.nn.functional.linear(x, dequantize(weight, x.shape[1], x.dtype), bias)
+    return product(x, weight, bias, processors)
+
+
+def blas_tokens(capability: int) -> int:
+    """The most tokens that the packed weight is multiplied with, by the first number of a compute capability."""
+    return BLAS_TOKENS_10 if capability >= 10 else BLAS_TOKENS
 
 
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Launches of `int4_lora_linear` on a GPU. Imports triton through kernel.py, so it is imported late.
 
 h = x Aᵀ goes first, by the BLAS; its result is at most 64 wide. Then tokens M choose as in int4_linear/launch.py, with
-its tiles: `lora_gemv`, `lora_gemm`, or above BLAS_TOKENS the unpacked weight. Where the inner dimension is split, the
+its tiles: `lora_gemv`, `lora_gemm`, or for many the unpacked weight. Where the inner dimension is split, the
 kernels of `int4_linear` make the parts and `lora_gemm_reduce` adds them up, for one token too: it reads little. So it
 does, with one part, where the update would need registers that are not there: for several tokens and ranks above
 WIDEST, and for the widest tiles.
@@ -15,9 +15,9 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, WEIGHTS, WIDE, dequantize, partial_sums, plan_of
+from ..int4_linear.launch import GEMM, GEMV, WEIGHTS, WIDE, blas_tokens, dequantize, partial_sums, plan_of
 from ..int4_linear.layout import TILE, Int4Weight
-from ..launching import Plan, Tiles, configured, device_of, interpreted, result_dtype, rows_of_tokens
+from ..launching import Plan, Tiles, capability_of, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
 from .reference import Adapter
 
@@ -36,7 +36,7 @@ def int4_lora_linear_triton(
     tokens, linear = rows_of_tokens(x), torch.nn.functional.linear
     with device_of(x):
         h = linear(tokens, adapter.a)
-        if tokens.shape[0] > BLAS_TOKENS:
+        if tokens.shape[0] > blas_tokens(capability_of(x)):
             y = linear(tokens, dequantize(weight, columns, x.dtype), bias)
             y = y.addmm_(h, adapter.b.T, alpha=adapter.scaling)
         else:

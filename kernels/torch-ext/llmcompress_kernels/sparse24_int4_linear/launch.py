@@ -8,7 +8,8 @@
     above        sparse24_int4_dequantize    the weight is made once, and the BLAS does the rest
 
 Tiles are chosen by what the compiler reports (kernels/resources/sparse24_int4_linear.json): no spills, weight loads of
-128 bits. BLAS_TOKENS is declared, not measured.
+128 bits. Programs of all tokens of the same rows run side by side, so the packed weight comes from memory once whatever
+M is. BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator

@@ -42,8 +42,8 @@ from .reference import ACTIVATIONS, Gated
 
 GEMV = Tiles(rows=32, tokens=1, warps=2, stages=3)
 GEMM = (  # by rising tokens
-    Tiles(rows=64, tokens=16, warps=4, stages=3),
-    Tiles(rows=64, tokens=32, warps=4, stages=3),
+    Tiles(rows=64, tokens=16, warps=4, stages=3, architectures=(80, 89, 90)),
+    Tiles(rows=64, tokens=32, warps=4, stages=3, architectures=(80, 89, 90)),
 )
 
 

@@ -146,7 +146,7 @@ def test_all_weights_are_made_once_for_each_tile_of_tokens(tokens, times):
         read = matrices * launches.int4_bytes(rows, columns) + len(products) * 2 * tokens * columns
         assert sum(one.loaded for one in products) == read
         assert sum(one.flops for one in products) >= (matrices * 2 * tokens * rows * columns if tokens > 1 else 0)
-        assert found.torch == 0
+        assert (found.torch > 0) == (len(products) > 1)  # the activation, where no kernel of ours has both sums
 
 
 def test_many_tokens_go_through_the_dense_weight():

@@ -132,7 +132,7 @@ class Zero:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.accelerator, name)
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, "ZeroOptimizer"]:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """The model in its engine, and its optimizer by whole parameters."""
         self.accelerator.gradient_accumulation_steps = self.passes
         with told(self.accelerator.state.deepspeed_plugin, settings(self.options, self.accelerator.num_processes)):

@@ -207,7 +207,7 @@ class WholeState:
     def __getitem__(self, parameter: Tensor) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        step = next(iter(self.slices.values()))["step"]
+        step = next(iter(self.slices.values()))["step"].clone()  # safetensors writes no tensor under two names
         return {"step": step} | {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
 
     def __setitem__(self, parameter: Tensor, values: Mapping[str, Tensor]) -> None:

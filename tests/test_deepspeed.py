@@ -111,7 +111,9 @@ class Engine:
     """As much of DeepSpeed's as `Zero` asks for."""
 
     def __init__(self, norm: float) -> None:
-        self.optimizer: Any = SimpleNamespace(scaled_global_norm=lambda: norm, optimizer=SimpleNamespace(state={}))
+        adam = SimpleNamespace(state={})
+        self.optimizer: Any = SimpleNamespace(scaled_global_norm=lambda: norm, optimizer=adam, param_groups=[])
+        self.optimizer._lazy_init_hp_params_optimizer_state = lambda: None
         self.calls: list[Any] = []
         self.set_gradient_accumulation_boundary = self.calls.append
         self.backward = lambda loss, scale_wrt_gas: self.calls.append((float(loss), scale_wrt_gas))
@@ -140,6 +142,18 @@ def test_a_gradient_that_is_no_number_is_infinite_and_takes_no_step():
     deepspeed.ZeroOptimizer(zero_of(0.5).engine).step()
     with pytest.raises(CalibrationError, match="lower `learning_rate`"):
         deepspeed.ZeroOptimizer(zero_of(math.inf).engine).step()
+
+
+def test_moments_of_all_groups_are_there_when_they_are_linked():
+    engine, slices = Engine(1.0), [torch.nn.Parameter(torch.ones(count)) for count in (6, 2)]
+    engine.optimizer.param_groups = [{"params": [slice_]} for slice_ in slices]
+    seen: list[int] = []
+    states = engine.optimizer.optimizer.state
+    engine.optimizer._lazy_init_hp_params_optimizer_state = lambda: seen.append(len(states))
+    deepspeed.ZeroOptimizer(engine)
+    assert seen == [2]
+    assert all(sorted(states[slice_]) == ["exp_avg", "exp_avg_sq", "step"] for slice_ in slices)
+    assert all(states[slice_]["exp_avg"].shape == slice_.shape for slice_ in slices)
 
 
 def test_masks_clear_gradients_on_their_way():

@@ -198,11 +198,20 @@ class WholeState:
     """Adam's state by parameter, put together and cut; every process has to ask."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer  # DeepSpeed's; its own one learns slices
+        """optimizer: DeepSpeed's, whose own one learns slices.
+
+        Moments are made here, as the first step would make them: DeepSpeed links them to parameters after the first
+        group of its first step, when those of other groups are not there yet.
+        """
         self.slices: dict[Tensor, dict[str, Tensor]] = optimizer.optimizer.state
+        for group in optimizer.param_groups:
+            for slice_ in group["params"]:
+                moments = {key: torch.zeros_like(slice_) for key in MOMENTS}
+                self.slices[slice_] = {"step": torch.tensor(0.0), **moments}
+        optimizer._lazy_init_hp_params_optimizer_state()
 
     def __contains__(self, parameter: Tensor) -> bool:
-        return bool(self.slices)  # of all, as all are in every step
+        return True
 
     def __getitem__(self, parameter: Tensor) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -214,16 +223,8 @@ class WholeState:
         """Cut what was saved, and the weight itself, which is there already."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if not self.slices:
-            self._begin(values["step"])
+        for state in self.slices.values():  # all parameters are in every step
+            state["step"].copy_(values["step"])
         safe_set_full_fp32_param(parameter, parameter.detach())
         for key in MOMENTS:
             safe_set_full_optimizer_state(parameter, values[key], key)
-
-    def _begin(self, step: Tensor) -> None:
-        """Moments as the first step would make them, so that there is something to cut into."""
-        for group in self.optimizer.param_groups:
-            for slice_ in group["params"]:
-                moments = {key: torch.zeros_like(slice_) for key in MOMENTS}
-                self.slices[slice_] = {"step": step.clone(), **moments}
-        self.optimizer._lazy_init_hp_params_optimizer_state()  # what DeepSpeed does after the first step

@@ -15,6 +15,10 @@ everywhere.
 - The recipe alone says batch, passes, clipping, optimizer, schedule and precision; a configuration that says one of
   these, too, is refused. Products in bfloat16 are torch's autocast, with weights and sums of gradients in float32.
 
+It also works on a CPU, over gloo, where the library first compiles an operator for sums in shared memory: that takes a
+minute and a C++ compiler, and waits for ever behind a `lock` file in torch's folder of extensions if an earlier one was
+killed.
+
 Given up: stage 3, where parameters have neither data nor shape between the passes, for which FSDP2 does the same; state
 on the CPU or a disk, since another AdamW would compute it. A parameter that a step does not reach (an expert that no
 token asks for) has a gradient of zero here and none elsewhere, so its weight decays and its moments fade.

@@ -9,8 +9,8 @@ AdamW's, a share of the weight itself, which leaves zeros alone.
 What is done beside these steps is the business of a technique (`technique.py`), which is called before and after them
 and keeps masks of its own; its tensors are part of the state.
 
-Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`. The first one
-writes everything and keeps the result.
+Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`, or the state of
+the optimizer, see `deepspeed.py`. The first one writes everything and keeps the result.
 """
 
 import math
@@ -27,6 +27,7 @@ from torch import Tensor
 from llmcompress.checkpoint import read_tensors, write_tensors
 from llmcompress.errors import CalibrationError
 from llmcompress.files import read_json, write_json
+from llmcompress.training.deepspeed import Zero
 from llmcompress.training.sharding import put_together, shared_out, start, whole
 from llmcompress.training.step import Train
 from llmcompress.training.technique import MOMENTS, Learner, Technique
@@ -68,7 +69,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     Raises CalibrationError if the loss is no number, or a batch cannot be shared by the processes; PlanError for a
     launch of a kind that does not work.
     """
-    accelerator = start(cpu=task.cpu)
+    accelerator = start(cpu=task.cpu, options=options)
     technique = task.technique or Technique(options)
     learner = learner_of(model, options, task, accelerator)
     technique.prepare(learner)
@@ -80,6 +81,8 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     learner.optimizer = optimizer
     trained = trainable(model)  # only now: sharding replaces parameters
     masks = {name: shared_out(mask, trained[name]) for name, mask in task.masks.items()}
+    if isinstance(accelerator, Zero):
+        accelerator.hold(trained, masks)
     curve, remembered = load_state(state, trained, optimizer)
     if curve.losses:
         technique.load(remembered, learner)
@@ -117,6 +120,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
                 save_state(state, tensors | {f"technique.{key}": t for key, t in technique.state().items()}, curve)
     technique.finish(learner)
     put_together(model, keep=accelerator.is_main_process)
+    accelerator.free_memory()
     model.eval()
     return curve
 

@@ -183,7 +183,8 @@ def length_of(plan: TrainPlan) -> int:
 
 
 def predict(plan: TrainPlan) -> Cost:
-    """What the step will take: the whole model in float32, what of it is trained three times more, masks, one pass."""
+    """What the step will take: the whole model in float32, what of it is trained three times more, masks, one pass;
+    and what a technique remembers, or ranks all weights with."""
     options, length = plan.step.options, length_of(plan)
     parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
     trained = lora_parameters(plan) if options.lora else parameters
@@ -191,15 +192,18 @@ def predict(plan: TrainPlan) -> Cost:
     vocabulary = int(plan.source.config.get("vocab_size", 0))
     inside = 2 if options.precision == "bfloat16" else 4
     kept = (1 if options.gradient_checkpointing else plan.count) * 2.5 * sum(sum(shape) for shape in first)
-    window = options.micro_batch * length * (kept * inside + 4 * 4 * vocabulary)
-    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
-    memory = LIBRARIES + 4 * parameters + max(3 * 4 * trained + window, options.scoring_bytes * pruned) + pruned
+    window = length * (kept * inside + 4 * 4 * vocabulary)
+    pruned = sum(prod(linear.shape) for linear in plan.targets)
+    learning = 3 * 4 * trained + max(options.micro_batch * window, options.ranking_bytes * pruned)  # one, or the other
+    scoring = options.scoring_bytes * pruned + (window if options.scoring_bytes else 0)  # before there are moments
+    memory = LIBRARIES + 4 * parameters + max(learning, scoring) + options.remembered_bytes * parameters + pruned
     output = parameters * plan.itemsize + HEADER * len(plan.source.tensors)
     operations = 2.0 * parameters * options.steps * options.batch * length
     passes = 4.0 if options.gradient_checkpointing else 3.0
     seconds = 20.0 + 2.0 * passes * operations / speed(plan, options.precision)
     disk = output + plan.source.fetch_bytes
-    disk += 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
+    disk += 2 * (3 * 4 * trained + options.remembered_bytes * parameters + pruned)  # two states for a moment
+    disk += parameters * plan.itemsize  # what was learned
     if options.has_teacher:
         windows = min(options.steps * options.batch, windows_of(plan))
         seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan)

@@ -7,7 +7,11 @@ the norm is taken, and they are set to zero again after the step, since Adam's m
 AdamW's, a share of the weight itself, which leaves zeros alone.
 
 What is done beside these steps is the business of a technique (`technique.py`), which is called before and after them
-and keeps masks of its own; its tensors are part of the state.
+and keeps masks of its own; its tensors are part of the state. What it has found by passes over the text before the
+first step is written at once, so that no run that continues does them again. Parameters that it adds are clipped by
+themselves: the gradient of a gate says nothing of how far weights may go.
+
+A loss or a gradient that is no number ends the training before the optimizer sees it.
 
 Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`. The first one
 writes everything and keeps the result.
@@ -15,7 +19,7 @@ writes everything and keeps the result.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -61,18 +65,36 @@ class Task:
     given: Mapping[str, Tensor] = field(default_factory=dict)  # masks of these for it
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a killed run has left to continue from; empty if it left nothing."""
+
+    curve: Curve
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def remembered(self) -> dict[str, Tensor]:
+        """What the technique remembers."""
+        mine = "technique."
+        return {key.removeprefix(mine): tensor for key, tensor in self.tensors.items() if key.startswith(mine)}
+
+
 def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Curve:
     """Train the parameters of `model` that require gradients, in place; the first process has the result.
 
     state: folder for what a killed run continues from.  tell: called with the steps done, and what to show.
-    Raises CalibrationError if the loss is no number, or a batch cannot be shared by the processes; PlanError for a
-    launch of a kind that does not work.
+    Raises CalibrationError if the loss or a gradient is no number, or a batch cannot be shared by the processes;
+    PlanError for a launch of a kind that does not work.
     """
     accelerator = start(cpu=task.cpu)
     technique = task.technique or Technique(options)
+    saved = read_state(state)
     learner = learner_of(model, options, task, accelerator)
+    learner.continues = bool(saved.tensors)
+    own = set(trainable(model))
+    model.train()  # now, as blocks recompute for `gradient_checkpointing` in this mode alone
     technique.prepare(learner)
-    agreed(technique.masks, accelerator)
+    agreed(technique, learner, accelerator)
     groups = parameter_groups(trainable(model), options)
     fused = True if task.cpu else None  # one pass over memory; on GPUs torch chooses
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=BETAS, fused=fused)
@@ -80,25 +102,29 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     learner.optimizer = optimizer
     trained = trainable(model)  # only now: sharding replaces parameters
     masks = {name: shared_out(mask, trained[name]) for name, mask in task.masks.items()}
-    curve, remembered = load_state(state, trained, optimizer)
-    if curve.losses:
-        technique.load(remembered, learner)
+    added = trained.keys() - own
+    curve = restored(saved, trained, optimizer)
+    if learner.continues:
+        technique.load(saved.remembered, learner)
+    elif options.scoring_bytes and accelerator.is_main_process:
+        write_tensors(state_file(state, 0), of_technique(technique))
+    del saved  # weights, which the model has
     cleared(trained, technique.masks, learner)
-    model.train()
     for step in range(len(curve.losses), options.steps):
         began = time.monotonic()
         torch.manual_seed(options.seed * 1_000_003 + step)  # of a model's own dropout, if it has any
+        technique.begin_step(step, learner)
         penalty = partial(technique.penalty, step, learner)
         mean = backward(accelerator, wrapped, task.loss, batch_rows(task.windows, options, step), options, penalty)
-        if not math.isfinite(mean):
-            if not accelerator.is_main_process:
-                return curve  # the first process says so
-            raise CalibrationError(f"step {step}: the loss is {mean}; lower `learning_rate`, or look at the data")
         masked(trained, masks, gradients=True)
         learner.rate = rate(step, options, technique.schedule(step))
         taken = technique.before_step(step, learner)
         masked(trained, technique.masks, gradients=True)
-        accelerator.clip_grad_norm_(trained.values(), options.clip)
+        norm = clipped(accelerator, trained, added, options.clip)
+        if wrong := no_number(step, mean, norm):
+            if not accelerator.is_main_process:
+                return curve  # the first process says so
+            raise wrong
         for group in optimizer.param_groups:
             group["lr"] = learner.rate
         if taken:
@@ -114,7 +140,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
         if (step + 1) % options.checkpoint_every == 0:
             tensors = state_tensors(trained, optimizer, keep=accelerator.is_main_process)
             if accelerator.is_main_process:
-                save_state(state, tensors | {f"technique.{key}": t for key, t in technique.state().items()}, curve)
+                save_state(state, tensors | of_technique(technique), curve)
     technique.finish(learner)
     put_together(model, keep=accelerator.is_main_process)
     model.eval()
@@ -141,13 +167,16 @@ def learner_of(model: Any, options: Train, task: Task, accelerator: Any) -> Lear
     return Learner(model, weights, partial(task.loss, model), rows, task.given)
 
 
-def agreed(masks: dict[str, Tensor], accelerator: Any) -> None:
-    """Let all processes have the masks of the first: sums on GPUs may round differently, and scores lie close."""
-    if accelerator.num_processes > 1:
+def agreed(technique: Technique, learner: Learner, accelerator: Any) -> None:
+    """Let all processes have what the first has chosen, masks and whatever else is bool in the state of the technique:
+    sums on GPUs may round differently, and scores lie close."""
+    state = technique.state()
+    chosen = [key for key, tensor in state.items() if tensor.dtype == torch.bool]
+    if accelerator.num_processes > 1 and chosen:
         from accelerate.utils import broadcast
 
-        for name, mask in masks.items():
-            masks[name] = broadcast(mask.to(torch.uint8)).bool()
+        same = {key: broadcast(state[key].to(accelerator.device, torch.uint8)).bool() for key in chosen}
+        technique.load(state | same, learner)
 
 
 def backward(
@@ -164,6 +193,24 @@ def backward(
         extra = None if number else penalty()
         accelerator.backward(value if extra is None else value + extra)
     return float(accelerator.reduce(total, "mean"))
+
+
+def clipped(accelerator: Any, trained: Mapping[str, Tensor], added: Collection[str], limit: float) -> float:
+    """Clip the gradients of the weights, and of what a technique has added, by themselves; the norm of all before."""
+    weights = [p for name, p in trained.items() if name not in added]
+    others = [p for name, p in trained.items() if name in added]
+    norms = [whole(accelerator.clip_grad_norm_(part, limit)) for part in (weights, others) if part]
+    return math.hypot(*map(float, norms))
+
+
+def no_number(step: int, loss: float, norm: float) -> CalibrationError | None:
+    """What to raise if the loss of a step, or the norm of its gradient, is NaN or infinite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    return CalibrationError(
+        f"step {step}: the loss is {loss} and the norm of its gradient {norm}, so the weights would be lost; lower "
+        "`learning_rate`, set `precision: float32`, or look at the data"
+    )
 
 
 def trainable(model: Any) -> dict[str, Tensor]:
@@ -214,7 +261,7 @@ def masked(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, gradie
     for name, mask in masks.items():
         target = trained[name].grad if gradients else trained[name]
         if target is not None:
-            target.mul_(mask)
+            target.masked_fill_(~mask, 0)  # a product would make NaN of an infinity
 
 
 @torch.no_grad()
@@ -223,7 +270,7 @@ def cleared(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], learner:
     masked(trained, masks, gradients=False)
     for name, mask in masks.items():
         for moment in learner.moments(trained[name]):
-            moment.mul_(mask)
+            moment.masked_fill_(~mask, 0)
 
 
 def state_tensors(trained: Mapping[str, Tensor], optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
@@ -239,27 +286,42 @@ def state_tensors(trained: Mapping[str, Tensor], optimizer: Any, *, keep: bool) 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], curve: Curve) -> None:
     """Everything that a run continues from; the record comes last and names its file."""
-    done = len(curve.losses)
-    write_tensors(folder / f"train-{done:06d}.safetensors", tensors)
-    record = {"file": f"train-{done:06d}.safetensors", "losses": curve.losses}
+    file = state_file(folder, len(curve.losses))
+    write_tensors(file, tensors)
+    record = {"file": file.name, "losses": curve.losses}
     write_json(folder / "train.json", record | {"tokens": curve.tokens, "seconds": curve.seconds})
     for old in folder.glob("train-*.safetensors"):
         if old.name != record["file"]:
             old.unlink()
 
 
+def state_file(folder: Path, done: int) -> Path:
+    """Where tensors are after so many steps; after none, what the technique has chosen before."""
+    return folder / f"train-{done:06d}.safetensors"
+
+
+def of_technique(technique: Technique) -> dict[str, Tensor]:
+    """What it remembers, by names in the state."""
+    return {f"technique.{key}": tensor for key, tensor in technique.state().items()}
+
+
+def read_state(folder: Path) -> Saved:
+    """What `save_state` wrote last, or what was chosen before the first step, or nothing."""
+    if record := read_json(folder / "train.json"):
+        curve = Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))
+        return Saved(curve, read_tensors(folder / record["file"]))
+    chosen = state_file(folder, 0)
+    return Saved(Curve(), read_tensors(chosen) if chosen.exists() else {})
+
+
 @torch.no_grad()
-def load_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any) -> tuple[Curve, dict[str, Tensor]]:
-    """Continue from what `save_state` wrote, if it has written anything; also what the technique remembers."""
-    record = read_json(folder / "train.json")
-    if not record:
-        return Curve(), {}
-    tensors = read_tensors(folder / record["file"])
+def restored(saved: Saved, trained: Mapping[str, Tensor], optimizer: Any) -> Curve:
+    """Give parameters and optimizer what was saved, if steps were taken before; the curve so far."""
+    if not saved.curve.losses:
+        return saved.curve
     for name, parameter in trained.items():
-        parameter.copy_(shared_out(tensors[f"weight.{name}"], parameter))
-        if f"step.{name}" in tensors:  # a parameter that no step has reached has no moments
-            moments = {key: shared_out(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
-    curve = Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))
-    mine = "technique."
-    return curve, {key.removeprefix(mine): tensor for key, tensor in tensors.items() if key.startswith(mine)}
+        parameter.copy_(shared_out(saved.tensors[f"weight.{name}"], parameter))
+        if f"step.{name}" in saved.tensors:  # a parameter that no step has reached has no moments
+            moments = {key: shared_out(saved.tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": saved.tensors[f"step.{name}"], **moments}
+    return saved.curve

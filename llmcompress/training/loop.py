@@ -1,10 +1,9 @@
 """The training loop: plain, through accelerate, and exact to the bit when a killed run continues.
 
 Each optimizer step takes `batch` windows of a fixed order, so what a step sees depends on its number alone. Every
-`checkpoint_every` steps the trained tensors and both moments of Adam are written as safetensors, then a record of how
-far that is; a run that continues reads them and goes on. Pruned weights stay zero: their gradients are cleared before
-the norm is taken, and they are set to zero again after the step, since Adam's moments would move them. Weight decay is
-AdamW's, a share of the weight itself, which leaves zeros alone.
+`checkpoint_every` steps its state is written (`state.py`), from which a killed run continues. Pruned weights stay zero:
+their gradients are cleared before the norm is taken, and they are set to zero again after the step, since Adam's
+moments would move them. Weight decay is AdamW's, a share of the weight itself, which leaves zeros alone.
 
 What is done beside these steps is the business of a technique (`technique.py`), which is called before and after them
 and keeps masks of its own; its tensors are part of the state. What it has found by passes over the text before the
@@ -28,27 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.checkpoint import read_tensors, write_tensors
 from llmcompress.errors import CalibrationError
-from llmcompress.files import read_json, write_json
 from llmcompress.training.sharding import put_together, shared_out, start, whole
+from llmcompress.training.state import Curve, read_state, restored, save_choice, save_state, state_tensors
 from llmcompress.training.step import Train
-from llmcompress.training.technique import MOMENTS, Learner, Technique
+from llmcompress.training.technique import Learner, Technique
 
 FLOOR = 0.1  # of the learning rate, at the end of the cosine
 BETAS = (0.9, 0.95)
 
 Loss = Callable[[Any, Tensor], Tensor]  # (model, rows of the windows [n] int64) -> loss, with its graph
 Tell = Callable[[int, str], None]
-
-
-@dataclass(slots=True)
-class Curve:
-    """The loss of every step, and how fast they went."""
-
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +52,6 @@ class Task:
     technique: Technique | None = None  # what happens beside the steps
     targets: tuple[str, ...] = ()  # names of the parameters that the technique is for
     given: Mapping[str, Tensor] = field(default_factory=dict)  # masks of these for it
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What a killed run has left to continue from; empty if it left nothing."""
-
-    curve: Curve
-    tensors: Mapping[str, Tensor]
-
-    @property
-    def remembered(self) -> dict[str, Tensor]:
-        """What the technique remembers."""
-        mine = "technique."
-        return {key.removeprefix(mine): tensor for key, tensor in self.tensors.items() if key.startswith(mine)}
 
 
 def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Curve:
@@ -107,7 +82,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     if learner.continues:
         technique.load(saved.remembered, learner)
     elif options.scoring_bytes and accelerator.is_main_process:
-        write_tensors(state_file(state, 0), of_technique(technique))
+        save_choice(state, technique)
     del saved  # weights, which the model has
     cleared(trained, technique.masks, learner)
     for step in range(len(curve.losses), options.steps):
@@ -140,7 +115,7 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
         if (step + 1) % options.checkpoint_every == 0:
             tensors = state_tensors(trained, optimizer, keep=accelerator.is_main_process)
             if accelerator.is_main_process:
-                save_state(state, tensors | of_technique(technique), curve)
+                save_state(state, tensors, technique, curve)
     technique.finish(learner)
     put_together(model, keep=accelerator.is_main_process)
     model.eval()
@@ -271,57 +246,3 @@ def cleared(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], learner:
     for name, mask in masks.items():
         for moment in learner.moments(trained[name]):
             moment.masked_fill_(~mask, 0)
-
-
-def state_tensors(trained: Mapping[str, Tensor], optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Trained tensors and Adam's moments, whole; empty unless this process is to keep them, but all have to call."""
-    tensors = {}
-    for name, parameter in trained.items():
-        for key, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
-            found = whole(value)
-            if keep:
-                tensors[f"{key}.{name}"] = found.cpu()
-    return tensors
-
-
-def save_state(folder: Path, tensors: Mapping[str, Tensor], curve: Curve) -> None:
-    """Everything that a run continues from; the record comes last and names its file."""
-    file = state_file(folder, len(curve.losses))
-    write_tensors(file, tensors)
-    record = {"file": file.name, "losses": curve.losses}
-    write_json(folder / "train.json", record | {"tokens": curve.tokens, "seconds": curve.seconds})
-    for old in folder.glob("train-*.safetensors"):
-        if old.name != record["file"]:
-            old.unlink()
-
-
-def state_file(folder: Path, done: int) -> Path:
-    """Where tensors are after so many steps; after none, what the technique has chosen before."""
-    return folder / f"train-{done:06d}.safetensors"
-
-
-def of_technique(technique: Technique) -> dict[str, Tensor]:
-    """What it remembers, by names in the state."""
-    return {f"technique.{key}": tensor for key, tensor in technique.state().items()}
-
-
-def read_state(folder: Path) -> Saved:
-    """What `save_state` wrote last, or what was chosen before the first step, or nothing."""
-    if record := read_json(folder / "train.json"):
-        curve = Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))
-        return Saved(curve, read_tensors(folder / record["file"]))
-    chosen = state_file(folder, 0)
-    return Saved(Curve(), read_tensors(chosen) if chosen.exists() else {})
-
-
-@torch.no_grad()
-def restored(saved: Saved, trained: Mapping[str, Tensor], optimizer: Any) -> Curve:
-    """Give parameters and optimizer what was saved, if steps were taken before; the curve so far."""
-    if not saved.curve.losses:
-        return saved.curve
-    for name, parameter in trained.items():
-        parameter.copy_(shared_out(saved.tensors[f"weight.{name}"], parameter))
-        if f"step.{name}" in saved.tensors:  # a parameter that no step has reached has no moments
-            moments = {key: shared_out(saved.tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": saved.tensors[f"step.{name}"], **moments}
-    return saved.curve

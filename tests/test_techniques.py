@@ -288,7 +288,7 @@ def test_scores_are_taken_with_checkpoints_if_training_has_them(tmp_path):
         options = parse_step(step, "steps[0]").options
         model = prepared(tiny_model("llama", num_hidden_layers=1), options, keep=[])
         technique, seen = options.technique(), list[int]()
-        model.model.layers[0].mlp.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         choose = technique.choose
 
         def chosen(learner: Learner, choose: Any = choose, seen: list[int] = seen) -> dict[str, Tensor]:

@@ -295,9 +295,10 @@ def test_units_are_chosen_by_size_and_fade_before_they_go(tmp_path):
 # L0
 
 
-@pytest.mark.parametrize(("steps", "off"), [(60, 0.05), pytest.param(300, 0.02, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("steps", "off"), [(60, 0.05), pytest.param(300, 0.005, marks=pytest.mark.slow)])
 def test_gates_close_to_the_share_that_was_asked_for(steps, off, tmp_path):
-    """The number that goes is exact; what the gates say before is the nearer, the longer they learn."""
+    """The number that goes is exact, and so is what gates expect; by themselves they are the nearer, the longer they
+    learn."""
     step = TECHNIQUES["l0"] | {"steps": steps, "units": ["mlp_channel", "kv_group"], "ratio": 0.3}
     model, technique, _ = learn(tmp_path, step)
     assert sum(counts(model, "mlp_channel")) == 96

@@ -8,9 +8,10 @@ al. 2018, arXiv:1712.01312; held to a share by Lagrange multipliers as in Xia et
 
 with γ = -0.1, ζ = 1.1, β = 2/3: z is exactly 0 or 1 most of the time, and still has a gradient (hard concrete). N is
 the number of gates of a kind; t, the share that is to be closed, rises to `ratio` in the first half of the time. The
-papers let both factors of g climb; here λ alone climbs, by a tenth of ρ g at each step, as in an augmented Lagrangian,
-since a factor of g² that never falls makes the penalty all there is. Until its time begins all gates are open; noise
-is drawn once for each step.
+papers let both factors of g climb; here λ alone climbs, by a fiftieth of ρ g at each step, as in an augmented
+Lagrangian, since a factor of g² that never falls makes the penalty all there is; were λ faster than Adam, which
+answers some steps late, the share would swing about t. Until its time begins all gates are open; noise is drawn once
+for each step.
 
 At the end all log α of a kind are shifted together until g is zero, so that what gates say is what was asked for to
 the last digit, and the record tells how far they had come by themselves. The gates of each kind with the highest α in
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3
 OPEN = 2.0  # log α at first: a gate is open 97 times of 100
-CLIMB = 0.1  # of λ, in ρ g
+CLIMB = 0.02  # of λ, in ρ g
 FLOOR = 0.05  # of a gate that stays: at zero it would have no gradient
 
 

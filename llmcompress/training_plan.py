@@ -205,20 +205,25 @@ def predict(plan: TrainPlan) -> Cost:
 def learning(plan: TrainPlan, parameters: int) -> Phase:
     """The whole model in float32, both moments of what of it is trained, and a pass there and back.
 
-    Gradients come while what the pass has left behind goes; they wait only where a step takes several passes. Two
-    states are on disk for a moment, and what was learned before it is the result.
+    Gradients come while what the pass has left behind goes; they wait only where a step takes several passes. A
+    technique may score all weights before there are moments, rank them later, and remember what they were. Two states
+    are on disk for a moment, and what was learned before it is the result.
     """
     options = plan.step.options
     trained = lora_parameters(plan) if options.lora else parameters
     gradient, moments = 4 * trained, 2 * 4 * trained
     waiting = gradient if options.batch > options.micro_batch else 0
-    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
-    at_work = max(moments + waiting + passing_back(plan, parameters, options.micro_batch), moments + gradient)
-    memory = 4 * parameters + max(at_work, options.scoring_bytes * pruned) + pruned
+    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each
+    scoring = options.scoring_bytes * pruned
+    scoring += passing_back(plan, parameters, 1) if options.scoring_bytes else 0
+    ranking = moments + gradient + options.ranking_bytes * pruned
+    at_work = max(moments + waiting + passing_back(plan, parameters, options.micro_batch), ranking)
+    remembered = options.remembered_bytes * parameters
+    memory = 4 * parameters + max(at_work, scoring) + remembered + pruned
     operations = 2.0 * parameters * options.steps * options.batch * length_of(plan)
     passes = 4.0 if options.gradient_checkpointing else 3.0
     seconds = LOADING + 2.0 * passes * operations / speed(plan, options.precision)
-    return Phase(memory, seconds, 2 * 3 * 4 * trained + parameters * plan.itemsize)
+    return Phase(memory, seconds, 2 * (3 * 4 * trained + remembered + pruned) + parameters * plan.itemsize)
 
 
 def passing_back(plan: TrainPlan, parameters: int, windows: int) -> float:

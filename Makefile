@@ -15,6 +15,7 @@ PYTHON ?= python3
 TEXT   ?= wikitext2
 JOBS   ?= 2
 RUN     = $(VENV)/bin/python
+TWICE   = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile  # a file's tests share what they make
 
 .PHONY: setup demo test test-slow check bench shelf compare bench-gpu bench-large
 
@@ -33,7 +34,7 @@ demo: setup
 	$(RUN) -m llmcompress push outputs/demo your-name/SmolLM2-135M-Instruct-w4a16 --dry-run
 
 test: setup
-	$(RUN) -m pytest
+	$(TWICE)
 
 test-slow: setup
 	$(RUN) -m pytest -m slow

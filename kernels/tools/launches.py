@@ -147,7 +147,7 @@ def int4_plan(gpu: Gpu, tokens: int, rows: int, columns: int) -> tuple[Any, Code
     from llmcompress_kernels.int4_linear.layout import TILE
     from llmcompress_kernels.launching import planned
 
-    plan = planned(launch.choices(gpu.architecture // 10), tokens, rows, -(-columns // TILE), gpu.processors)
+    plan = planned(launch.choices(gpu.architecture // 10, GROUP), tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("int4_gemv", {}) if tokens == 1 else ("int4_gemm", {"BM": plan.tiles.tokens})
     return plan, code_of("int4_linear", gpu.architecture, kernel, GROUP=GROUP, zero_ptr=None, **block)
 

@@ -46,6 +46,7 @@ GEMM = (  # by rising tokens; the last one serves all that is larger where there
     Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
 WIDE = Tiles(rows=128, tokens=128, warps=8, stages=2, architectures=(80, 89, 90))
+WIDE_GROUPS = (64, 128)  # scales and zero points of smaller groups take more registers than there are
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
 WEIGHTS: tuple[
@@ -87,12 +88,13 @@ def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int)
 def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
     """Of the product of x [M, in] with a weight."""
     tiles, rows, _ = weight.words.shape
-    return planned(choices(capability_of(x)), x.shape[0], rows, tiles, processors)
+    group = x.shape[1] // weight.scale.shape[0]
+    return planned(choices(capability_of(x), group), x.shape[0], rows, tiles, processors)
 
 
-def choices(capability: int) -> tuple[Tiles, ...]:
-    """Tiles by rising tokens, for the first number of a compute capability."""
-    return (GEMV, *GEMM) if capability >= 10 else (GEMV, *GEMM, WIDE)
+def choices(capability: int, group: int) -> tuple[Tiles, ...]:
+    """Tiles by rising tokens, for the first number of a compute capability and the columns of a scale."""
+    return (GEMV, *GEMM, WIDE) if capability < 10 and group in WIDE_GROUPS else (GEMV, *GEMM)
 
 
 def partial_sums(plan: Plan, x: Tensor, weight: Int4Weight) -> Tensor:
@@ -132,5 +134,5 @@ def configurations() -> Iterator[Configuration]:
     for weight in WEIGHTS:
         yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
         yield configured("int4_gemv", GEMV, TILE, **weight)
-        for tiles in (*GEMM, WIDE):
+        for tiles in (*GEMM, WIDE) if weight["GROUP"] in WIDE_GROUPS else GEMM:
             yield configured("int4_gemm", tiles, TILE, **weight)

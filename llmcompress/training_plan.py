@@ -214,7 +214,7 @@ def learning(plan: TrainPlan, parameters: int) -> Phase:
     gradient, moments = 4 * trained, 2 * 4 * trained
     waiting = gradient if options.batch > options.micro_batch else 0
     pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each
-    scoring = options.scoring_bytes * pruned
+    scoring: float = options.scoring_bytes * pruned
     scoring += passing_back(plan, parameters, 1) if options.scoring_bytes else 0
     ranking = moments + gradient + options.ranking_bytes * pruned
     at_work = max(moments + waiting + passing_back(plan, parameters, options.micro_batch), ranking)

@@ -38,7 +38,7 @@ HARMLESS = {  # settings of peft that change nothing in a plain adapter that has
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
     "task_type", "use_rslora",
 }  # fmt: skip
-EXPECTED = {  # and what some of them must then be
+EXPECTED: dict[str, tuple[Any, ...]] = {  # and what some of them must then be
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "init_lora_weights": (True, False, "gaussian"),  # others change the weights of the model too

@@ -5,15 +5,19 @@
 #   make test-slow   quality on the real model, and everything else that takes long
 #   make check       ruff and mypy
 #   make bench       compare with llm-compressor (TEXT=folder with wiki.valid.raw and wiki.test.raw)
+#   make shelf       every technique on one small model: measures what docs/techniques.json lacks (two hours from nothing)
+#   make compare     techniques side by side over three seeds, into docs/comparisons.json (under two hours; again: nothing)
 #   make bench-gpu   the kernels on one NVIDIA GPU, in ten minutes; writes outputs/gpu.json
 #   make bench-large a random-weight model of Llama-3-8B's shape under 6 GiB of memory
 
 VENV   ?= .venv
 PYTHON ?= python3
 TEXT   ?= wikitext2
+JOBS   ?= 2
 RUN     = $(VENV)/bin/python
+TWICE   = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile  # a file's tests share what they make
 
-.PHONY: setup demo test test-slow check bench shelf bench-gpu bench-large
+.PHONY: setup demo test test-slow check bench shelf compare bench-gpu bench-large
 
 setup: $(VENV)/.installed
 
@@ -30,7 +34,7 @@ demo: setup
 	$(RUN) -m llmcompress push outputs/demo your-name/SmolLM2-135M-Instruct-w4a16 --dry-run
 
 test: setup
-	$(RUN) -m pytest
+	$(TWICE)
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
@@ -44,7 +48,10 @@ bench: setup
 	$(RUN) evals/compare_peers.py --calibration $(TEXT)/wiki.valid.raw --test $(TEXT)/wiki.test.raw
 
 shelf: setup
-	$(RUN) evals/shelf.py --run
+	$(RUN) evals/shelf.py --run --jobs $(JOBS)
+
+compare: setup
+	$(RUN) evals/compare_techniques.py --jobs $(JOBS)
 
 bench-gpu: setup
 	mkdir -p outputs

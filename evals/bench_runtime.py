@@ -128,9 +128,16 @@ def show_row(
     print(f"| {name} | {label} | {packed:.1f} | {dense:.1f} | {ratio:.2f} | {wanted} | {beside}", flush=True)
 
 
+def shape_name(text: str) -> str:
+    """One that there is; `choices` would refuse the default, which is a list of them."""
+    if text not in SHAPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SHAPES)}")
+    return text
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", default=list(AT_LEAST), choices=[*SHAPES], metavar="SHAPE")
+    parser.add_argument("shapes", nargs="*", default=list(AT_LEAST), type=shape_name, metavar="SHAPE")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to make, at least 3")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")

@@ -10,8 +10,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def provenance() -> dict[str, Any]:
-    """Date (UTC), processor, cores that this process may use, memory, and the commit of this checkout."""
+def provenance(*written: str) -> dict[str, Any]:
+    """Date (UTC), processor, cores that this process may use, memory, and the commit of this checkout.
+
+    written: tracked files that the measurement itself writes, which do not count as changes.
+    """
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
@@ -19,19 +22,19 @@ def provenance() -> dict[str, Any]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "commit": commit(),
+        "commit": commit(*written),
     }
 
 
-def commit() -> str:
-    """Short hash of the commit that is checked out, "+ changes" if tracked files differ from it."""
+def commit(*written: str) -> str:
+    """Short hash of the commit that is checked out, "+ changes" if tracked files differ from it, `written` aside."""
 
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+    changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{w}" for w in written)))
     return (git("rev-parse", "--short", "HEAD") or "unknown commit") + (" + changes" if changed else "")
 
 

@@ -1,20 +1,26 @@
-"""What a run will take, predicted from shapes: output size, peak memory, disk and time.
+"""What a run will take, predicted from shapes: one formula for every quantity, whatever kind of step asks.
 
-Peak host memory is the largest of the run's phases, each on top of the interpreter with its libraries:
+A run is a list of phases. The peak of its host memory is that of the largest phase, on top of the interpreter with its
+libraries; times and disk add up (`cost_of`). Which phases there are, the plan of each kind of step knows:
+`method_cost.py`, `structure_cost.py`, `hidden_plan.py`, `training_plan.py`. What they are made of:
 
-    embedding    embedding table + hidden states
-    compressing  block + hidden states + Gram matrices + statistics of gradients + weights and masks that a later step
-                 of the block needs + the larger of
-                 - what one batch of tokens needs inside a block
-                 - the largest group of stacked weights, three times in float32, and a factor of its Gram matrix
-    gradients    only if surveyed, all in float32: the larger of
-                 - output head + hidden states + a window's logits, three times
-                 - block with gradients and their statistics + hidden states twice + a window's activations
-    proving      output head + the logits of a sample, twice
+    table      the largest tensor outside the blocks: embedding table or output head
+    block      the largest decoder block
+    hidden     hidden states of all calibration windows
+    passing    what one batch of tokens needs inside a block
+
+    embedding  2 table + hidden
+    gradients  the larger of
+               - table, the same in float32, hidden and a window's logits three times
+               - block as stored and in float32, each gathered weight's gradient and statistics, hidden twice, and
+                 what a window leaves behind in a block
+    proving    2 table + the logits of a sample, twice
+
+Time is the number of operations over this machine's speed, which is measured in a moment.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -22,15 +28,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmcompress.lazy import torch
-from llmcompress.stats import InputGram, InputSquares
+from llmcompress.safetensors_file import TensorInfo
 
 if TYPE_CHECKING:
-    from llmcompress.plan import Plan, PlannedLinear
+    from llmcompress.plan import Plan
 
 LIBRARIES = 640 * 2**20  # resident bytes of Python with torch and transformers imported and a model class built
 HEADER = 120  # bytes of one entry in a safetensors header, about
 BATCH_TOKENS = 4096  # tokens of one forward pass, as the stream takes them
 PROOF_SAMPLES, PROOF_LENGTH = 2, 64  # random tokens that prove a data-free result
+START = 12.0  # seconds until the first block is at hand, and for what comes after the last
+OVERHEAD = 1.6  # a pass through linears takes so many times what their products alone would
+ON_THE_WAY = 3  # float32 copies of what linears read and write that a pass back needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,62 +53,49 @@ class Cost:
     seconds: float  # up to the finished checkpoint; evaluation is not in it
 
 
-def predict(plan: "Plan") -> Cost:
-    """What the run will take."""
-    saved = sum(linear.before_bytes - linear.after_bytes for linear in plan.linears)
-    tensors = len(plan.source.tensors) + 3 * len(plan.linears)
-    output = plan.before_bytes - saved + HEADER * tensors
-    peak = peak_memory(plan)
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of a run."""
+
+    memory: float = 0.0  # bytes at its worst moment, besides the libraries
+    seconds: float = 0.0
+    disk: int = 0  # bytes that it keeps for later, besides the result
+
+
+def cost_of(plan: "Plan", output: int, phases: Iterable[Phase]) -> Cost:
+    """What phases take together; output: bytes of the result."""
+    phases = list(phases)
+    peak = LIBRARIES + int(max(phase.memory for phase in phases))
     return Cost(
         peak_host_bytes=peak,
         peak_device_bytes=0 if plan.on_cpu else peak - LIBRARIES,
-        disk_bytes=output + 2 * hidden_bytes(plan) + surveyed_bytes(plan) + plan.source.fetch_bytes,
+        disk_bytes=output + sum(phase.disk for phase in phases) + plan.source.fetch_bytes,
         output_bytes=output,
-        seconds=seconds(plan),
+        seconds=START + sum(phase.seconds for phase in phases),
     )
 
 
-def samples_and_length(plan: "Plan") -> tuple[int, int]:
-    """Token windows that go through the blocks."""
-    options = plan.recipe.calibration
-    return (options.samples, options.length) if options and plan.needs_data else (PROOF_SAMPLES, PROOF_LENGTH)
+# ---- sizes: of the model, and of what goes through it ----------------------------------------------------------------
 
 
-def hidden_bytes(plan: "Plan") -> int:
-    """Hidden states of all samples."""
-    samples, length = samples_and_length(plan)
-    return (
-        samples
-        * length
-        * int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))
-        * plan.itemsize
-    )
+def hidden_size(plan: "Plan") -> int:
+    """Width of the hidden states."""
+    return int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))
 
 
-def peak_memory(plan: "Plan") -> int:
-    """Resident bytes at the worst moment; see the module's text."""
-    item = plan.itemsize
-    outside = [prod(info.shape) * item for info in plan.tensors_of(None)]
-    table = max(outside, default=0)
-    hidden = hidden_bytes(plan)
-    largest = largest_block(plan)
-    first = [linear for linear in plan.linears if linear.block == largest]
-    block = sum(prod(info.shape) for info in plan.tensors_of(largest)) * item
-    samples, length = samples_and_length(plan)
-    tokens = min(samples * length, max(BATCH_TOKENS, length))
-    widths = sorted({linear.shape[1] for linear in first})
-    grams = sum(4 * linear.shape[1] ** 2 for linear in first if uses_gram(linear))
-    looked_at = sum(4 * linear.shape[1] ** 2 for linear in first if "inputs" in plan.survey)
-    solving = max((solving_bytes(linear) for linear in first), default=0)
-    inside = tokens * (4 * max(widths, default=0) * 4 + sum(linear.shape[0] for linear in first) * item)
-    embedding = 2 * table + hidden
-    waiting = sum((item + 1) * prod(x.shape) for x in first if len(x.steps) > 1 and any(m.prunes for m in x.methods))
-    waiting += sum(4 * prod(linear.shape) for linear in first if uses_gradients(linear))
-    compressing = 2 * block + hidden + max(looked_at, grams + waiting) + max(solving, inside)
-    vocabulary = int(plan.source.config.get("vocab_size", 0))
-    proving = 2 * table + 2 * min(length, 512) * vocabulary * item
-    gradients = gradient_memory(plan, table) if "gradients" in plan.survey else 0
-    return LIBRARIES + max(embedding, compressing, gradients, proving)
+def vocabulary(plan: "Plan") -> int:
+    """Tokens that there are."""
+    return int(plan.source.config.get("vocab_size", 0))
+
+
+def stored_bytes(tensors: Iterable[TensorInfo], item: int) -> int:
+    """Of safetensors files with these tensors, at `item` bytes a number."""
+    return sum(prod(info.shape) * item + HEADER for info in tensors)
+
+
+def table_bytes(plan: "Plan") -> int:
+    """Of the largest tensor outside the blocks."""
+    return max((prod(info.shape) for info in plan.tensors_of(None)), default=0) * plan.itemsize
 
 
 def largest_block(plan: "Plan") -> int:
@@ -109,88 +105,96 @@ def largest_block(plan: "Plan") -> int:
     return max(range(plan.count), key=lambda index: sum(prod(info.shape) for info in plan.tensors_of(index)))
 
 
-def gradient_memory(plan: "Plan", table: int) -> int:
-    """What backpropagation needs besides the libraries; table: bytes of the embedding table."""
+def block_bytes(plan: "Plan") -> int:
+    """Of the largest block."""
+    return sum(prod(info.shape) for info in plan.tensors_of(largest_block(plan))) * plan.itemsize
+
+
+def block_shapes(plan: "Plan") -> list[tuple[int, int]]:
+    """[out, in] of every linear of the largest block."""
     largest = largest_block(plan)
-    first = [linear for linear in plan.linears if linear.block == largest]
-    surveyed = sum(prod(linear.shape) for linear in first if uses_gradients(linear))
-    return gradient_bytes(plan, table, [linear.shape for linear in first], surveyed)
+    return [linear.shape for linear in plan.linears if linear.block == largest]
 
 
-def gradient_bytes(plan: "Plan", table: int, shapes: list[tuple[int, int]], surveyed: int, share: float = 1.0) -> int:
-    """The same, for linears of a block [out, in] and `surveyed` numbers of statistics about their gradients.
+def linear_weights(plan: "Plan") -> int:
+    """Weights of the linears of all blocks."""
+    return sum(prod(linear.shape) for linear in plan.linears)
 
+
+def samples_and_length(plan: "Plan") -> tuple[int, int]:
+    """Token windows that go through the blocks."""
+    options = plan.recipe.calibration
+    return (options.samples, options.length) if options and plan.needs_data else (PROOF_SAMPLES, PROOF_LENGTH)
+
+
+def tokens_of(plan: "Plan") -> int:
+    """Tokens of all these windows."""
+    samples, length = samples_and_length(plan)
+    return samples * length
+
+
+def hidden_bytes(plan: "Plan") -> int:
+    """Hidden states of all windows."""
+    return tokens_of(plan) * hidden_size(plan) * plan.itemsize
+
+
+def exact_hidden_bytes(plan: "Plan", share: float) -> int:
+    """Those of a share of the windows in float32."""
+    return int(share * hidden_bytes(plan)) * 4 // plan.itemsize
+
+
+# ---- memory, besides the libraries -----------------------------------------------------------------------------------
+
+
+def passing_bytes(plan: "Plan") -> int:
+    """Inside a block while one batch of tokens goes through: what linears return, and four of the widest in float32."""
+    _, length = samples_and_length(plan)
+    tokens, shapes = min(tokens_of(plan), max(BATCH_TOKENS, length)), block_shapes(plan)
+    widest = max((columns for _, columns in shapes), default=0)
+    return tokens * (4 * 4 * widest + sum(rows for rows, _ in shapes) * plan.itemsize)
+
+
+def embedding(plan: "Plan") -> Phase:
+    """Hidden states are made, and written twice: a run that is killed has a whole set."""
+    hidden = hidden_bytes(plan)
+    return Phase(2 * table_bytes(plan) + hidden, disk=2 * hidden)
+
+
+def proving(plan: "Plan") -> Phase:
+    """The logits that the reloaded model must reproduce."""
+    _, length = samples_and_length(plan)
+    return Phase(2 * table_bytes(plan) + 2 * min(length, 512) * vocabulary(plan) * plan.itemsize)
+
+
+def gradients(plan: "Plan", weights: int, moments: int, share: float = 1.0) -> Phase:
+    """A float32 walk to the last block and back.
+
+    weights: those of the largest block whose gradients are gathered.  moments: float32 numbers kept for each of them.
     share: of the calibration windows that are taken.
     """
     _, length = samples_and_length(plan)
-    hidden = int(share * hidden_bytes(plan)) * 4 // plan.itemsize
-    vocabulary = int(plan.source.config.get("vocab_size", 0))
-    head = table + table * 4 // plan.itemsize + hidden + 3 * 4 * length * vocabulary
-    block = sum(prod(info.shape) for info in plan.tensors_of(largest_block(plan)))
-    activations = 3 * 4 * length * sum(sum(shape) for shape in shapes)
-    return max(head, block * (plan.itemsize + 4) + 2 * 4 * surveyed + 2 * hidden + activations)
+    table, item = table_bytes(plan), plan.itemsize
+    hidden = exact_hidden_bytes(plan, share)
+    head = table + table * 4 // item + hidden + 3 * 4 * length * vocabulary(plan)
+    block = block_bytes(plan) // item * (item + 4)
+    behind = ON_THE_WAY * 4 * length * sum(sum(shape) for shape in block_shapes(plan))
+    inside = block + 4 * (moments + 1) * weights + 2 * hidden + behind
+    seconds = 4 * share * 2.0 * tokens_of(plan) * linear_weights(plan) / speed(plan, "float32")
+    return Phase(max(head, inside), seconds, plan.count * hidden)
 
 
-def surveyed_bytes(plan: "Plan") -> int:
-    """Disk for inputs of every block, and for statistics of gradients."""
-    if "gradients" not in plan.survey:
-        return 0
-    inputs = plan.count * hidden_bytes(plan) * 4 // plan.itemsize
-    return inputs + sum(4 * prod(linear.shape) for linear in plan.linears if uses_gradients(linear))
+# ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def solving_bytes(linear: "PlannedLinear") -> int:
-    """What a method holds while it works on a linear, and on one other of the same shape that shares its input."""
-    rows, columns = linear.shape
-    factor = 4 * columns**2 * 3 // 2 if uses_gram(linear) else 0
-    return 3 * 2 * 4 * rows * columns + factor
+def pass_seconds(plan: "Plan", tokens: float, weights: int | None = None) -> float:
+    """So many tokens through linears with so many weights; by default once through all blocks."""
+    weights = linear_weights(plan) if weights is None else weights
+    return OVERHEAD * 2.0 * weights * tokens / speed(plan)
 
 
-def uses_gram(linear: "PlannedLinear") -> bool:
-    """Whether a Gram matrix is gathered for this linear, if only of a sample."""
-    return any(method.needs in (InputGram, InputSquares) for method in linear.methods)
-
-
-def uses_gradients(linear: "PlannedLinear") -> bool:
-    """Whether statistics of its gradient are gathered."""
-    return any("gradients" in method.survey for method in linear.methods)
-
-
-def seconds(plan: "Plan") -> float:
-    """Time of the run from its operation counts and this machine's speed, measured in a moment."""
-    samples, length = samples_and_length(plan)
-    tokens, elements = samples * length, sum(linear.shape[0] * linear.shape[1] for linear in plan.linears)
-    passes = 2 if plan.needs_data else 1
-    forward = 2.0 * elements * tokens * passes / speed(plan)
-    grams = gram_seconds(plan, [x for x in plan.linears if any(m.needs is InputGram for m in x.methods)])
-    return 12.0 + 1.6 * forward + grams + sum(solve_seconds(plan, x) for x in plan.linears) + survey_seconds(plan)
-
-
-def gram_seconds(plan: "Plan", linears: list["PlannedLinear"]) -> float:
-    """Time for the Gram matrices of these linears' inputs."""
-    samples, length = samples_and_length(plan)
-    inputs = {(linear.block, linear.shape[1]) for linear in linears}
-    return sum(1.3 * samples * length * columns**2 for _, columns in inputs) / speed(plan, "float32")
-
-
-def survey_seconds(plan: "Plan") -> float:
-    """Time of the walks over the dense model: two passes forward, or the same and one back in float32."""
-    samples, length = samples_and_length(plan)
-    operations = 2.0 * samples * length * sum(prod(linear.shape) for linear in plan.linears)
-    total = 0.0
-    if "inputs" in plan.survey:
-        total += 2 * 1.6 * operations / speed(plan)
-    if "gradients" in plan.survey:
-        total += 4 * operations / speed(plan, "float32")
-    return total
-
-
-def solve_seconds(plan: "Plan", linear: "PlannedLinear") -> float:
-    """Time of the methods themselves on one linear: products with the Gram matrix, and passes over the weights."""
-    rows, columns = linear.shape
-    products = sum(method.products for method in linear.methods) * rows * columns**2
-    passes = sum(method.passes for method in linear.methods) * rows * columns
-    return products / speed(plan, "float32") + passes / 1.5e9
+def gram_seconds(plan: "Plan", features: Iterable[int]) -> float:
+    """Gram matrices of inputs of so many features each, over all windows."""
+    return sum(1.3 * tokens_of(plan) * count**2 for count in features) / speed(plan, "float32")
 
 
 def speed(plan: "Plan", dtype: str = "") -> float:
@@ -201,7 +205,7 @@ def speed(plan: "Plan", dtype: str = "") -> float:
 
 @cache
 def cpu_speed() -> float:
-    """The same in float32 on the CPU. NumPy's product is as fast as torch's, and loads in a twentieth of the time."""
+    """Of this CPU, in float32. NumPy's product is as fast as torch's, and loads in a twentieth of the time."""
     import numpy
 
     a = numpy.ones((512, 1024), numpy.float32)

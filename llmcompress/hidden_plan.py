@@ -11,9 +11,23 @@ from typing import Any
 
 from llmcompress.arch import Module, match_names
 from llmcompress.building import build
-from llmcompress.cost import HEADER, LIBRARIES, PROOF_SAMPLES, Cost, hidden_bytes, samples_and_length, speed
+from llmcompress.cost import (
+    PROOF_SAMPLES,
+    Cost,
+    Phase,
+    block_bytes,
+    cost_of,
+    embedding,
+    hidden_bytes,
+    pass_seconds,
+    passing_bytes,
+    proving,
+    samples_and_length,
+    stored_bytes,
+    table_bytes,
+    tokens_of,
+)
 from llmcompress.errors import PlanError
-from llmcompress.layout import block_linears
 from llmcompress.plan import Plan, dense_plan
 from llmcompress.recipe import Recipe, StructureStep, matches
 from llmcompress.source import ModelSource
@@ -84,7 +98,8 @@ def plan_hidden(recipe: Recipe, source: ModelSource, step: StructureStep, keep: 
     removal = extended(dense, step, {}, {}, 0, smaller, note)
     values: dict[str, Any] = {field.name: getattr(removal, field.name) for field in fields(removal)}
     plan = HiddenPlan(**values, residual=residual, channels=kept, grain=wanted)
-    return replace(plan, predicted=predict(plan))
+    scored = replace(plan, scoring=scoring_of(plan))
+    return replace(scored, predicted=predict(scored))
 
 
 def channels_that_stay(
@@ -142,30 +157,20 @@ def advice(model: Module, wanted: int) -> str:
     return f"; {type(model).__name__} takes multiples of its {wanted} heads alone" if wanted > 1 else ""
 
 
+def scoring_of(plan: HiddenPlan) -> Phase:
+    """Walks over the dense model, where the score looks at data; else over its weights."""
+    walks = 2 if plan.needs_data else 0
+    memory = 3 * block_bytes(plan) + hidden_bytes(plan) + passing_bytes(plan)
+    return Phase(memory, walks * pass_seconds(plan, tokens_of(plan)))
+
+
 def predict(plan: HiddenPlan) -> Cost:
-    """What the step takes: the largest of embedding, scoring a block, cutting the largest tensor, and proving."""
-    item, (samples, length) = plan.itemsize, samples_and_length(plan)
-    output = sum(prod(info.shape) for info in plan.result.tensors.values()) * item + HEADER * len(plan.result.tensors)
-    hidden = hidden_bytes(plan)
-    block = sum(prod(info.shape) for info in plan.tensors_of(0)) * item
-    table = max((prod(info.shape) * item for info in plan.tensors_of(None)), default=0)
-    outside = min(sum(prod(info.shape) * item for info in plan.tensors_of(None)), max(2**30, table))  # one shard
-    shapes = list(block_linears(plan.source, plan.blocks, plan.transposed).values())
-    linears = shapes[: len(shapes) // plan.count]
-    widest = max(columns for _, columns in linears)
-    inside = min(samples * length, max(4096, length)) * (4 * widest * 4 + sum(rows for rows, _ in linears) * item)
+    """What the step takes: embedding, scoring a block, cutting the largest tensor, and proving."""
+    item, table, (_, length) = plan.itemsize, table_bytes(plan), samples_and_length(plan)
+    shard = min(sum(prod(info.shape) * item for info in plan.tensors_of(None)), max(2**30, table))
     powers = plan.residual.rescaling.powers
     rescaled = any(powers[name] for name, dim in plan.residual.dims.items() if name in powers and dim == 1)
-    cutting = outside + 2 * table + (2 * table * 4 // item if rescaled else 0)  # read, what stays, that in float32
-    vocabulary = int(plan.source.config.get("vocab_size", 0))
-    proving = 2 * table + 2 * min(length, 512) * vocabulary * item
-    peak = LIBRARIES + max(2 * table + hidden, 3 * block + hidden + inside, cutting, proving)
-    operations = 2.0 * sum(prod(shape) for shape in shapes) * length
-    walks = PROOF_SAMPLES + (2 * samples if plan.needs_data else 0)
-    return Cost(
-        peak_host_bytes=peak,
-        peak_device_bytes=0 if plan.on_cpu else peak - LIBRARIES,
-        disk_bytes=output + 2 * hidden + plan.source.fetch_bytes,
-        output_bytes=output,
-        seconds=12.0 + 1.6 * operations * walks / speed(plan),
-    )
+    cut = shard + 2 * table + (2 * table * 4 // item if rescaled else 0)  # read, what stays, that in float32
+    cutting = Phase(cut, pass_seconds(plan, PROOF_SAMPLES * length))
+    output = stored_bytes(plan.result.tensors.values(), item)
+    return cost_of(plan, output, [embedding(plan), plan.scoring, cutting, proving(plan)])

@@ -11,10 +11,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.cached import cached_folder
 from llmcompress.catalog import ListedModel, NewModel
 from llmcompress.errors import SourceError
 from llmcompress.safetensors_file import TensorInfo
-from llmcompress.source import ModelSource, cached_folder, packaged_file
+from llmcompress.source import ModelSource, packaged_file
 from llmcompress.text import DataSource, load_text
 
 if TYPE_CHECKING:

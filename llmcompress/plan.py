@@ -11,12 +11,13 @@ from math import prod
 from typing import Any
 
 from llmcompress.assignment import assign, earlier_patterns, kind_after, methods_by_linear, needs_data
-from llmcompress.cost import Cost, predict
+from llmcompress.cost import Cost
 from llmcompress.errors import PlanError
 from llmcompress.formats import FORMATS, OWN, Format
 from llmcompress.layout import CONV1D_MODELS, block_index, block_linears, find_block_path, is_expert, refuse_experts
 from llmcompress.lazy import torch
 from llmcompress.machine import device_of
+from llmcompress.method_cost import predict
 from llmcompress.methods import Budgeted, Method
 from llmcompress.recipe import Recipe, Step, matches
 from llmcompress.safetensors_file import TensorInfo

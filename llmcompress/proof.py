@@ -25,7 +25,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmcompress.cost import LIBRARIES, PROOF_SAMPLES, largest_block
+from llmcompress.cost import LIBRARIES, PROOF_SAMPLES, block_bytes, vocabulary
 from llmcompress.errors import FormatError, PlanError
 from llmcompress.formats import OWN
 from llmcompress.lazy import Tensor, torch
@@ -45,8 +45,8 @@ def proof_blocks(plan: Plan) -> int:
     if plan.recipe.max_memory is not None:
         budget = min(budget, plan.recipe.max_memory - LIBRARIES)  # the run's own process waits beside it
     outside = sum(prod(info.shape) for info in plan.tensors_of(None)) * item
-    block = sum(prod(info.shape) for info in plan.tensors_of(largest_block(plan))) * item
-    logits = PROOF_SAMPLES * POSITIONS * 4 * int(plan.source.config.get("vocab_size", 0)) * 4
+    block = block_bytes(plan)
+    logits = PROOF_SAMPLES * POSITIONS * 4 * vocabulary(plan) * 4
     fitting = int((budget - LIBRARIES - 1.2 * outside - logits) // (1.5 * block))  # packed and unpacked at once
     if fitting < 1:
         raise PlanError(

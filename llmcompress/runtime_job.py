@@ -3,12 +3,15 @@
     block by block: histograms of what comes into each linear -> levels, by runs of the block on a few windows ->
     thresholds; then the block runs with them, so that the next one sees what it will see at run time
 
-That last point goes beyond the paper, which takes all histograms from the dense model. The folder holds the weights of
-the source, and its proof is that of the dense model, as stock engines compute it.
+That last point goes beyond the paper, which takes all histograms from the dense model. What was found of a block is
+written before the next one is begun, so a run that continues only computes the finished ones. The folder holds the
+weights of the source, and its proof is that of the dense model, as stock engines compute it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from llmcompress.arch import Module
 from llmcompress.at_runtime.allocation import greedy, uniform
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import CalibrationError
-from llmcompress.files import MANIFEST, read_json
+from llmcompress.files import MANIFEST, read_json, write_json
 from llmcompress.histogram import InputHistogram
 from llmcompress.job import Job
 from llmcompress.packed_source import PackedSource
@@ -26,6 +29,8 @@ from llmcompress.runtime_plan import RuntimePlan
 from llmcompress.stream import Block, batches, checkpoint_module, in_features, stream_blocks
 from llmcompress.teal import masked
 from llmcompress.thresholds import Threshold, Thresholds, thresholds_of, write_thresholds
+
+FOUND = "thresholds.json"  # in the state: what was found of finished blocks
 
 
 class RuntimeJob(Job):
@@ -37,36 +42,48 @@ class RuntimeJob(Job):
         """Find thresholds, then copy the model."""
         found = thresholds_of(checkpoint.partial)
         if found is None:
-            found = self._find()
+            found = self._find(checkpoint.state / FOUND)
             write_thresholds(checkpoint.partial, found)
         self.thresholds = found
         self._carry_over(checkpoint, list(range(self.plan.count)))
         self._write_rest(checkpoint)
 
-    def _find(self) -> Thresholds:
-        """Of all blocks, one after another."""
+    def _find(self, path: Path) -> Thresholds:
+        """Of all blocks, one after another; path: where those of finished blocks are kept for a run that continues."""
         options, tokens = self.plan.options, self.data.tokens
         self.progress.stage(f"thresholds: {self.plan.step.name}", self.plan.count)
         hidden = self.stream.embed(tokens)
         if options.allocation == "greedy":
             self.stream.prepare(tokens[: options.search_samples])  # what blocks are called with for that many
+        finished: dict[str, Any] = read_json(path)  # block -> linear -> its threshold
         modules: dict[str, Threshold] = {}
         sizes: dict[str, int] = {}
         with ExitStack() as hooks:
             for block in stream_blocks(self.stream, hidden):
                 names = [name for name in self.architecture.at(block.index).linears if self._sparse(block, name)]
                 sizes |= {f"{block.name}.{n}": block.module.get_submodule(n).weight.numel() for n in names}
-                modules |= self._find_in(block, names, hooks)
+                masks = self._watched(block, names, hooks)
+                if block.name not in finished:
+                    found = self._find_in(block, names, masks)
+                    finished[block.name] = {name: asdict(each) for name, each in found.items()}
+                    write_json(path, finished)
+                here = {name: Threshold(**each) for name, each in finished[block.name].items()}
+                masks.thresholds = {name: each.threshold for name, each in here.items()}
+                modules |= {f"{block.name}.{name}": each for name, each in here.items()}
                 self.progress.advance(block.index + 1, block.name)
         share = sum(each.sparsity * sizes[name] for name, each in modules.items()) / max(1, sum(sizes.values()))
         return Thresholds(share, options.dense_tokens, modules)
 
-    def _find_in(self, block: Block, names: list[str], hooks: ExitStack) -> dict[str, Threshold]:
-        """Of one block, by module path; its linears stay masked until `hooks` are left."""
-        options = self.plan.options
-        masks = InputMasks(options.dense_tokens, block.hidden.shape[1])
+    def _watched(self, block: Block, names: list[str], hooks: ExitStack) -> "InputMasks":
+        """What masks the linears of a block until `hooks` are left; nothing so far."""
+        masks = InputMasks(self.plan.options.dense_tokens, block.hidden.shape[1])
         for name in names:
             hooks.callback(masks.watch(block.module, name).remove)
+        return masks
+
+    def _find_in(self, block: Block, names: list[str], masks: "InputMasks") -> dict[str, Threshold]:
+        """Of the linears of one block, by their names in it."""
+        options = self.plan.options
         shared = [[n for n in group if n in names] for group in self.architecture.at(block.index).shared]
         histograms = self._histograms(block, [group for group in shared if group], masks)
         if not names or options.sparsity == 0:
@@ -77,12 +94,10 @@ class RuntimeJob(Job):
         else:
             error = block_error(block, masks, histograms, options.search_samples)
             levels = greedy(sizes, options.sparsity, options.step, error)
-        masks.thresholds = {n: histograms[n].threshold(level) for n, level in levels.items() if level > 0}
+        thresholds = {n: histograms[n].threshold(level) for n, level in levels.items() if level > 0}
         return {
-            f"{block.name}.{name}": Threshold(
-                threshold, histograms[name].share(threshold), in_features(block.module.get_submodule(name))
-            )
-            for name, threshold in masks.thresholds.items()
+            name: Threshold(threshold, histograms[name].share(threshold), in_features(block.module.get_submodule(name)))
+            for name, threshold in thresholds.items()
         }
 
     def _histograms(self, block: Block, groups: list[list[str]], masks: "InputMasks") -> dict[str, InputHistogram]:

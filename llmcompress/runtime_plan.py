@@ -7,9 +7,10 @@ from typing import Any
 
 from llmcompress.at_runtime import Teal
 from llmcompress.at_runtime.allocation import LARGEST_RAISE
-from llmcompress.cost import Cost, predict, speed
+from llmcompress.cost import Cost, linear_weights, speed
 from llmcompress.errors import PlanError
 from llmcompress.layout import is_expert
+from llmcompress.method_cost import predict
 from llmcompress.packed_source import PackedSource
 from llmcompress.plan import Plan, PlannedLinear, dense_plan
 from llmcompress.recipe import Recipe, RuntimeStep, matches
@@ -103,7 +104,7 @@ def with_search(plan: RuntimePlan, cost: Cost, found: list[PlannedLinear]) -> Co
     seconds = cost.seconds
     if plan.options.allocation == "greedy" and found:
         tokens = plan.options.search_samples * plan.recipe.calibration.length
-        operations = 2.0 * sum(prod(linear.shape) for linear in plan.linears) * tokens
+        operations = 2.0 * linear_weights(plan) * tokens
         first = {linear.name: prod(linear.shape) for linear in found if linear.block == found[0].block}
         seconds += 2.0 * TRIES * raises(first, plan.options) * operations / speed(plan)
     return replace(cost, disk_bytes=cost.disk_bytes + extra, seconds=seconds)

@@ -17,9 +17,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress import files
 from llmcompress.adapter import adapter_of
+from llmcompress.cached import cached_folder, made_once
 from llmcompress.catalog import MODELS, NewModel, PackagedFile
 from llmcompress.errors import SourceError
 from llmcompress.files import MANIFEST
@@ -338,12 +337,6 @@ def _fingerprint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor
     return digest.hexdigest()
 
 
-def cached_folder(kind: str, fingerprint: str, layout: bytes = b"1") -> Path:
-    """Where a model that is made here lies, or will; layout: what changes when it would be made otherwise."""
-    cache = Path(os.environ.get("LLMCOMPRESS_CACHE") or "~/.cache/llmcompress").expanduser()
-    return cache / kind / hashlib.sha256(layout + fingerprint.encode()).hexdigest()[:16]
-
-
 def _gguf_folder(fingerprint: str) -> Path:
     """Where the converted model of a GGUF file lies, or will."""
     return cached_folder("gguf", fingerprint, GGUF_LAYOUT)
@@ -356,41 +349,6 @@ def _convert_gguf(found: "GGUFFile", fingerprint: str, size: int, progress: Prog
     return made_once(
         _gguf_folder(fingerprint), size, lambda folder: write_checkpoint(found, folder, progress), found.path.name
     )
-
-
-def made_once(folder: Path, size: int, write: Callable[[Path], None], name: str = "the model") -> Path:
-    """A folder of the cache that `write` fills, unless it is there already; a kill leaves no half folder."""
-    from filelock import FileLock
-
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():  # made before, or by another process while we waited
-                return folder
-            shutil.rmtree(unfinished, ignore_errors=True)
-            _check_space(folder.parent, size)
-            unfinished.mkdir()
-            try:
-                write(unfinished)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as exc:
-        raise SourceError(
-            f"{unfinished}: cannot convert {name}: {exc}; set LLMCOMPRESS_CACHE to a folder with space"
-        ) from None
-    return folder
-
-
-def _check_space(folder: Path, size: int) -> None:
-    """Raise SourceError if the disk of `folder` has less than `size` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise SourceError(
-            f"{folder}: {free / 2**30:.1f} GiB free, the converted model takes {size / 2**30:.1f} GiB; "
-            "make room, or set LLMCOMPRESS_CACHE to a folder on another disk"
-        )
 
 
 def _looks_like_path(model: str) -> bool:

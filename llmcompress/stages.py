@@ -30,7 +30,7 @@ class Link:
     """One stage, or one round of one, and how to plan it once its model exists."""
 
     stage: Stage
-    keep: int | None  # units or blocks that stay after this round
+    keep: int | None  # what stays after this round, as `StructurePlan.extent` counts it
 
     def plan(self, source: ModelSource) -> Plan:
         """The plan for a model, which may be one that an earlier link is going to make."""
@@ -125,20 +125,20 @@ def rounds(stage: Stage, source: ModelSource) -> list[Link]:
     step = stage.steps[0]
     if not isinstance(step, StructureStep) or step.options.rounds == 1:
         return [Link(stage, None)]
-    units, gone, grain = plan_units(stage.recipe, source, step).extent
-    count = step.options.rounds
+    plan, count = plan_units(stage.recipe, source, step), step.options.rounds
+    before, gone, grain = plan.extent
     if count > gone // grain:
         raise PlanError(
-            f"{step.where}.rounds: {count} rounds, but only {gone} of {units} units go"
+            f"{step.where}.rounds: {count} rounds, but only {gone} of {before} {plan.counted} go"
             + (f", {grain} at a time" if grain > 1 else "")
             + f"; use at most {gone // grain}"
         )
-    between = [grain * round((units - gone * i / count) / grain) for i in range(1, count)]
-    return [Link(stage, keep) for keep in [*between, units - gone]]
+    between = [grain * round((before - gone * i / count) / grain) for i in range(1, count)]
+    return [Link(stage, keep) for keep in [*between, before - gone]]
 
 
 def plan_units(recipe: Recipe, source: ModelSource, step: StructureStep, keep: int | None = None) -> "StructurePlan":
-    """The plan of a structure step; keep: units or blocks that stay, by default what the budget says."""
+    """The plan of a structure step; keep: what stays, by default as the budget says."""
     if isinstance(step.options, Hidden):  # both build the model, so they need torch
         from llmcompress.hidden_plan import plan_hidden
 

@@ -66,6 +66,31 @@ class InputGram:
         return mean
 
 
+class InputGramMean(InputGram):
+    """The same with the mean of the inputs themselves, summed in float64, from one pass."""
+
+    def __init__(self, features: int, device: "torch.device | str" = "cpu") -> None:
+        super().__init__(features, device)
+        self.sums = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add activations x [..., in]. There must be no padding: a padded token counts like any other."""
+        super().update(x)
+        self.sums += x.reshape(-1, x.shape[-1]).sum(0, dtype=torch.float64)
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or shard saw."""
+        super().merge(other)
+        self.sums += other.sums
+
+    @property
+    def average(self) -> Tensor:
+        """E[x], [in] float32."""
+        if self.tokens == 0:
+            raise CalibrationError(NO_TOKENS)
+        return (self.sums / self.tokens).float()
+
+
 class InputSquares:
     """Mean square of each of one linear's inputs, in float32; all that wanda and its like need.
 

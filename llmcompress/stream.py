@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from llmcompress.arch import Architecture, Module, first, is_transposed
 from llmcompress.errors import CalibrationError, FormatError
-from llmcompress.stats import InputGram, InputMoments, Inputs, InputSizes, InputSquares
+from llmcompress.stats import InputGram, InputGramMean, InputMoments, Inputs, InputSizes, InputSquares
 
 BATCH_TOKENS = 4096  # tokens of one forward pass: large enough for matrix units, small enough for memory
 
 Read = Callable[[Iterable[str]], dict[str, Tensor]]
 InputKind = type[InputGram] | type[InputSquares]
-Sums = TypeVar("Sums", InputGram, InputSquares, InputMoments, InputSizes, InputGram | InputSquares)
+Sums = TypeVar("Sums", InputGram, InputGramMean, InputSquares, InputMoments, InputSizes, InputGram | InputSquares)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 from llmcompress.arch import Module
+from llmcompress.cost import Phase
 from llmcompress.errors import PlanError
 from llmcompress.layout import block_index, block_linears
 from llmcompress.plan import Plan, PlannedLinear
@@ -17,7 +18,7 @@ from llmcompress.recipe import StructureStep
 from llmcompress.source import ModelSource
 from llmcompress.structure import Structure, Sublayer, Width
 from llmcompress.structure.groups import Group
-from llmcompress.structure.selection import protected
+from llmcompress.structure.selection import Ranking, protected
 from llmcompress.structure.step import Blockwise
 
 WORDS = {"model": "the model", "decoder": "its decoder blocks", "group": "this kind of group"}
@@ -32,6 +33,8 @@ class StructurePlan(Plan):
     widths: dict[int, int]  # units that each of these keeps; what a global ranking decides is spread evenly till then
     drop: int  # how many blocks go
     smaller: ModelSource  # as far as it is known: with `drop`, as if the last blocks went
+    ranking: Ranking | None  # what decides the widths, if one ranking over all blocks does
+    scoring: Phase  # what finding out which units go will take
 
     @property
     def needs_data(self) -> bool:
@@ -39,30 +42,41 @@ class StructurePlan(Plan):
         return needs_data(self.step.options)
 
     @property
+    def advice(self) -> str:
+        """How to need less memory."""
+        words = "use fewer calibration samples or shorter ones"
+        if self.scoring.disk:
+            return f"{words}, a score without gradients"
+        return f"{words}, `compensate: none`" if getattr(self.step.options, "compensate", "none") != "none" else words
+
+    @property
     def result(self) -> ModelSource:
         """The smaller model."""
         return self.smaller
 
     @property
-    def ranked(self) -> bool:
-        """Whether one ranking over all blocks decides the widths."""
-        return bool(self.groups) and getattr(self.step.options, "widths", "") == "global"
-
-    @property
     def extent(self) -> tuple[int, int, int]:
-        """Units that the budget counts, how many of them go, and how many must go at once."""
-        before, after = self.removal
-        return before, before - after, getattr(self.step.options, "multiple", 1)
+        """What the budget counts, how much of it goes, and how much must go at once.
+
+        Parameters where one ranking decides; else units of a block, or the blocks themselves.
+        """
+        if self.ranking:
+            return self.ranking.parameters, self.ranking.remove, self.ranking.grain
+        if not self.groups:
+            return self.count, self.drop, 1
+        first = min(unprotected(self, self.step) & set(self.groups))
+        before = self.groups[first].units
+        return before, before - self.widths[first], getattr(self.step.options, "multiple", 1)
 
     @property
-    def removal(self) -> tuple[int, int]:
-        """Units before and after that are counted by the budget: of one block, of all, or the blocks themselves."""
-        if not self.groups:
-            return self.count, self.count - self.drop
-        free = unprotected(self, self.step) & set(self.groups)
-        if self.ranked:
-            return sum(self.groups[i].units for i in free), sum(self.widths[i] for i in free)
-        return self.groups[min(free)].units, self.widths[min(free)]
+    def counted(self) -> str:
+        """What `extent` counts, in a word."""
+        return "parameters" if self.ranking else "units"
+
+    def plain(self) -> dict[str, Any]:
+        """Also what scoring takes."""
+        scoring = {"memory_bytes": int(self.scoring.memory), "seconds": self.scoring.seconds}
+        return Plan.plain(self) | {"scoring": scoring | {"disk_bytes": int(self.scoring.disk)}}
 
 
 def needs_data(options: Structure) -> bool:
@@ -126,7 +140,8 @@ def extended(
     """The dense plan with what the step does."""
     changes = {"notes": [note], "linears": list(planned_linears(dense, result))}
     values: dict[str, Any] = {name: getattr(dense, name) for name in Plan.__slots__} | changes
-    return StructurePlan(**values, step=step, groups=dict(groups), widths=dict(widths), drop=drop, smaller=result)
+    values |= {"groups": dict(groups), "widths": dict(widths), "drop": drop, "smaller": result}
+    return StructurePlan(**values, step=step, ranking=None, scoring=Phase())
 
 
 def planned_linears(dense: Plan, result: ModelSource) -> Iterator[PlannedLinear]:

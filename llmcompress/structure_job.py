@@ -25,13 +25,13 @@ from llmcompress.files import read_json, write_json
 from llmcompress.gradients import stream_gradients
 from llmcompress.job import Job
 from llmcompress.proof import digest
-from llmcompress.stats import GradientMoments, InputGram, InputMoments
+from llmcompress.stats import GradientMoments, InputGram, InputGramMean, InputMoments
 from llmcompress.stream import Block, collect, oriented, stream_blocks
 from llmcompress.structure import Depth, Sublayer, Width
 from llmcompress.structure.compensation import least_squares, mean_bias
 from llmcompress.structure.groups import Group, cut, kept_positions, mask_units, zero_units
 from llmcompress.structure.scores import Seen
-from llmcompress.structure.selection import check_scores, global_widths, keep_highest, standardized
+from llmcompress.structure.selection import check_scores, comparable, keep_highest
 from llmcompress.structure_budget import StructurePlan, unprotected
 from llmcompress.weight import quadratic, relative_error
 from llmcompress.width_plan import with_widths
@@ -83,13 +83,18 @@ class WidthJob(Job):
 
     def _widths(self, scores: dict[int, Tensor]) -> dict[int, int]:
         """Units that each block keeps: what the plan says, or what one ranking of all of them decides."""
-        plan, options = self.plan, self._options
-        if not plan.ranked:
+        plan, score = self.plan, self._options.score
+        if plan.ranking is None:
             return plan.widths
-        free = unprotected(plan, plan.step) & set(plan.groups)
-        across = options.score.across_blocks
-        ranked = {index: scores[index] if across else standardized(scores[index]) for index in sorted(free)}
-        return plan.widths | global_widths(ranked, plan.removal[1], options.multiple, options.fewest)
+        costs = plan.ranking.costs
+        most = max(costs.values())  # relative costs leave scores as they are where all are alike
+        values = {
+            index: comparable(
+                scores[index], costs[index] / most, across=score.across_blocks, per_parameter=score.per_parameter
+            )
+            for index in sorted(costs)
+        }
+        return plan.widths | plan.ranking.widths(values)
 
     def _seen(self, checkpoint: Checkpoint) -> Iterator[Seen]:
         """Every block of the dense model that has such units, with what the score's walk gathers."""
@@ -156,15 +161,16 @@ class WidthJob(Job):
         name, how = group.consumer, self._options.compensate
         if how == "none":
             return None
-        weight, gram = weight_of(block, name), collect(block, {(name,): InputGram})[name].mean
+        weight = weight_of(block, name)
         if how == "least_squares":
+            gram = collect(block, {(name,): InputGram})[name].mean
             self._check_no_zeros(name, block, weight)
             changed = least_squares(weight, gram, columns)
             oriented(block, name).copy_(changed)
             return relative_error(weight, changed, gram)
-        changed = torch.zeros_like(weight)
+        found = collect(block, {(name,): InputGramMean})[name]
+        changed, gram, mean = torch.zeros_like(weight), found.mean, found.average
         changed[:, columns] = weight[:, columns]
-        mean = collect(block, {(name,): InputMoments})[name].mean
         self._add_bias(block, name, mean_bias(weight, mean, columns), result)
         left = quadratic(changed - weight, gram - torch.outer(mean, mean)).clamp(min=0)
         return float((left / quadratic(weight, gram)).sqrt())

@@ -9,6 +9,7 @@ from rich.text import Text
 from llmcompress.adapter_plan import AdapterPlan
 from llmcompress.at_runtime import RUNTIMES
 from llmcompress.catalog import DATASETS, MODELS
+from llmcompress.cost import LIBRARIES, Phase
 from llmcompress.formats import FORMATS
 from llmcompress.hub import Upload
 from llmcompress.machine import gib
@@ -63,10 +64,19 @@ def plan_tables(plan: Plan) -> Iterator[Table]:
             ("result", gib(cost.output_bytes)),
             ("peak host memory", gib(cost.peak_host_bytes)),
             ("peak device memory", gib(cost.peak_device_bytes)),
+            *scoring_rows(plan),
             ("disk", gib(cost.disk_bytes)),
             ("time, evaluation aside", f"about {cost.seconds:.0f} s"),
         ],
     )
+
+
+def scoring_rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What a structure step takes to find out which units go, if it looks at more than weights."""
+    scoring: Phase | None = getattr(plan, "scoring", None)  # the class of such plans needs torch, plans of methods none
+    if scoring and scoring.seconds:
+        memory = gib(LIBRARIES + scoring.memory)
+        yield "scoring alone", f"{memory}, about {scoring.seconds:.0f} s, {gib(scoring.disk)} of disk"
 
 
 def describe(name: str, method: Any) -> str:

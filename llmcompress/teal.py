@@ -21,7 +21,7 @@ import torch
 from llmcompress_kernels import teal_linear
 from torch import Tensor, nn
 
-from llmcompress.errors import FormatError
+from llmcompress.errors import FormatError, PlanError
 from llmcompress.thresholds import FILE, Thresholds
 
 
@@ -45,11 +45,7 @@ class Tokens:
         batch, length = ids.shape[:2]
         cache = given.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        positions = torch.arange(past, past + length, device=ids.device).expand(batch, -1)
-        mask = given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == past + length:
-            positions = mask.long().cumsum(1)[:, past:] - 1  # padding on the left is not the start of a text
-        self.sparse = positions >= self.dense
+        self.sparse = positions(given.get("attention_mask"), batch, past, length).to(ids.device) >= self.dense
         self.alone = batch * length == 1
         self.all_sparse = self.alone and bool(self.sparse)
 
@@ -66,6 +62,31 @@ class Tokens:
         self.expected.discard(name)
         if self.meter:
             self.meter.add(name, x, threshold, self.sparse)
+
+
+def positions(mask: Any, batch: int, past: int, length: int) -> Tensor:
+    """The place of each token in its own text, [batch, length] int64: padding on the left is not the start of a text.
+
+    mask: the decoder's; none, [batch, tokens] with 0 for padding, [batch, 1, length, entries] bool or added to scores,
+    or one of these for each kind of layers.  past: tokens that came before.
+    Raises PlanError for a mask of another kind.
+    """
+    if isinstance(mask, Mapping):
+        known = [each for each in mask.values() if each is not None]
+        found = [positions(each, batch, past, length) for each in known or [None]]
+        return torch.stack(found).amax(0)  # a sliding window shows no more than its width
+    if mask is None:
+        return torch.arange(past, past + length).expand(batch, -1)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= past + length:
+        return mask.long().cumsum(1)[:, past : past + length] - 1
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == length:
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return shown[:, 0].sum(-1).expand(batch, -1) - 1
+    shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise PlanError(
+        f"{FILE}: an attention mask {shape} for {length} tokens after {past} does not tell where texts begin, whose "
+        "first tokens use all weights; give one of [batch, tokens]"
+    )
 
 
 def masked(x: Tensor, threshold: float, sparse: Tensor) -> Tensor:

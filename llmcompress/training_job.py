@@ -28,9 +28,10 @@ from llmcompress.results import version
 from llmcompress.source import open_source
 from llmcompress.stream import StreamedModel, assign
 from llmcompress.training import Recover, Train
+from llmcompress.training.deepspeed import SWITCH
 from llmcompress.training.loop import Task, drawn_rows, share_of_batch, train
 from llmcompress.training.objective import TextLoss
-from llmcompress.training.processes import launched, tell_others, training_together
+from llmcompress.training.processes import launched, switched_on, tell_others, training_together
 from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
@@ -138,7 +139,8 @@ class TrainJob(Job):
     def fingerprint(self) -> str:
         """Also of the text that is learned from, of the teacher, and of how sums are shared out over processes."""
         parts = [super().fingerprint(), tokens_sha256(self.text.tokens), self.shared.origin.source.fingerprint]
-        parts += [str(launched()), *(version(name) or "" for name in ("accelerate", "peft"))]
+        libraries = ("accelerate", "peft", "deepspeed") if switched_on(SWITCH) else ("accelerate", "peft")
+        parts += [str(launched()), *(version(name) or "" for name in libraries)]
         parts += [open_source(self._options.mask_source).fingerprint] if self._options.mask_source is not None else []
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 

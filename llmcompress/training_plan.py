@@ -6,13 +6,26 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from llmcompress.cost import HEADER, LIBRARIES, Cost, speed
+from llmcompress.cost import (
+    Cost,
+    Phase,
+    block_shapes,
+    cost_of,
+    hidden_size,
+    pass_seconds,
+    speed,
+    stored_bytes,
+    vocabulary,
+)
 from llmcompress.errors import PlanError
 from llmcompress.layout import is_expert
 from llmcompress.plan import Plan, PlannedLinear, check_length, dense_plan
 from llmcompress.recipe import Recipe, TrainStep, matches
 from llmcompress.source import ModelSource, open_source
 from llmcompress.training import Recover
+
+LOADING = 8.0  # seconds to load the whole model, and to write what it has learned
+BEHIND = 1.25  # numbers that a pass leaves behind for each that goes into a linear or comes out
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,35 +196,59 @@ def length_of(plan: TrainPlan) -> int:
 
 
 def predict(plan: TrainPlan) -> Cost:
-    """What the step will take: the whole model in float32, what of it is trained three times more, masks, one pass."""
-    options, length = plan.step.options, length_of(plan)
+    """What the step will take: lessons if there is a teacher, and learning; proving needs less than that."""
     parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
+    output = stored_bytes(plan.source.tensors.values(), plan.itemsize)
+    return cost_of(plan, output, [teaching(plan, parameters), learning(plan, parameters)])
+
+
+def learning(plan: TrainPlan, parameters: int) -> Phase:
+    """The whole model in float32, both moments of what of it is trained, and a pass there and back.
+
+    Gradients come while what the pass has left behind goes; they wait only where a step takes several passes. A
+    technique may score all weights before there are moments, rank them later, and remember what they were. Two states
+    are on disk for a moment, and what was learned before it is the result.
+    """
+    options = plan.step.options
     trained = lora_parameters(plan) if options.lora else parameters
-    first = [linear.shape for linear in plan.linears if linear.block == 0]
-    vocabulary = int(plan.source.config.get("vocab_size", 0))
-    inside = 2 if options.precision == "bfloat16" else 4
-    kept = (1 if options.gradient_checkpointing else plan.count) * 2.5 * sum(sum(shape) for shape in first)
-    window = options.micro_batch * length * (kept * inside + 4 * 4 * vocabulary)
-    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each; scores come before moments
-    memory = LIBRARIES + 4 * parameters + max(3 * 4 * trained + window, options.scoring_bytes * pruned) + pruned
-    output = parameters * plan.itemsize + HEADER * len(plan.source.tensors)
-    operations = 2.0 * parameters * options.steps * options.batch * length
+    gradient, moments = 4 * trained, 2 * 4 * trained
+    waiting = gradient if options.batch > options.micro_batch else 0
+    pruned = sum(prod(linear.shape) for linear in plan.targets)  # a byte of mask each
+    scoring: float = options.scoring_bytes * pruned
+    scoring += passing_back(plan, parameters, 1) if options.scoring_bytes else 0
+    ranking = moments + gradient + options.ranking_bytes * pruned
+    at_work = max(moments + waiting + passing_back(plan, parameters, options.micro_batch), ranking)
+    remembered = options.remembered_bytes * parameters
+    memory = 4 * parameters + max(at_work, scoring) + remembered + pruned
+    operations = 2.0 * parameters * options.steps * options.batch * length_of(plan)
     passes = 4.0 if options.gradient_checkpointing else 3.0
-    seconds = 20.0 + 2.0 * passes * operations / speed(plan, options.precision)
-    disk = output + plan.source.fetch_bytes
-    disk += 2 * 3 * 4 * trained + parameters * plan.itemsize  # two states for a moment; what was learned
-    if options.has_teacher:
-        windows = min(options.steps * options.batch, windows_of(plan))
-        seconds += 1.6 * 2.0 * parameters * windows * length / speed(plan)
-        width = int(plan.source.config.get("hidden_size", plan.source.config.get("n_embd", 0)))
-        disk += windows * length * (8 * options.top_k + (plan.itemsize * width if "hidden" in options.loss else 0))
-    return Cost(
-        peak_host_bytes=int(memory),
-        peak_device_bytes=0 if plan.on_cpu else int(memory) - LIBRARIES,
-        disk_bytes=int(disk),
-        output_bytes=output,
-        seconds=seconds,
-    )
+    seconds = LOADING + 2.0 * passes * operations / speed(plan, options.precision)
+    return Phase(memory, seconds, 2 * (3 * 4 * trained + remembered + pruned) + parameters * plan.itemsize)
+
+
+def passing_back(plan: TrainPlan, parameters: int, windows: int) -> float:
+    """Bytes that a pass of some windows leaves behind: insides of blocks, logits with two gradients, rounded weights.
+
+    With gradient checkpointing the inputs of all blocks, and the inside of one.
+    """
+    options, checkpointing = plan.step.options, plan.step.options.gradient_checkpointing
+    item = 2 if options.precision == "bfloat16" else 4
+    shapes = block_shapes(plan) if checkpointing else [linear.shape for linear in plan.linears]
+    inside = BEHIND * item * sum(sum(shape) for shape in shapes)
+    inputs = 4 * plan.count * hidden_size(plan) if checkpointing else 0
+    rounded = item * parameters if item < 4 else 0
+    return rounded + windows * length_of(plan) * (inside + inputs + 3 * item * vocabulary(plan))
+
+
+def teaching(plan: TrainPlan, parameters: int) -> Phase:
+    """What the dense model says of the windows; one block at a time, which is less than what learning holds."""
+    options, length = plan.step.options, length_of(plan)
+    if not options.has_teacher:
+        return Phase()
+    windows = min(options.steps * options.batch, windows_of(plan))
+    hidden = plan.itemsize * hidden_size(plan) if "hidden" in options.loss else 0
+    kept = windows * length * (8 * options.top_k + hidden)
+    return Phase(seconds=pass_seconds(plan, windows * length, parameters), disk=kept)
 
 
 def lora_parameters(plan: TrainPlan) -> int:

@@ -15,7 +15,7 @@ from llmcompress.recipe import StructureStep, TrainStep, matches
 from llmcompress.structure import Sublayer, Width
 from llmcompress.structure.groups import Group, groups_of, kept_positions
 from llmcompress.structure.reshape import HEADS, bias_key, build_smaller, narrower, with_biases
-from llmcompress.structure.selection import Share, total_width, uniform_width
+from llmcompress.structure.selection import Ranking, Share, ranking_of, uniform_width
 from llmcompress.structure_budget import (
     StructurePlan,
     denominators,
@@ -37,7 +37,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructurePlan:
-    """What stays of every block; keep: units of a block, or of all together where one ranking decides."""
+    """What stays of every block; keep: units of a block, or parameters of all units where one ranking decides."""
     options = step.options
     assert isinstance(options, Width | Sublayer)
     model, architecture = build(dense.source, dense.dtype, trust_remote_code=dense.recipe.trust_remote_code)
@@ -54,22 +54,50 @@ def plan_width(dense: Plan, step: StructureStep, keep: int | None) -> StructureP
         return with_zeros(dense, step, model, architecture, groups, free)
     costs = unit_costs(model, architecture, groups)
     totals = totals_of(model, architecture, groups, costs)
-    per_unit = sum(free[i].units * costs[i] for i in free) / sum(group.units for group in free.values())
-    remove = 0.0 if keep is not None else parameters_to_remove(totals, options, step.where, dense.itemsize) / per_unit
-    if options.widths == "global":
-        units = {index: group.units for index, group in free.items()}
-        share = Share(options.of, per_unit / totals[options.of])
-        total = keep or total_width(units, remove, options.multiple, options.fewest, step.where, share)
-        narrow = spread_evenly(units, total, options.multiple)
-    else:
-        if len({group.units for group in free.values()}) > 1:
-            raise PlanError(f"{step.where}.widths: blocks of {dense.source.name} have unlike widths; use global")
-        units_each = next(iter(free.values())).units
-        share = Share(options.of, len(free) * per_unit / totals[options.of])
-        width = keep or uniform_width(units_each, remove / len(free), options.multiple, step.where, share)
-        narrow = dict.fromkeys(free, width)
+    ranking = ranking_for(dense, step, free, costs, totals, keep) if options.widths == "global" else None
+    narrow = ranking.spread() if ranking else dict.fromkeys(free, width_for_all(dense, step, free, costs, totals, keep))
     widths = {index: narrow.get(index, group.units) for index, group in groups.items()}
-    return with_widths(dense, step, model, architecture, groups, widths)
+    return replace(with_widths(dense, step, model, architecture, groups, widths), ranking=ranking)
+
+
+def ranking_for(
+    dense: Plan,
+    step: StructureStep,
+    free: Mapping[int, Group],
+    costs: Mapping[int, int],
+    totals: Mapping[str, int],
+    keep: int | None,
+) -> Ranking:
+    """What one ranking of the units of all unprotected blocks is to decide; keep: parameters of these that stay."""
+    options = step.options
+    assert isinstance(options, Width | Sublayer)
+    units = {index: group.units for index, group in free.items()}
+    if keep is not None:
+        found = Ranking(units, {index: costs[index] for index in units}, options.multiple, options.fewest, 0)
+        return replace(found, remove=found.parameters - keep)
+    remove = parameters_to_remove(totals, options, step.where, dense.itemsize)
+    one = Share(options.of, 1 / totals[options.of])
+    return ranking_of(units, costs, remove, options.multiple, options.fewest, step.where, one)
+
+
+def width_for_all(
+    dense: Plan,
+    step: StructureStep,
+    free: Mapping[int, Group],
+    costs: Mapping[int, int],
+    totals: Mapping[str, int],
+    keep: int | None,
+) -> int:
+    """The units that stay of every unprotected block, by the budget; keep: if that is known."""
+    if len({group.units for group in free.values()}) > 1:
+        raise PlanError(f"{step.where}.widths: blocks of {dense.source.name} have unlike widths; use global")
+    if keep is not None:
+        return keep
+    options, each = step.options, sum(costs[index] for index in free)  # parameters of one unit of every block
+    assert isinstance(options, Width)
+    remove = parameters_to_remove(totals, options, step.where, dense.itemsize) / each
+    share = Share(options.of, each / totals[options.of])
+    return uniform_width(next(iter(free.values())).units, remove, options.multiple, step.where, share)
 
 
 def with_zeros(
@@ -89,7 +117,7 @@ def with_zeros(
 
 
 def unit_costs(model: Module, architecture: Architecture, groups: Mapping[int, Group]) -> dict[int, int]:
-    """Parameters of one unit of every block; they differ only for sub-layers of blocks that differ in width."""
+    """Parameters of one unit of every block; sub-layers and heads of blocks that differ in width have other ones."""
     blocks = {index: model.get_submodule(architecture.block(index)) for index in groups}
     return {index: group.parameters_per_unit(shapes_of(blocks[index])) for index, group in groups.items()}
 
@@ -105,19 +133,6 @@ def totals_of(
 def shapes_of(module: Module) -> Shapes:
     """Shape of every parameter below a module, by name."""
     return {name: tuple(value.shape) for name, value in module.named_parameters()}
-
-
-def spread_evenly(units: Mapping[int, int], total: int, multiple: int) -> dict[int, int]:
-    """Widths that add up to `total`, about the same share of every block: what is known before a ranking decides."""
-    share, given, passed = total / sum(units.values()), 0, 0
-    widths = {}
-    for block, count in units.items():
-        passed += count
-        last = passed == sum(units.values())
-        due = total if last else round(share * passed / multiple) * multiple
-        widths[block] = max(0, min(count, due - given))
-        given += widths[block]
-    return widths
 
 
 def with_widths(

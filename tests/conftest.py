@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": SIZES | {"ffn_dim": 160, "word_embed_proj_dim": 96},
 }
 
+# From recipe to folder these are as another one: llama with a window, and two whose norms gemma3 has too.
+ALIKE = {"mistral", "qwen3", "gemma2"}
+
+
+def some_slow(kinds: Iterable[str]) -> list[Any]:
+    """The kinds as parameters of a test that takes long for each; those that are alike are marked slow."""
+    return [pytest.param(kind, marks=pytest.mark.slow) if kind in ALIKE else kind for kind in kinds]
+
 
 def tiny_config(kind: str, **changes: Any) -> Any:
     """Config of a tiny model: 96 wide, 6 query heads, 2 KV heads (3 query heads per group) where the kind has them."""
@@ -84,6 +92,14 @@ def write_tiny(folder: Path, kind: str, **changes: Any) -> Path:
     tiny_model(kind, **changes).to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Nobody waits for the disk: without syncing, files are lost by a power cut, but not by a kill."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 Its own process, because TRITON_INTERPRET must be set before triton is first imported. Standard input: a JSON list of
 cases, as kernel_cases.py makes them; standard output: a JSON list with, for each, the relative errors of the kernel and
 of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and follows the scales
-and the factors of LoRA: outputs which are not written and inputs which must not be read both show.
+and the factors of LoRA, and columns that are left out: outputs which are not written and inputs which must not be read
+both show.
 Inline assembly is executed by ptx_fragments.py.
 """
 
@@ -30,6 +31,7 @@ from llmcompress_kernels.sparse24_int4_linear import from_sparse24_int4
 from llmcompress_kernels.sparse24_int4_linear import launch as sparse24_int4
 from llmcompress_kernels.sparse24_linear import from_sparse24
 from llmcompress_kernels.sparse24_linear import launch as sparse24
+from llmcompress_kernels.teal_linear.launch import teal_linear_triton
 from sparse24_cases import stored_sparse24, stored_sparse24_int4
 from torch import Tensor
 from torch.nn.functional import linear
@@ -46,6 +48,7 @@ class Results(NamedTuple):
     truth: Tensor
     torch: Tensor
     unpacked: bool = True  # whether the dequantized weight has the bits that torch gives; seldom looked at
+    repeated: bool = True  # whether a second call gave the same bits; seldom looked at
 
 
 def followed_by_nan(tensor: Tensor) -> Tensor:
@@ -138,12 +141,26 @@ def sparse24_int4_linear(inputs: Inputs) -> Results:
     return Results(found, truth, linear(x, values, bias), same)
 
 
+def teal_linear(inputs: Inputs) -> Results:
+    threshold, bias, x = inputs.case["threshold"], inputs.bias(), inputs.x()
+    columns = inputs.random(x.shape[1], inputs.case["rows"]) / x.shape[1] ** 0.5
+    small = x.float().abs() <= threshold
+    masked = x.masked_fill(small, 0)
+    truth = linear(masked.double(), columns.T.double(), None if bias is None else bias.double())
+    by_torch = linear(masked, columns.T, bias)
+    if len(x) == 1:  # of several tokens, each has columns of its own, and none is left out
+        columns[small[0]] = torch.nan
+    found, again = (teal_linear_triton(x, columns, threshold, bias, PROCESSORS) for _ in range(2))
+    return Results(found, truth, by_torch, repeated=torch.equal(found, again))
+
+
 OPERATORS: dict[str, Callable[[Inputs], Results]] = {
     "int4_linear": int4_linear,
     "int4_gated_mlp": int4_gated_mlp,
     "int4_lora_linear": int4_lora_linear,
     "sparse24_linear": sparse24_linear,
     "sparse24_int4_linear": sparse24_int4_linear,
+    "teal_linear": teal_linear,
 }
 
 
@@ -154,7 +171,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "kernel": relative_error(results.kernel, results.truth),
         "torch": relative_error(results.torch, results.truth),
         "unpacked": results.unpacked,
+        "repeated": results.repeated,
         "dtype": str(results.kernel.dtype),
+        "shape": list(results.kernel.shape),
     }
 
 

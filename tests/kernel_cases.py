@@ -34,11 +34,11 @@ def case(
     return {"operator": operator, "zero": True, "bias": True, "transposed": False} | shape | more
 
 
-def interpreted(cases: list[dict[str, Any]], name: str = "interpreted_program.py") -> list[dict[str, Any]]:
-    """Results of a program that runs kernels in the interpreter, one for each case."""
+def interpreted(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of interpreted_program.py, one for each case."""
     paths = [str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(ROOT / "tests" / name)]
+    program = [sys.executable, str(ROOT / "tests/interpreted_program.py")]
     ran = subprocess.run(
         program, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -47,9 +47,11 @@ def interpreted(cases: list[dict[str, Any]], name: str = "interpreted_program.py
 
 
 def assert_exact(found: dict[str, Any], asked: dict[str, Any]) -> None:
-    """At most twice the error of torch, and unpacked to the same bits. A NaN anywhere fails the comparison."""
+    """At most twice the error of torch, and the same bits where bits count. A NaN anywhere fails the comparison."""
     assert found["kernel"] <= 2 * found["torch"], (asked, found)
     assert found["unpacked"], asked
+    assert found["repeated"], asked
+    assert found["shape"] == [asked["tokens"], asked["rows"]]
     assert found["dtype"] == f"torch.{asked['dtype']}"
 
 

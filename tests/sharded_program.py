@@ -1,7 +1,10 @@
-"""What every process of a launch runs in tests/test_sharded_training.py: the loop on tiny models, or a whole run.
+"""What every process of a launch runs in tests/test_sharded_training.py and tests/test_deepspeed.py.
+
+It is the loop on tiny models, or a whole run.
 
 accelerate shards nothing on a CPU, though its own FSDP2 works there. `shard_on_cpu` says so to it after it was set up;
-from there on all that is called is what a launch on GPUs calls.
+from there on all that is called is what a launch on GPUs calls. DeepSpeed works on a CPU as it is, but would first
+compile an operator for sums in shared memory, which takes a minute; without it, sums are gloo's.
 """
 
 import json
@@ -21,8 +24,10 @@ from llmcompress.checkpoint import write_tensors
 from llmcompress.files import write_json
 from llmcompress.recipe import parse_recipe
 from llmcompress.training import Recover
+from llmcompress.training.deepspeed import SWITCH
 from llmcompress.training.loop import Task, train
 from llmcompress.training.losses import cross_entropy
+from llmcompress.training.processes import switched_on
 from llmcompress.training_job import prepared
 
 COMMON = {"loss": "cross_entropy", "steps": 4, "batch": 4, "learning_rate": 1e-3, "warmup": 1, "checkpoint_every": 2}
@@ -34,13 +39,18 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+BFLOAT16 = "bfloat16"  # as a case
+UNKNOWN = "unknown gradient"
+
+
 class Killed(Exception):
     """Ends a training in the middle."""
 
 
 def learn(case: str, state: Path, *, stop_at: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What was seen, and all parameters of a tiny model after it; ends with `Killed` after step `stop_at`."""
-    options = Recover.parse(COMMON | {"precision": "float32"} | CASES[case], "steps[0]")
+    changes = {"precision": BFLOAT16} if case == BFLOAT16 else CASES.get(case, {})
+    options = Recover.parse(COMMON | {"precision": "float32"} | changes, "steps[0]")
     model = tiny_model("llama", tie_word_embeddings=case == "tied")
     masks = {}
     if case == "pruned":
@@ -50,12 +60,15 @@ def learn(case: str, state: Path, *, stop_at: int = 0) -> tuple[dict[str, Any], 
             p.data.mul_(masks[name])
     tokens = torch.randint(3, 128, (8, 16), generator=torch.Generator().manual_seed(1))
 
-    seen = {"sharded": False, "windows": 0}
+    seen: dict[str, Any] = {"sharded": False, "windows": 0, "wrapped": ""}
 
     def loss(model: Any, rows: Tensor) -> Tensor:
         seen["sharded"] |= all(isinstance(p, DTensor) for p in model.parameters())
         seen["windows"] += len(rows)
-        return cross_entropy(model(tokens[rows], use_cache=False).logits, tokens[rows])
+        seen["wrapped"] = type(model).__name__
+        found = cross_entropy(model(tokens[rows], use_cache=False).logits, tokens[rows])
+        wrong = case == UNKNOWN and seen["windows"] > options.batch  # the slope of a root at zero is infinite
+        return found + (0 * next(model.parameters()).sum()).abs().sqrt() if wrong else found
 
     def tell(done: int, shown: str) -> None:
         if done == stop_at:
@@ -72,9 +85,9 @@ def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def learn_all(folder: Path) -> None:
-    """Every case without and with an end in the middle, into FOLDER/<case>-whole and FOLDER/<case>-killed."""
-    for case in CASES:
+def learn_all(folder: Path, cases: list[str]) -> None:
+    """Each case without and with an end in the middle, into FOLDER/<case>-whole and FOLDER/<case>-killed."""
+    for case in cases:
         for way in ("whole", "killed"):
             state = folder / f"{case}-{way}"
             state.mkdir(parents=True, exist_ok=True)
@@ -131,11 +144,22 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = set_up
 
 
+def compile_nothing() -> None:
+    """Let DeepSpeed do without operators of its own."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__.update(dict.fromkeys(deepspeed.ops.__compatible_ops__, False))
+
+
 if __name__ == "__main__":
     what, arguments = sys.argv[1], json.loads(sys.argv[2])
+    if switched_on(SWITCH):
+        compile_nothing()
     shard_on_cpu()
     if what == "learn":
-        learn_all(Path(arguments["folder"]))
+        learn_all(Path(arguments["folder"]), arguments.get("cases", list(CASES)))
+    elif what == "unknown":
+        learn(UNKNOWN, Path(arguments["folder"]))
     elif what == "first_fails":
         first_fails(Path(arguments["folder"]))
     else:

@@ -40,38 +40,11 @@ def recipe(tiny_folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def whole_run(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A whole run as a user does it: new interpreter, proof in yet another one."""
-    folder = tmp_path_factory.mktemp("cli") / "out"
-    command = [sys.executable, "-m", "llmcompress", "run", str(recipe), "--output", str(folder), "--json"]
-    return folder, subprocess.run(command, capture_output=True, text=True, check=False)
+# a finished folder
 
 
-# a whole run
-
-
-def test_run_prints_one_json_object_and_nothing_else(whole_run):
-    folder, done = whole_run
-    assert done.returncode == 0, done.stderr
-    printed = json.loads(done.stdout)
-    assert printed.pop("folder") == str(folder)
-    assert printed == json.loads((folder / "results.json").read_text())
-
-
-def test_run_is_quiet_when_stderr_is_not_a_terminal(whole_run):
-    assert whole_run[1].stderr == ""
-
-
-def test_run_was_proved_in_a_clean_process(whole_run):
-    proof = json.loads(whole_run[1].stdout)["proof"]
-    assert proof["passed"]
-    assert proof["weights"] == 14
-    assert proof["engine"].startswith("transformers ")
-
-
-def test_inspect_shows_every_tensor(whole_run, call):
-    folder, _ = whole_run
+def test_inspect_shows_every_tensor(packed_folders, call):
+    folder = packed_folders("llama")
     code, out, err = call("inspect", folder, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
@@ -83,8 +56,8 @@ def test_inspect_shows_every_tensor(whole_run, call):
     assert "vLLM: yes" in table
 
 
-def test_push_dry_run_lists_every_file_and_sends_nothing(whole_run, call):
-    folder, _ = whole_run
+def test_push_dry_run_lists_every_file_and_sends_nothing(packed_folders, call):
+    folder = packed_folders("llama")
     code, out, err = call("push", folder, "me/model", "--dry-run", "--json")
     assert (code, err) == (0, "")
     printed = json.loads(out)

@@ -137,9 +137,9 @@ def test_snapkv_keeps_what_the_last_queries_attend_to():
         attentions = eager(tokens(40), output_attentions=True).attentions
     for layer, weights in enumerate(attentions):
         scores = weights[0, :, -window:].sum(1).view(2, 3, 40).mean(1)  # three query heads share a KV head
-        smooth = torch.nn.functional.avg_pool1d(scores[None], 3, stride=1, padding=1)[0]
+        smooth = torch.nn.functional.avg_pool1d(scores[None, :, :-window], 3, stride=1, padding=1)[0]
         for head in range(2):
-            best = set(smooth[head, :-window].topk(12 - window).indices.tolist())
+            best = set(smooth[head].topk(12 - window).indices.tolist())
             assert set(kept[layer][0, head].tolist()) == best | set(range(40 - window, 40))
 
 
@@ -236,4 +236,29 @@ def test_the_newest_are_among_the_highest():
     queries, keys = torch.randn(1, 6, 4, 8), torch.randn(1, 2, 10, 8)
     scores = layer.scores(queries, keys, 0.3)
     assert scores.shape == (1, 2, 10)
-    assert float(scores.sum()) == pytest.approx(2 * 4, rel=1e-5)  # each of four queries gives out one, in every head
+    assert not scores[..., 6:].any()
+    assert 0 < float(scores.sum()) < 2 * 4  # each of four queries gives out one in every head, some of it in the window
+
+
+def test_the_window_is_no_neighbour():
+    """All attention stays in it: what is before gets none, next to it no more than far away."""
+    layer = SnapKVLayer(budget=30, window=4, kernel=5)
+    keys = torch.zeros(1, 1, 12, 2)
+    keys[:, :, 8:] = torch.tensor([100.0, 0.0])
+    scores = layer.scores(torch.tensor([1.0, 0.0]).expand(1, 1, 4, 2), keys, 1.0)
+    assert float(scores.max()) < 1e-12
+
+
+@policies
+def test_padding_is_refused(policy):
+    model = tiny_model("llama")
+    prompt, mask = tokens(40, batch=2), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :3] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    with pytest.raises(PlanError, match=r"the attention mask hides 3 tokens, .* sequences of one length"):
+        model.generate(prompt, attention_mask=mask, past_key_values=MAKERS[policy](model, BUDGET), **options)
+    whole = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    with torch.no_grad(), pytest.raises(PlanError, match=r"the attention mask is \[2, 1, 40, 40\]"):
+        model(prompt, attention_mask=whole, past_key_values=MAKERS[policy](model, BUDGET))
+    model.generate(prompt, attention_mask=mask, **options)  # an ordinary cache has nothing against it
+    assert len(model.base_model._forward_pre_hooks) == 1  # however many caches there were

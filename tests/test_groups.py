@@ -97,6 +97,29 @@ def test_the_smaller_model_computes_what_the_masked_one_does(architecture, kind)
     assert_same(model, masked, smaller)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", [MLP, KV])
+def test_rows_of_a_unit_make_its_columns_and_no_others(architecture, kind):
+    """Also where heads cannot be removed, as in GPT-NeoX, whose queries, keys and values are interleaved."""
+    model = tiny_model(architecture)
+    found = discover(model)
+    block = model.get_submodule(found.block(0))
+    group, seen = groups_of(model, found, kind)[0], []
+    block.get_submodule(group.consumer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits(model)
+    with torch.no_grad():
+        for member in group.members:
+            if not member.parameter.startswith(group.consumer):
+                block.get_parameter(member.parameter).index_fill_(member.dim, member.index[1], 0)
+    logits(model)
+    before, after = (x.flatten(0, -2) for x in seen)
+    own = torch.zeros(before.shape[1], dtype=torch.bool)
+    own[group.columns[1]] = True
+    assert not after[:, own].any()
+    assert before[:, own].any()
+    torch.testing.assert_close(after[:, ~own], before[:, ~own])
+
+
 @pytest.mark.parametrize(
     "architecture", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
 )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from hub_client import turn_to
 from hub_server import HubServer
 from huggingface_hub.utils import close_session
 from safetensors.numpy import save_file
@@ -26,18 +27,9 @@ SENT = ["README.md", "config.json", "llmcompress.json", *SHARDS, "model.safetens
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A hub that knows a few tokens; HF_TOKEN is `me`'s write token, and retries do not wait."""
-    for name in ("HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_write")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
-        monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "nobody-logged-in"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    """A hub that knows a few tokens; HF_TOKEN is `me`'s write token, and our functions get `endpoint=`."""
     with HubServer() as server:
-        # Only for what the client asks of its default endpoint in passing; our functions get `endpoint=`.
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        turn_to(server, "hf_write", tmp_path, monkeypatch)
         orgs = {"acme": "contributor", "museum": "read"}
         server.add_user("hf_write", "me", orgs=orgs)
         server.add_user("hf_read", "me", orgs=orgs, role="read")

@@ -125,7 +125,7 @@ def test_a_tiny_run_writes_everything(tmp_path, capsys):
         "copy_bytes_per_second", "correctness", "missing", "results", "failures", "left_out", "targets",
     }  # fmt: skip
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["missing"]) == {"gemlite", "marlin", "torch 2:4"}
+    assert set(found["missing"]) == {"gemlite", "marlin", "torch 2:4", "with a form"}
     assert found["failures"] == found["left_out"] == []
     measured = [(r["operator"], r["rows"], r["columns"], r["tokens"]) for r in found["results"]]
     assert measured == [

@@ -1,17 +1,17 @@
-"""`int4_gated_mlp`: as exact as torch, on a CPU and in the kernels; what it refuses."""
+"""`int4_gated_mlp`: as exact as torch on a CPU; what it refuses. The kernels: test_kernels_numerics.py."""
 
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_exact, case, int4_weight, interpreted, relative_error
+from kernel_cases import int4_weight, relative_error
+from kernel_checks import assert_any_strides, assert_fake_agrees, assert_opcheck, assert_refused
 from llmcompress_kernels import Int4Weight, int4_gated_mlp
 from llmcompress_kernels.int4_gated_mlp.reference import ACTIVATIONS, Gated, int4_gated_mlp_reference
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from torch.nn.functional import linear
 
-NAME = "int4_gated_mlp"
 BF16, F16 = torch.bfloat16, torch.float16
 Arguments = dict[str, Any]
 
@@ -61,36 +61,20 @@ def test_activations_differ_and_gate_is_not_up():
 
 def test_any_strides_and_leading_dimensions():
     given = arguments(tokens=12)
-    x = given["x"]
-    for other in (x.view(2, 6, 96).transpose(0, 1), x.T.contiguous().T, x[::5], x[0], x[:0]):
-        found = int4_gated_mlp(**given | {"x": other})
-        rows = int4_gated_mlp(**given | {"x": other.reshape(-1, 96).contiguous()})
-        assert found.shape == (*other.shape[:-1], 24)
-        assert found.is_contiguous()
-        assert torch.equal(found.reshape(-1, 24), rows)
+    assert_any_strides(int4_gated_mlp, given, 24)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_opcheck(symmetric):
     given = arguments(symmetric=symmetric)
-    operator = torch.ops.llmcompress.int4_gated_mlp.default
-    torch.library.opcheck(operator, flat(given))
-    shuffled = given["x"].expand(2, 3, 96).transpose(0, 1)
-    torch.library.opcheck(operator, flat(given | {"x": shuffled, "gate_bias": None, "up_bias": None}))
+    assert_opcheck(
+        torch.ops.llmcompress.int4_gated_mlp.default, flat(given), flat(given | {"gate_bias": None, "up_bias": None})
+    )
 
 
 def test_fake_and_real_agree_on_every_shape():
     given = arguments()
-    meta = {name: on_meta(value) for name, value in given.items()}
-    for shape in ((96,), (0, 96), (2, 3, 96)):
-        real, fake = (int4_gated_mlp(**a | {"x": a["x"].new_zeros(shape)}) for a in (given, meta))
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
-
-
-def on_meta(value: Any) -> Any:
-    if isinstance(value, Int4Weight):
-        return Int4Weight(*(on_meta(tensor) for tensor in value))
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+    assert_fake_agrees(int4_gated_mlp, given)
 
 
 def other_weight(**kind: Any) -> Int4Weight:
@@ -117,12 +101,9 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("argument", "value", "message"), BAD)
 def test_bad_arguments_are_refused(argument, value, message):
-    """By the function and by the registered operator, which others may call."""
     given = arguments() | {argument: value}
-    with pytest.raises(ValueError, match=f"int4_gated_mlp: {message}"):
-        int4_gated_mlp(**given)
-    with pytest.raises(ValueError, match=f"int4_gated_mlp: {message}"):
-        torch.ops.llmcompress.int4_gated_mlp(*flat(given))
+    registered = torch.ops.llmcompress.int4_gated_mlp
+    assert_refused(int4_gated_mlp, given, registered, flat(given), f"int4_gated_mlp: {message}")
 
 
 def test_two_weights_of_other_sizes_or_groups_are_refused():
@@ -133,40 +114,3 @@ def test_two_weights_of_other_sizes_or_groups_are_refused():
     ):
         with pytest.raises(ValueError, match=f"int4_gated_mlp: {name} is"):
             int4_gated_mlp(given["x"], given["gate"], up)
-
-
-CASES = {
-    "one token, two splits, last tile of 32 columns": case(NAME, 1, 40, 1056, 32, activation="silu"),
-    "one token, gelu, symmetric": case(NAME, 1, 70, 576, 64, "float16", activation="gelu", zero=False, bias=False),
-    "three tokens, gelu_tanh": case(NAME, 3, 70, 576, 64, activation="gelu_tanh"),
-    "17 tokens, two splits, gelu": case(NAME, 17, 40, 1056, 32, "float16", activation="gelu"),
-    "17 tokens, transposed, symmetric": case(NAME, 17, 33, 256, 128, activation="silu", zero=False, transposed=True),
-    "two programs of tokens": case(NAME, 70, 40, 192, 64, activation="silu", bias=False),
-    "unpacked for the BLAS": case(NAME, 257, 40, 160, 32, activation="gelu_tanh"),
-    "no tokens": case(NAME, 0, 40, 160, 32, activation="silu"),
-}
-GRID = [
-    case(NAME, tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero, activation=activation)
-    for ((tokens, rows), activation), group, dtype, zero in itertools.product(
-        zip([(1, 130), (3, 65), (17, 129), (33, 64), (65, 20)], 2 * list(ACTIVATIONS), strict=False),
-        (32, 64, 128),
-        ("bfloat16", "float16"),
-        (True, False),
-    )
-]
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    return dict(zip(CASES, interpreted(list(CASES.values())), strict=True))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_are_as_exact_as_torch(name, results):
-    assert_exact(results[name], CASES[name])
-
-
-@pytest.mark.slow
-def test_kernels_are_as_exact_as_torch_on_all_grids():
-    for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        assert_exact(found, asked)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import assert_exact, case, interpreted, relative_error
+from kernel_cases import relative_error
+from kernel_checks import assert_any_strides, assert_fake_agrees, assert_opcheck, assert_refused
 from llmcompress_kernels.int4_linear import from_pack_quantized, int4_linear, to_pack_quantized
 from llmcompress_kernels.int4_linear.layout import PLANES, TILE, WIDTH, from_tiles, to_tiles
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
@@ -27,7 +28,6 @@ from llmcompress.weight import CompressedWeight
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(llmcompress_kernels.__file__).parent
-NAME = "int4_linear"
 BF16, F16 = torch.bfloat16, torch.float16
 
 
@@ -139,32 +139,20 @@ def test_operator_on_cpu_is_as_exact_as_torch(tokens, columns, group, symmetric,
 
 def test_any_strides_and_leading_dimensions():
     given_, _ = arguments(tokens=12)
-    x = given_["x"]
-    y = int4_linear(**given_)
-    for other in (x.view(2, 6, 96), x.view(2, 6, 96).transpose(0, 1), x.T.contiguous().T, x[::5], x[0], x[:0]):
-        found = int4_linear(**(given_ | {"x": other}))
-        rows = int4_linear(**(given_ | {"x": other.reshape(-1, 96).contiguous()}))
-        assert found.shape == (*other.shape[:-1], 24)
-        assert found.is_contiguous()
-        assert torch.equal(found.reshape(-1, 24), rows)
-    assert torch.equal(int4_linear(**(given_ | {"x": x.view(2, 6, 96)})), y.view(2, 6, 24))
+    assert_any_strides(int4_linear, given_, 24)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_opcheck(symmetric):
     given_, _ = arguments(symmetric=symmetric)
-    operator = torch.ops.llmcompress.int4_linear.default
-    torch.library.opcheck(operator, tuple(given_.values()))
-    shuffled = given_["x"].expand(2, 3, 96).transpose(0, 1)
-    torch.library.opcheck(operator, (shuffled, *list(given_.values())[1:4], None))
+    assert_opcheck(
+        torch.ops.llmcompress.int4_linear.default, tuple(given_.values()), (*list(given_.values())[:4], None)
+    )
 
 
 def test_fake_and_real_agree_on_every_shape():
     given_, _ = arguments()
-    meta = {name: tensor.to("meta") for name, tensor in given_.items()}
-    for shape in ((96,), (0, 96), (2, 3, 96)):
-        real, fake = (int4_linear(**(a | {"x": a["x"].new_zeros(shape)})) for a in (given_, meta))
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+    assert_fake_agrees(int4_linear, given_)
 
 
 BAD: list[tuple[str, Any, str]] = [
@@ -191,51 +179,9 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("argument", "value", "message"), BAD)
 def test_bad_arguments_are_refused(argument, value, message):
-    """By the function and by the registered operator, which others may call."""
     given_ = arguments()[0] | {argument: value}
-    with pytest.raises(ValueError, match=f"int4_linear: .*{message}"):
-        int4_linear(**given_)
-    if value.is_meta:
-        return  # torch itself sends such a call to the operator for meta tensors
-    with pytest.raises(ValueError, match=f"int4_linear: .*{message}"):
-        torch.ops.llmcompress.int4_linear(*given_.values())
-
-
-# the Triton kernels, in Triton's interpreter
-
-
-CASES = {
-    "one token, two splits, last tile of 32 columns": case(NAME, 1, 40, 1056, 32),
-    "one token, symmetric": case(NAME, 1, 70, 576, 64, "float16", zero=False, bias=False),
-    "three tokens": case(NAME, 3, 70, 576, 64),
-    "17 tokens, two splits": case(NAME, 17, 40, 1056, 32, "float16"),
-    "17 tokens, transposed, symmetric": case(NAME, 17, 33, 256, 128, zero=False, transposed=True),
-    "two programs of tokens": case(NAME, 70, 40, 192, 64, bias=False),
-    "unpacked for the BLAS": case(NAME, 257, 40, 160, 32, "float16"),
-    "no tokens": case(NAME, 0, 40, 160, 32),
-}
-GRID = [
-    case(NAME, tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero)
-    for (tokens, rows), group, dtype, zero in itertools.product(
-        [(1, 130), (3, 65), (17, 129), (33, 64), (65, 20)], (32, 64, 128), ("bfloat16", "float16"), (True, False)
-    )
-]
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    return dict(zip(CASES, interpreted(list(CASES.values())), strict=True))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_are_as_exact_as_torch(name, results):
-    assert_exact(results[name], CASES[name])
-
-
-@pytest.mark.slow
-def test_kernels_are_as_exact_as_torch_on_all_grids():
-    for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        assert_exact(found, asked)
+    registered = torch.ops.llmcompress.int4_linear
+    assert_refused(int4_linear, given_, registered, tuple(given_.values()), f"int4_linear: .*{message}")
 
 
 @given(tiles=st.integers(1, 300), programs=st.integers(1, 2000), processors=st.integers(1, 200))

@@ -1,17 +1,16 @@
-"""`int4_lora_linear`: as exact as torch, on a CPU and in the kernels; what it refuses."""
+"""`int4_lora_linear`: as exact as torch on a CPU; what it refuses. The kernels: test_kernels_numerics.py."""
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
-from kernel_cases import assert_exact, case, int4_weight, interpreted, relative_error
-from llmcompress_kernels import Int4Weight, int4_linear, int4_lora_linear
+from kernel_cases import int4_weight, relative_error
+from kernel_checks import assert_any_strides, assert_fake_agrees, assert_opcheck, assert_refused
+from llmcompress_kernels import int4_linear, int4_lora_linear
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from llmcompress_kernels.int4_lora_linear.reference import Adapter, int4_lora_linear_reference
 from torch.nn.functional import linear
 
-NAME = "int4_lora_linear"
 BF16, F16 = torch.bfloat16, torch.float16
 Arguments = dict[str, Any]
 
@@ -64,36 +63,18 @@ def test_without_an_update_it_is_int4_linear():
 
 def test_any_strides_and_leading_dimensions():
     given = arguments(tokens=12)
-    x = given["x"]
-    for other in (x.view(2, 6, 96).transpose(0, 1), x.T.contiguous().T, x[::5], x[0], x[:0]):
-        found = int4_lora_linear(**given | {"x": other})
-        rows = int4_lora_linear(**given | {"x": other.reshape(-1, 96).contiguous()})
-        assert found.shape == (*other.shape[:-1], 24)
-        assert found.is_contiguous()
-        assert torch.equal(found.reshape(-1, 24), rows)
+    assert_any_strides(int4_lora_linear, given, 24)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_opcheck(symmetric):
     given = arguments(symmetric=symmetric)
-    operator = torch.ops.llmcompress.int4_lora_linear.default
-    torch.library.opcheck(operator, flat(given))
-    shuffled = given["x"].expand(2, 3, 96).transpose(0, 1)
-    torch.library.opcheck(operator, flat(given | {"x": shuffled, "bias": None}))
+    assert_opcheck(torch.ops.llmcompress.int4_lora_linear.default, flat(given), flat(given | {"bias": None}))
 
 
 def test_fake_and_real_agree_on_every_shape():
     given = arguments()
-    meta = {name: on_meta(value) for name, value in given.items()}
-    for shape in ((96,), (0, 96), (2, 3, 96)):
-        real, fake = (int4_lora_linear(**a | {"x": a["x"].new_zeros(shape)}) for a in (given, meta))
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
-
-
-def on_meta(value: Any) -> Any:
-    if isinstance(value, Int4Weight):
-        return Int4Weight(*(on_meta(tensor) for tensor in value))
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+    assert_fake_agrees(int4_lora_linear, given)
 
 
 WEIGHT = arguments()["weight"]
@@ -118,46 +99,6 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("argument", "value", "message"), BAD)
 def test_bad_arguments_are_refused(argument, value, message):
-    """By the function and by the registered operator, which others may call."""
     given = arguments() | {argument: value}
-    with pytest.raises(ValueError, match=f"int4_lora_linear: {message}"):
-        int4_lora_linear(**given)
-    with pytest.raises(ValueError, match=f"int4_lora_linear: {message}"):
-        torch.ops.llmcompress.int4_lora_linear(*flat(given))
-
-
-CASES = {
-    "one token, two splits, last tile of 32 columns": case(NAME, 1, 40, 1056, 32, rank=8),
-    "one token, symmetric": case(NAME, 1, 70, 576, 64, "float16", rank=33, zero=False, bias=False),
-    "three tokens, highest rank": case(NAME, 3, 70, 576, 64, rank=64),
-    "17 tokens, two splits": case(NAME, 17, 40, 1056, 32, "float16", rank=16),
-    "17 tokens, transposed, symmetric": case(NAME, 17, 33, 256, 128, rank=1, zero=False, transposed=True),
-    "two programs of tokens": case(NAME, 70, 40, 192, 64, rank=17, bias=False),
-    "unpacked for the BLAS": case(NAME, 257, 40, 160, 32, rank=8),
-    "no tokens": case(NAME, 0, 40, 160, 32, rank=8),
-}
-GRID = [
-    case(NAME, tokens, rows, 640 if group == 128 else 576, group, dtype, zero=zero, bias=zero, rank=rank)
-    for (tokens, rows, rank), group, dtype, zero in itertools.product(
-        [(1, 130, 8), (3, 65, 16), (17, 129, 20), (33, 64, 64), (65, 20, 4)],
-        (32, 64, 128),
-        ("bfloat16", "float16"),
-        (True, False),
-    )
-]
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    return dict(zip(CASES, interpreted(list(CASES.values())), strict=True))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_are_as_exact_as_torch(name, results):
-    assert_exact(results[name], CASES[name])
-
-
-@pytest.mark.slow
-def test_kernels_are_as_exact_as_torch_on_all_grids():
-    for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        assert_exact(found, asked)
+    registered = torch.ops.llmcompress.int4_lora_linear
+    assert_refused(int4_lora_linear, given, registered, flat(given), f"int4_lora_linear: {message}")

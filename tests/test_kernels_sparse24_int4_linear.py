@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import assert_exact, case, interpreted, relative_error
+from kernel_cases import relative_error
+from kernel_checks import assert_any_strides, assert_fake_agrees, assert_opcheck, assert_refused
 from llmcompress_kernels import from_sparse24_int4, sparse24_int4_linear, to_sparse24_int4
 from llmcompress_kernels.sparse24_int4_linear.layout import BLOCK, STRIP, TILE, dequantize_reference
 from ptx_fragments import mma_sp_m16n8k32, right, sparse_a
@@ -175,29 +176,19 @@ def test_operator_on_cpu_is_as_exact_as_torch(tokens, columns, group, dtype):
 
 def test_any_strides_and_leading_dimensions():
     given_, _ = arguments(tokens=12)
-    x = given_["x"]
-    for other in (x.view(2, 6, 96).transpose(0, 1), x.T.contiguous().T, x[::5], x[0], x[:0]):
-        found = sparse24_int4_linear(**given_ | {"x": other})
-        rows = sparse24_int4_linear(**given_ | {"x": other.reshape(-1, 96).contiguous()})
-        assert found.shape == (*other.shape[:-1], 24)
-        assert found.is_contiguous()
-        assert torch.equal(found.reshape(-1, 24), rows)
+    assert_any_strides(sparse24_int4_linear, given_, 24)
 
 
 def test_opcheck():
     given_, _ = arguments()
-    operator = torch.ops.llmcompress.sparse24_int4_linear.default
-    torch.library.opcheck(operator, tuple(given_.values()))
-    shuffled = given_["x"].expand(2, 3, 96).transpose(0, 1)
-    torch.library.opcheck(operator, (shuffled, *list(given_.values())[1:4], None))
+    assert_opcheck(
+        torch.ops.llmcompress.sparse24_int4_linear.default, tuple(given_.values()), (*list(given_.values())[:4], None)
+    )
 
 
 def test_fake_and_real_agree_on_every_shape():
     given_, _ = arguments()
-    meta = {name: tensor.to("meta") for name, tensor in given_.items()}
-    for shape in ((96,), (0, 96), (2, 3, 96)):
-        real, fake = (sparse24_int4_linear(**a | {"x": a["x"].new_zeros(shape)}) for a in (given_, meta))
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+    assert_fake_agrees(sparse24_int4_linear, given_)
 
 
 WORDS = torch.zeros(1, 2, 32, 4, dtype=torch.int32)
@@ -224,63 +215,9 @@ BAD: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("argument", "value", "message"), BAD)
 def test_bad_arguments_are_refused(argument, value, message):
-    """By the function and by the registered operator, which others may call."""
     given_ = arguments()[0] | {argument: value}
-    with pytest.raises(ValueError, match=f"sparse24_int4_linear: {message}"):
-        sparse24_int4_linear(**given_)
-    if value.is_meta:
-        return  # torch itself sends such a call to the operator for meta tensors
-    with pytest.raises(ValueError, match=f"sparse24_int4_linear: {message}"):
-        torch.ops.llmcompress.sparse24_int4_linear(*given_.values())
-
-
-# the Triton kernels, in Triton's interpreter
-
-
-def both(tokens: int, rows: int, columns: int, group: int, dtype: str = "bfloat16", **more: Any) -> dict[str, Any]:
-    return case(NAME, tokens, rows, columns, group, dtype, **{"sparse_cores": False} | more)
-
-
-CASES = {
-    "one token, two splits, last block of 32 columns": both(1, 20, 1056, 32),
-    "one token, float16": both(1, 70, 576, 64, "float16", bias=False),
-    "three tokens": both(3, 40, 576, 64),
-    "17 tokens, two splits": both(17, 20, 1056, 32, "float16"),
-    "17 tokens, transposed": both(17, 33, 256, 128, transposed=True),
-    "two programs of tokens": both(70, 40, 192, 64, bias=False),
-    "unpacked for the BLAS": both(257, 40, 160, 32, "float16"),
-    "no tokens": both(0, 40, 160, 32),
-    "sparse cores, one token, two splits": both(1, 20, 2080, 32, sparse_cores=True),
-    "sparse cores, three tokens": both(3, 70, 576, 64, sparse_cores=True),
-    "sparse cores, 16 tokens, transposed": both(16, 40, 640, 128, "float16", transposed=True, sparse_cores=True),
-    "sparse cores, 35 tokens": both(35, 33, 128, 128, bias=False, sparse_cores=True),
-}
-GRID = [
-    both(tokens, rows, 640 if group == 128 else 576, group, dtype, bias=bias, sparse_cores=sparse_cores)
-    for (tokens, rows), group, dtype, bias, sparse_cores in itertools.product(
-        [(1, 130), (3, 65), (9, 40), (17, 129), (33, 64), (65, 20)],
-        (32, 64, 128),
-        ("bfloat16", "float16"),
-        (True, False),
-        (True, False),
-    )
-]
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    return dict(zip(CASES, interpreted(list(CASES.values())), strict=True))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_are_as_exact_as_torch(name, results):
-    assert_exact(results[name], CASES[name])
-
-
-@pytest.mark.slow
-def test_kernels_are_as_exact_as_torch_on_all_grids():
-    for found, asked in zip(interpreted(GRID), GRID, strict=True):
-        assert_exact(found, asked)
+    registered = torch.ops.llmcompress.sparse24_int4_linear
+    assert_refused(sparse24_int4_linear, given_, registered, tuple(given_.values()), f"sparse24_int4_linear: {message}")
 
 
 # what the compiler makes of the inline assembly

@@ -5,7 +5,6 @@ import json
 import re
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 from collections import namedtuple
@@ -15,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import GQA, SIZES, tiny_config, tiny_tokenizer, write_tiny
+from conftest import GQA, SIZES, tiny_tokenizer, write_tiny
 from rich.console import Console
-from tiny_runs import proof_inside, recipe, tensors, write_text
+from tiny_runs import proof_inside, recipe, tensors, write_hollow, write_text
 
 from llmcompress.errors import PlanError
 from llmcompress.layout import find_block_path, is_expert
@@ -42,36 +41,6 @@ def plan_of(made: Recipe) -> Plan:
 
 
 # from headers alone
-
-
-def write_hollow(folder: Path) -> Path:
-    """A folder of Llama-3-8B's shape: 16 GB of tensors that are a hole in the file."""
-    config = tiny_config(
-        "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    config.save_pretrained(folder)
-    shapes = {"model.embed_tokens": [128256, 4096], "lm_head": [128256, 4096], "model.norm": [4096]}
-    for i in range(32):
-        block = f"model.layers.{i}"
-        shapes |= {f"{block}.self_attn.{name}_proj": [4096 if name in "qo" else 1024, 4096] for name in "qkvo"}
-        shapes |= {f"{block}.mlp.{name}_proj": [14336, 4096] for name in ("gate", "up")}
-        shapes |= {
-            f"{block}.mlp.down_proj": [4096, 14336],
-            f"{block}.input_layernorm": [4096],
-            f"{block}.post_attention_layernorm": [4096],
-        }
-    header, start = {}, 0
-    for name, shape in shapes.items():
-        stop = start + 2 * torch.Size(shape).numel()
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
-        start = stop
-    encoded = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(8 + len(encoded) + start)
-    return folder
 
 
 def test_a_model_of_16_gigabytes_is_planned_without_reading_it(tmp_path, text):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, write_tiny
+from conftest import ARCHITECTURES, some_slow, write_tiny
 from safetensors.torch import load_file, save_file
 from tiny_runs import digests, logits, proof_inside, recipe, reloaded, tensors, values, write_text
 
@@ -90,7 +90,7 @@ def test_packed_and_dense_output_of_one_recipe_are_the_same_model(kind, run_tiny
     assert_same_model(reloaded(packed), reloaded(dense))
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_eight_bits_with_scales_moved_stay_close_to_the_model(kind, run_tiny, tiny_folders):
     """A scale that is not undone in its producer would change the logits altogether.
 
@@ -225,7 +225,7 @@ def test_two_steps_with_different_grids_and_a_kept_linear(run_tiny, tiny_folders
 # what is in the folder
 
 
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("kind", some_slow(PACKED))
 def test_ignore_lists_every_linear_that_was_left_alone(kind, run_tiny):
     folder, results = run_tiny(kind, AWQ8)
     left = linear_names(reloaded(folder)) - {row["name"] for row in results["layers"]}

@@ -321,7 +321,7 @@ def test_without_code_for_this_cpu_it_says_why_it_is_unpacked(name, switch, why,
     done = accelerated(model)
     assert (len(done.kept), done.packed) == (14, {})
     assert all(why in reason for reason in done.kept.values())
-    assert [record.getMessage() for record in caplog.records] == [done.in_words()]
+    assert [record.getMessage() for record in caplog.records if "llmcompress" in record.name] == [done.in_words()]
     assert torch.equal(logits(model), logits(model.dequantize()))
 
 

@@ -183,3 +183,14 @@ def test_another_dtype_is_computed_with_the_merged_weight(made):
     assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.dense().float()))
     assert error(linear(x.bfloat16()), linear(x)) < 0.02
     assert "rank=4" in repr(linear)
+
+
+@pytest.mark.slow
+def test_what_was_learned_beside_a_quantized_model_runs_packed(run_here):
+    learn = {"train": "recover", "parameters": "lora", "rank": 4, "steps": 4, "batch": 4, "learning_rate": 1e-2}
+    learn |= {"warmup": 1, "precision": "float32"}
+    folder, _ = run_here("llama", {"method": "rtn", "group_size": 32}, learn)
+    model, dense = load(folder), with_peft(folder)
+    assert set(accelerated(model).packed.values()) == {"int4_lora_linear"}
+    unpacked, truth = logits(dense), logits(dense.float())
+    assert error(logits(model), truth) <= 2 * error(unpacked, truth)

@@ -146,7 +146,6 @@ def test_a_launch_that_cannot_work_is_one_message(launcher, changes, message, ti
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "set up for DeepSpeed.*--fsdp_version 2"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "set up for Megatron-LM"),
         ({"ACCELERATE_USE_FSDP": "true"}, "set up for FSDP1.*--fsdp_version 2"),
     ],

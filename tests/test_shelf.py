@@ -1,60 +1,113 @@
-"""docs/techniques.md is what the registry says, and every technique that prunes is on it."""
+"""docs/techniques.md is what the registry says, and every technique is on it, with a result or a reason."""
 
-import importlib.util
 import re
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from evals_modules import evals_module
 
 from llmcompress.at_runtime import RUNTIMES
+from llmcompress.eviction import EVICTIONS
+from llmcompress.files import read_json
 from llmcompress.methods import METHODS
-from llmcompress.methods.base import ScoreMethod
-from llmcompress.methods.sparsegpt import SparseGPT
+from llmcompress.recipe import load_recipe, recipe_paths
 from llmcompress.shelf import Shelf
-from llmcompress.training import TRAININGS, Learn
+from llmcompress.structure import STRUCTURES
+from llmcompress.training import TRAININGS
 
-ROOT = Path(__file__).parents[1]
-PRUNE = {("train", name) for name, options in TRAININGS.items() if issubclass(options, Learn)}
-PRUNE |= {("method", name) for name, method in METHODS.items() if issubclass(method, ScoreMethod | SparseGPT)}
-PRUNE |= {("runtime", name) for name in RUNTIMES}
+REGISTRIES = {"train": TRAININGS, "method": METHODS, "structure": STRUCTURES, "runtime": RUNTIMES, "cache": EVICTIONS}
+TINY = {name: load_recipe(path) for name, path in recipe_paths().items() if name.startswith("tiny-llama/")}
+NO_PAPER = {("train", "dense"), ("train", "random"), ("method", "rtn"), ("method", "random"), ("method", "magnitude")}
+shelf, page = evals_module("shelf"), evals_module("shelf_page")
 
-
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "evals"))
-        spec = importlib.util.spec_from_file_location("shelf", ROOT / "evals/shelf.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
+ROW = {
+    "perplexity": 40.0, "nll": 3.7, "parameters": 2_400_000, "zeros": 0.8, "bytes": 2**21, "tokens": 1000,
+    "seconds": 300.0, "trainings": 1, "from": {"cpu": "c", "cores": 2, "jobs": 2, "threads": 1},
+}  # fmt: skip
 
 
-def test_the_page_is_what_the_registry_says(shelf):
-    assert shelf.PAGE.read_text(encoding="utf-8") == shelf.page(), "run python evals/shelf.py"
+def test_the_page_is_what_the_registry_says():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run python evals/shelf.py"
 
 
-def test_every_technique_that_prunes_is_on_the_page(shelf):
-    entries = {(kind, name): (place, text) for kind, name, place, text in shelf.shelved()}
-    assert entries.keys() >= PRUNE
-    for (kind, name), (place, text) in entries.items():
-        assert isinstance(place, Shelf)
-        assert all((place.removes, place.helps, place.holds))
-        assert shelf.section(kind, name, place, text).count("\n") >= 7
-        if name not in ("dense", "random", "magnitude"):
-            assert re.search(r" et al\. (19|20)\d\d|arXiv:", text), f"{kind}: {name} names no paper"
+def test_every_technique_is_on_the_page():
+    entries = {(entry.kind, entry.name): entry for entry in page.shelved()}
+    assert entries.keys() == {(kind, name) for kind, registry in REGISTRIES.items() for name in registry}
+    for key, entry in entries.items():
+        assert isinstance(entry.shelf, Shelf)
+        assert all((entry.shelf.removes, entry.shelf.helps, entry.shelf.holds))
+        assert page.section(entry).count("\n") >= 7
+        if key not in NO_PAPER:
+            assert re.search(r" 20\d\d, |arXiv:", entry.text), f"{key} names no paper"
 
 
-def test_every_training_technique_has_a_recipe(shelf):
-    trained = {name for kind, name in PRUNE if kind == "train"}
-    assert [name for name in trained if not shelf.recipes_of("train", name)] == ["masked"]  # it needs another's mask
+def test_every_technique_is_measured_on_tiny_llama_or_says_why_not():
+    for entry in page.shelved():
+        if entry.kind == "cache":
+            assert entry.name in {values["cache"] for values in page.CACHES.values()}
+        elif (entry.kind, entry.name) not in page.WITHOUT:
+            assert entry.recipes, f"{entry.kind}: {entry.name} has no recipe"
+            assert all(path.parent.name == "tiny-llama" for path in entry.recipes)
 
 
-def test_cells_tell_the_spread_over_seeds(shelf):
-    row = {"parameters": 2_400_000, "zeros": 0.8, "perplexity": 40.0}
-    assert shelf.cells(None) == " | | "
-    assert shelf.cells({"0": row}) == "2,400,000 | 80% | 40.00"
-    several = {str(seed): row | {"perplexity": value} for seed, value in enumerate((39.0, 40.0, 41.0))}
-    assert shelf.cells(several) == "2,400,000 | 80% | 40.00 ± 1.00 (3 seeds)"
+def test_what_the_page_says_of_passages_and_tokens_is_so():
+    tokens = {}
+    for name, recipe in TINY.items():
+        assert recipe.calibration == TINY["tiny-llama/dense"].calibration
+        steps = [step for step in recipe.steps if "train" in step]
+        tokens[name] = sum(step["steps"] * step["batch"] * recipe.calibration.length for step in steps)
+    assert recipe.calibration.samples == 1000
+    assert {name for name, count in tokens.items() if count != 1_228_800} == {"tiny-llama/lottery-ticket-80"}
+    data = {row.get("data") for rows in read_json(page.KNOWN).values() for row in rows.values()}
+    assert len(data - {None}) <= 1
+
+
+def test_recipes_for_a_trained_model_go_on_from_the_dense_one():
+    known = shelf.recipes()
+    assert known["dense"]["model"] == known["rigl-80"]["model"] == known["growing-l2"]["model"] == "tiny-llama"
+    assert known["wanda-80"]["model"] == known["depth-3of5"]["model"] == known["teal-50"]["model"] == "@dense"
+    assert known["wanda-80"]["steps"] == [{"method": "wanda", "sparsity": 0.8, "pattern": "row"}]
+    assert known["width-half-recover"]["model"] == "tiny-llama"  # trains for less before it prunes
+    names = [trial.name for trial in shelf.with_needs(["wanda-80"], [3])]
+    assert names == ["dense", "wanda-80"]
+    order = shelf.chosen([])
+    assert order[:2] == ["dense", "lottery-ticket-80"]
+    with pytest.raises(SystemExit, match="rigl: neither a recipe"):
+        shelf.chosen(["rigl"])
+
+
+def test_cells_tell_size_spread_and_time():
+    assert page.cells({}, {}) == " | | | | "
+    assert page.cells({"0": ROW}, {}) == "2,400,000 | 80.0% | 2.00 | 40.00 | "
+    several = {str(seed): ROW | {"perplexity": value} for seed, value in enumerate((39.0, 40.0, 41.0))}
+    assert "| 40.00 ± 1.00 (3 seeds) |" in page.cells(several, {})
+
+
+def test_times_are_those_of_one_training_beside_the_dense_one():
+    dense, slow = {"0": ROW | {"seconds": 200.0}}, {"0": ROW | {"seconds": 310.0}}
+    assert page.times({"0": ROW}, dense) == "1.50x"
+    assert page.times(slow, dense) == "1.55x (over the limit)"
+    assert page.times({"0": slow["0"] | {"trainings": 5}}, dense) == "0.31x"
+    alone = ROW | {"from": ROW["from"] | {"jobs": 1}}
+    assert page.times({"0": alone}, dense) == page.times({"1": ROW}, dense) == ""
+
+
+def test_limits_name_who_misses_them():
+    entries = list(page.shelved())
+    known = {"dense": {"0": ROW}, "rigl-80": {"0": ROW}, "set-80": {"0": ROW | {"seconds": 900.0}}}
+    assert page.limits(entries, {}) == []
+    assert "missed by `set-80` (3.00x)." in page.limits(entries, known)[0]
+    assert "met by all 1." in page.limits(entries, {"dense": {"0": ROW}, "rigl-80": {"0": ROW}})[0]
+
+
+def test_differences_are_taken_seed_by_seed():
+    first = {str(seed): ROW | {"nll": value} for seed, value in enumerate((3.0, 4.0, 5.0))}
+    second = {str(seed): ROW | {"nll": value} for seed, value in enumerate((3.1, 4.1, 5.1))}
+    assert page.difference(second, first) == "+0.100 ± 0.000"
+    assert page.difference({"0": second["0"]}, first) == "+0.100"
+    assert page.difference({"7": ROW}, first) == ""
+    group = page.GROUPS[0]
+    names = list(group.rows)
+    lines = page.group_table(group, {names[0]: first, names[1]: second}).splitlines()
+    assert lines[4].endswith("| 1,000 | 4.000 ± 1.000 (3 seeds) |  |")
+    assert lines[5].endswith("| +0.100 ± 0.000 |")
+    assert all(line.count("|") == 7 for line in lines[2 : 4 + len(names)])

@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llmcompress import source as source_module
 from llmcompress.errors import SourceError
 from llmcompress.gguf_header import read_gguf_header
 from llmcompress.safetensors_file import read_header
@@ -492,7 +491,7 @@ def test_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
 
 def test_conversion_looks_for_space_first(tmp_path, cache, monkeypatch):
     write_gguf(tmp_path / "m.gguf", gguf_model("llama"))
-    monkeypatch.setattr(source_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(SourceError, match=r"0\.0 GiB free.*LLMCOMPRESS_CACHE"):
         open_source(str(tmp_path / "m.gguf")).fetch()
     assert not [path for path in cache.iterdir() if path.is_dir()]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, some_slow
 from tiny_runs import proof_inside, recipe, reloaded, tensors, write_text
 
 from llmcompress import load
@@ -50,7 +50,7 @@ def weights(folder: Path, results: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: m.weight.T if isinstance(m, Conv1D) else m.weight for name, m in modules.items()}
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_two_of_four_in_every_architecture(kind, run_tiny):
     folder, results = run_tiny(kind, SPARSEGPT)
     assert results["format"] == "dense"

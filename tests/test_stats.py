@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmcompress import stats
 from llmcompress.errors import CalibrationError
-from llmcompress.stats import SAMPLE, InputGram, Inputs, InputSquares
+from llmcompress.stats import SAMPLE, InputGram, InputGramMean, Inputs, InputSquares
 
 few = settings(max_examples=15, deadline=None)
 
@@ -132,3 +132,17 @@ def test_squares_of_parts_add_up():
     torch.testing.assert_close(first.sample.mean, both.sample.mean)
     with pytest.raises(CalibrationError, match="no tokens reached this layer"):
         _ = InputSquares(12).mean
+
+
+def test_the_mean_that_goes_with_a_gram_matrix_changes_nothing_of_it():
+    x = 100.0 + torch.randn(3, 40, 7, generator=torch.Generator().manual_seed(0))
+    alone, first, second = InputGram(7), InputGramMean(7), InputGramMean(7)
+    alone.update(x)
+    first.update(x[:2])
+    second.update(x[2])
+    torch.testing.assert_close(first.average, x[:2].double().mean((0, 1)).float(), rtol=1e-6, atol=0)
+    first.merge(second)
+    torch.testing.assert_close(first.average, x.double().mean((0, 1)).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(first.mean, alone.mean)
+    with pytest.raises(CalibrationError, match="no tokens"):
+        InputGramMean(7).average  # noqa: B018

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model, tiny_tokenizer, write_tiny
+from conftest import ARCHITECTURES, some_slow, tiny_model, tiny_tokenizer, write_tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_runs import proof_inside, recipe, reloaded, tensors
@@ -28,7 +28,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_narrower_models_of_every_architecture_are_proved(kind, run_here):
     folder, results = run_here(kind, CHANNELS)
     assert results["proof"]["passed"]
@@ -39,7 +39,7 @@ def test_narrower_models_of_every_architecture_are_proved(kind, run_here):
     assert results["size"]["after_bytes"] < results["size"]["before_bytes"]
 
 
-@pytest.mark.parametrize("kind", GROUPED)
+@pytest.mark.parametrize("kind", some_slow(GROUPED))
 def test_fewer_key_value_groups(kind, run_here):
     step = {"structure": "kv_group", "score": "activation", "ratio": 0.5, "of": "group"}
     folder, _ = run_here(kind, step)
@@ -64,15 +64,20 @@ def test_fewer_query_heads_of_every_group(run_here):
     ],
 )
 def test_a_budget_is_met_to_the_nearest_width(budget, run_here, tiny_folders):
-    """A width more or less would be farther from it."""
-    folder, _ = run_here("llama", CHANNELS | {"ratio": None} | budget)
+    """A width more or less would be farther from it; and what is told of it is what the files have."""
+    folder, results = run_here("llama", CHANNELS | {"ratio": None} | budget)
     before, after = tensors(Path(tiny_folders("llama"))), tensors(folder)
 
-    def count(found: dict[str, torch.Tensor]) -> int:
-        return sum(x.numel() for name, x in found.items() if budget["of"] == "model" or "layers" in name)
+    def count(found: dict[str, torch.Tensor], part: str = "") -> int:
+        return sum(x.numel() for name, x in found.items() if part in name)
 
+    of = {"model": "", "decoder": "layers"}[budget["of"]]
     wanted = {"parameters": 100_000, "bytes": 110_000, "ratio": 0.8 * count(before)}[next(iter(budget))]
-    assert abs(count(after) - wanted) <= 2 * 3 * 96 / 2
+    assert abs(count(after, of) - wanted) <= 2 * 3 * 96 / 2
+    gone = count(before) - count(after)
+    shares = [gone / count(before, part) for part in ("", "layers", "mlp")]
+    told = "{:,} parameters: {:.1%} of the model, {:.1%} of its decoder blocks, {:.1%} of this kind of group"
+    assert any(note.endswith(told.format(gone, *shares)) for note in results["notes"])
 
 
 def test_rounds_end_where_one_round_does(run_here):
@@ -82,12 +87,12 @@ def test_rounds_end_where_one_round_does(run_here):
     assert once == twice == 72
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", some_slow(ARCHITECTURES))
 def test_fewer_blocks_generate_with_a_cache(kind, run_here):
-    folder, results = run_here(kind, BLOCKS)
+    folder, results = run_here(kind, BLOCKS, dtype="float32")
     model = reloaded(folder)
     assert model.config.num_hidden_layers == 1
-    assert results["proof"]["passed"]
+    assert results["proof"]["relative_rms"] < 1e-5  # beside the dense model that passes the other block by
     tokens = torch.tensor([[3, 4, 5, 6]])
     cached = model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=True)
     assert torch.equal(cached, model.generate(tokens, max_new_tokens=4, do_sample=False, use_cache=False))

@@ -17,9 +17,10 @@ from llmcompress.evaluate import evaluate, suite_from_options
 from llmcompress.export import export
 from llmcompress.inspection import inspect
 from llmcompress.run import run
+from llmcompress.runtime_job import RuntimeJob
 from llmcompress.source import open_source
 from llmcompress.stages import plan_stages
-from llmcompress.teal import SparseLinear, apply_thresholds, mean_share, measured, weight_sizes
+from llmcompress.teal import SparseLinear, apply_thresholds, mean_share, measured, positions, weight_sizes
 from llmcompress.thresholds import FILE, Threshold, Thresholds, thresholds_of
 
 TEAL = {"runtime": "teal", "sparsity": 0.4, "dense_tokens": 4}
@@ -108,6 +109,38 @@ def test_padding_on_the_left_is_not_the_start_of_a_text():
         beside = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
         model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False)
     torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_masks_of_every_shape_tell_where_texts_begin():
+    """What [batch, tokens] says, as the masks say it that transformers makes of it for some caches."""
+    flat = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    shown = torch.ones(5, 5, dtype=torch.bool).tril()[None, None] & (flat[:, None, None] == 1)
+    places = positions(flat, 2, 0, 5).clamp(min=-1)
+    assert places.tolist() == [[-1, -1, 0, 1, 2], [0, 1, 2, 3, 4]]
+    added = torch.zeros(2, 1, 5, 5).masked_fill(~shown, torch.finfo(torch.float32).min)
+    for mask in (shown, added, {"full_attention": added, "sliding_attention": shown & shown.triu(-1)}):
+        assert torch.equal(positions(mask, 2, 0, 5), places)
+    assert positions(shown[:, :, 4:], 2, 4, 1).tolist() == [[2], [4]]
+    assert positions({"full_attention": None}, 2, 3, 2).tolist() == [[3, 4], [3, 4]]
+    for mask in (flat[:, 3:], "causal", shown[0, 0][None]):
+        with pytest.raises(PlanError, match="does not tell where texts begin"):
+            positions(mask, 2, 3, 2)
+
+
+def test_a_static_cache_beside_padding_computes_the_same():
+    """Its masks have four dimensions."""
+    model = tiny_model("llama")
+    apply_thresholds(model, some_thresholds(model))
+    tokens = torch.randint(3, 128, (1, 10), generator=torch.Generator().manual_seed(0))
+    padded, mask = torch.cat([torch.ones(1, 5, dtype=torch.int64), tokens], 1), torch.ones(1, 15, dtype=torch.int64)
+    mask[:, :5] = 0
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    plain, static = (
+        torch.stack(model.generate(padded, attention_mask=mask, cache_implementation=cache, **options).logits)
+        for cache in (None, "static")
+    )
+    torch.testing.assert_close(static, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_generate_is_greedy_decoding_of_the_masked_model():
@@ -269,6 +302,29 @@ def test_scores_are_of_the_sparse_model(made, tiny_folders, text):
     sparse, dense = evaluate(made[0], suite), evaluate(tiny_folders("llama"), suite)
     assert (sparse["thresholds"], dense["thresholds"]) == (True, False)
     assert sparse["perplexity"][0]["compressed"] != dense["perplexity"][0]["compressed"]
+
+
+def test_a_stopped_search_goes_on_behind_the_blocks_that_are_done(made, tiny_folders, text, tmp_path, monkeypatch):
+    """Killed after the first of two blocks: its histograms and its search are not taken again, and nothing changes."""
+    wanted = recipe(tiny_folders("llama"), text, TEAL)
+    searched: list[str] = []
+    find = RuntimeJob._find_in
+
+    def counted(job: Any, block: Any, *args: Any) -> Any:
+        if block.name in stop:
+            raise KeyboardInterrupt
+        searched.append(block.name)
+        return find(job, block, *args)
+
+    monkeypatch.setattr(RuntimeJob, "_find_in", counted)
+    stop = ["model.layers.1"]
+    with pytest.raises(KeyboardInterrupt), proof_inside(monkeypatch):
+        run(wanted, tmp_path / "out")
+    stop.clear()
+    with proof_inside(monkeypatch):
+        run(wanted, tmp_path / "out")
+    assert searched == ["model.layers.0", "model.layers.1"]
+    assert (tmp_path / "out" / FILE).read_bytes() == (made[0] / FILE).read_bytes()
 
 
 @pytest.mark.slow

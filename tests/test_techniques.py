@@ -24,14 +24,18 @@ from llmcompress.errors import NumericalError, PlanError, RecipeError, ResumeErr
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_step
 from llmcompress.run import run
+from llmcompress.source import open_source
+from llmcompress.stages import plan_stages
 from llmcompress.training import TRAININGS
-from llmcompress.training.loop import Curve, Task, rate, train
+from llmcompress.training.loop import Task, rate, train
 from llmcompress.training.losses import cross_entropy
 from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.sparsity import best_of_all, kept_in_all, spread_counts
+from llmcompress.training.state import Curve
 from llmcompress.training.technique import Learner, Technique, mask_sha256
 from llmcompress.training.techniques.grasp import grasp_scores
-from llmcompress.training.techniques.snip import Snip, ranked, snip_scores
+from llmcompress.training.techniques.snip import Snip, SnipMask, ranked, snip_scores
+from llmcompress.training_job import prepared
 
 SHORT = {
     "steps": 12, "batch": 2, "micro_batch": 2, "learning_rate": 1e-2, "warmup": 1, "weight_decay": 0.1,
@@ -65,11 +69,11 @@ def learn(state: Path, step: dict[str, Any], watch: Watch = lambda *_: None) -> 
     seen: list[Learner] = []
     prepare = technique.prepare
 
-    def prepared(learner: Learner) -> None:
+    def remembered(learner: Learner) -> None:
         seen.append(learner)
         prepare(learner)
 
-    technique.prepare = prepared
+    technique.prepare = remembered
     task = Task(8, 16, loss, {}, cpu=True, technique=technique, targets=targets)
     state.mkdir(parents=True, exist_ok=True)
     curve = train(model, options, task, state, lambda done, _: watch(done - 1, technique, seen[0]))
@@ -276,6 +280,49 @@ def test_scores_of_grasp_are_those_of_the_hessian():
         assert torch.equal(weight, old)
 
 
+def test_scores_are_taken_with_checkpoints_if_training_has_them(tmp_path):
+    """Blocks then go forward twice for each window, once to recompute."""
+    passes = []
+    for checkpointing in (False, True):
+        step = SHORT | SPARSE["snip"] | {"steps": 2, "gradient_checkpointing": checkpointing}
+        options = parse_step(step, "steps[0]").options
+        model = prepared(tiny_model("llama", num_hidden_layers=1), options, keep=[])
+        technique, seen = options.technique(), list[int]()
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        choose = technique.choose
+
+        def chosen(learner: Learner, choose: Any = choose, seen: list[int] = seen) -> dict[str, Tensor]:
+            masks: dict[str, Tensor] = choose(learner)
+            passes.append(len(seen))
+            return masks
+
+        technique.choose = chosen
+        targets = tuple(name for name, _ in model.named_parameters() if "_proj" in name)
+        state = tmp_path / str(checkpointing)
+        state.mkdir()
+        train(model, options, Task(8, 16, loss, {}, True, technique, targets), state, lambda *_: None)
+    assert passes == [4, 8]
+
+
+@pytest.mark.parametrize("stop_at", [1, 5])
+def test_scores_are_not_taken_again_when_a_training_continues(stop_at, tmp_path, monkeypatch):
+    """Not even when it was stopped before its first state of weights."""
+
+    def stop(step: int, *_: Any) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    step = SPARSE["snip"] | {"checkpoint_every": 4}
+    wanted = learned("snip")
+    with pytest.raises(Stopped):
+        learn(tmp_path, step, stop)
+    monkeypatch.setattr(SnipMask, "choose", lambda *_: pytest.fail("scores were taken again"))
+    again, technique, curve = learn(tmp_path, step)
+    assert curve.losses == wanted.losses
+    assert technique.record() == wanted.technique.record()
+    assert all(torch.equal(again.get_parameter(key), weight) for key, weight in wanted.model.named_parameters())
+
+
 def test_a_ranking_that_empties_a_matrix_is_refused():
     scores = {"a": torch.rand(4, 4) + 1, "b": torch.rand(4, 4)}
     with pytest.raises(NumericalError, match=r"b: none of its 16 scores is among the best 25.00% of all"):
@@ -442,6 +489,9 @@ def test_a_killed_run_continues_with_the_same_bytes(name, tiny_folders, text, tm
         (RIGL | {"densty": 0.1}, "did you mean 'density'"),
         (SPARSE["gradual"] | {"begin": 0.8}, "pruning would end before it starts"),
         ({"train": "random"}, "density: this option is required"),
+        (SPARSE["random"] | {"windows": 4}, "windows: is for the ranking of `spread: snip`, and erk takes none"),
+        (SPARSE["uniform"] | {"least": 0.2}, "least: is for the ranking of `spread: snip`, and uniform takes none"),
+        ({"train": "dense", "warmup": 12}, "the learning rate would rise for 12 steps of 12"),
         ({"train": "random", "density": 0.1, "spread": "all"}, "spread: "),
         ({"train": "dense", "start": "anew"}, "start: "),
         ({"train": "masked"}, "mask: this option is required"),
@@ -451,6 +501,24 @@ def test_a_killed_run_continues_with_the_same_bytes(name, tiny_folders, text, tm
 def test_a_bad_technique_is_one_message(changes, message):
     with pytest.raises(RecipeError, match=message):
         parse_step(SHORT | changes, "steps[0]")
+
+
+def test_the_plan_knows_what_a_ticket_remembers_and_ranks(tiny_folders, text):
+    """The weights to go back to in float32, and a ranking of all weights beside gradients and moments."""
+    found = {}
+    steps: dict[str, dict[str, Any]] = {
+        "dense": {"train": "dense"},
+        "rate": {"train": "lottery_ticket", "rounds": 2, "back": "rate"},
+        "weights": {"train": "lottery_ticket", "rounds": 2},
+    }
+    source = open_source(str(tiny_folders("llama")))
+    for name, step in steps.items():
+        plan = plan_stages(recipe(tiny_folders("llama"), text, SHORT | {"micro_batch": 1} | step), source)[0][-1]
+        found[name] = plan.predicted.peak_host_bytes
+    parameters = sum(prod(info.shape) for info in source.tensors.values())
+    pruned = sum(prod(info.shape) for name, info in source.tensors.items() if "_proj" in name)
+    assert found["weights"] - found["rate"] == 4 * parameters
+    assert 15 * pruned < found["rate"] - found["dense"] <= 27 * pruned  # a mask too, instead of one pass
 
 
 PRUNED = {"method": "magnitude", "pattern": "2:4"}

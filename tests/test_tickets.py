@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from test_techniques import SHORT
 from test_unit_techniques import learn, uneven, values
 from torch import Tensor
 
-from llmcompress.errors import RecipeError
+from llmcompress.errors import NumericalError, RecipeError
 from llmcompress.recipe import parse_step
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.techniques.early_bird import difference
@@ -19,6 +21,7 @@ from llmcompress.training.techniques.lottery_ticket import LotteryTicket
 
 TICKET = {"train": "lottery_ticket", "steps": 14, "rounds": 3, "rewind": 2}  # trainings of 5, 3, 3 and 3 steps
 BIRD = {"train": "early_bird", "ratio": 0.25, "every": 1, "window": 3, "distance": 0.05, "learning_rate": 1e-4}
+NAME = "model.layers.0.mlp.up_proj.weight"
 Weights = dict[str, Tensor]
 
 
@@ -27,7 +30,7 @@ Weights = dict[str, Tensor]
 
 @given(steps=st.integers(4, 400), rounds=st.integers(1, 9), rewind=st.integers(0, 60))
 def test_trainings_share_the_steps_and_begin_where_they_should(steps, rounds, rewind):
-    values = {"steps": steps, "rounds": rounds, "rewind": rewind}
+    values = {"steps": steps, "rounds": rounds, "rewind": rewind, "warmup": 0}
     if (steps - rewind) // (rounds + 1) < 1:
         with pytest.raises(RecipeError, match=f"use at least {rewind + rounds + 1}"):
             LotteryTicket.parse(values, "")
@@ -55,44 +58,35 @@ def trained(state: Path, step: dict[str, Any]) -> tuple[Weights, Technique, list
     return values(model), technique, after, moments
 
 
-@pytest.mark.parametrize("rewind", [0, 2])
+@pytest.mark.parametrize("rewind", [0, 1, 2])
 def test_weights_go_back_to_the_bit(rewind, tmp_path):
-    """Those of all parameters, so that the trainings differ by their masks alone."""
+    """All parameters, to those of a dense training after as many steps of the same schedule: masks are what differs."""
     step = TICKET | {"rewind": rewind}
-    options = LotteryTicket.parse({key: value for key, value in step.items() if key != "train"}, "")
-    dense, _, early, _ = trained(tmp_path / "dense", {"train": "dense", "steps": max(1, rewind)})
-    final, technique, after, moments = trained(tmp_path / "ticket", step)
+    options = parse_step(SHORT | step, "").options
+    dense = trained(tmp_path / "dense", {"train": "dense", "steps": options.first})[2]
+    wanted = dense[rewind - 1] if rewind else values(tiny_model("llama"))
+    _, technique, after, moments = trained(tmp_path / "ticket", step)
+    assert torch.equal(after[options.first - 2][NAME], dense[options.first - 2][NAME])  # the first one is a dense one
     ends = [n for n in range(13) if options.place(n)[0] != options.place(n + 1)[0]]
     assert len(ends) == 3
-    for end in ends:
+    for rounds, end in enumerate(ends, 1):
+        left = 0
         for name, weight in after[end].items():
-            wanted = after[rewind - 1][name] if rewind else None
-            if wanted is not None:
-                mask = weight != 0 if name in technique.masks else torch.ones_like(weight, dtype=torch.bool)
-                assert torch.equal(weight[mask], wanted[mask]), (end, name)
+            stay = weight != 0 if name in technique.masks else torch.ones_like(weight, dtype=torch.bool)
+            assert torch.equal(weight, wanted[name] * stay), (end, name)
+            left += int(stay.sum()) if name in technique.masks else 0
+        assert left == round(0.8**rounds * sum(mask.numel() for mask in technique.masks.values()))
         assert not any(bool(moment.any()) for moment in moments[end])
-    if rewind:
-        assert len(early) == 2
-        assert len({str(sorted(dense)), str(sorted(final))}) == 1
-
-
-def test_the_beginning_is_what_a_rewind_of_zero_goes_back_to(tmp_path):
-    from conftest import tiny_model
-
-    beginning = values(tiny_model("llama"))
-    _, technique, after, _ = trained(tmp_path, TICKET | {"rewind": 0, "rounds": 1, "steps": 4})
-    for name, weight in after[1].items():
-        mask = technique.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
-        assert torch.equal(weight, beginning[name] * mask), name
+        assert not torch.equal(after[end + 1][NAME], after[end][NAME])  # and learn on
 
 
 def test_the_density_is_that_of_the_rounds_over_all_matrices_together(tmp_path):
-    _, technique, after, _ = trained(tmp_path, TICKET | {"fraction": 0.3})
+    _, technique, after, _ = trained(tmp_path, TICKET)
     total = sum(mask.numel() for mask in technique.masks.values())
     for n, rounds in [(3, 0), (4, 1), (7, 2), (10, 3), (13, 3)]:
         left = sum(int(after[n][name].count_nonzero()) for name in technique.masks)
-        assert left == round(0.7**rounds * total), n
-    assert technique.record()["density"] == pytest.approx(0.343, abs=1 / total)
+        assert left == round(0.8**rounds * total), n
+    assert technique.record()["density"] == pytest.approx(0.512, abs=1 / total)
     assert len({float(mask.float().mean()) for mask in technique.masks.values()}) > 1  # one ranking, unlike shares
 
 
@@ -110,10 +104,28 @@ def test_what_went_stays_away_and_is_the_smallest(tmp_path):
     assert float(kept.min()) > 0
 
 
+def with_a_small_matrix() -> Any:
+    """A tiny model with a matrix whose weights are all smaller than those of any other."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(NAME).mul_(1e-6)
+    return model
+
+
+def test_no_matrix_loses_all_its_weights(tmp_path):
+    """It keeps a tenth of an even share, its own largest, and the total is the same."""
+    step = TICKET | {"rounds": 1, "steps": 6, "fraction": 0.8, "learning_rate": 1e-6}
+    _, technique, _ = learn(tmp_path / "some", step, model=with_a_small_matrix())
+    mask = technique.masks[NAME]
+    assert int(mask.sum()) == int(0.1 * (1 - 0.8) * mask.numel())
+    assert technique.record()["density"] == pytest.approx(0.2, abs=1e-5)
+    with pytest.raises(NumericalError, match=f"{NAME}: none of its 15,360 scores .* use a larger `least`"):
+        learn(tmp_path / "none", step | {"least": 0.0}, model=with_a_small_matrix())
+
+
 def test_going_back_in_rate_alone_keeps_what_was_learned(tmp_path):
     _, technique, after, _ = trained(tmp_path, TICKET | {"back": "rate"})
-    name = "model.layers.0.mlp.up_proj.weight"
-    early, late = after[1][name], after[4][name]
+    early, late = after[1][NAME], after[4][NAME]
     assert not torch.equal(late, early * (late != 0))
     assert technique.schedule(4) == (4, 5)
     assert technique.schedule(5) == (2, 5)
@@ -149,8 +161,9 @@ def test_a_training_that_stopped_continues_to_the_same_bytes(step, tmp_path):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (TICKET | {"steps": 5}, "5 steps are too few for 4 trainings"),
-        (BIRD | {"begin": 0.9, "until": 0.5}, "it would end before it starts"),
+        (TICKET | {"steps": 5, "warmup": 0}, "5 steps are too few for 4 trainings"),
+        (TICKET | {"warmup": 5}, "the learning rate would rise for 5 steps of 5"),  # of the later ones, 2 + 3
+        (BIRD | {"begin": 0.9, "until": 0.5, "warmup": 0}, "it would end before it starts"),
     ],
 )
 def test_a_bad_schedule_is_one_message(step, message):

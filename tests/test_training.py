@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from llmcompress.checkpoint import partial_folder
 from llmcompress.errors import CalibrationError, PlanError, RecipeError, ResumeError
 from llmcompress.recipe import parse_step
 from llmcompress.run import run
-from llmcompress.training import Recover
-from llmcompress.training.loop import batch_rows, drawn_rows, masked, rate
+from llmcompress.training import TRAININGS, Recover
+from llmcompress.training.loop import Task, agreed, batch_rows, drawn_rows, masked, rate, train
 from llmcompress.training.losses import Taught, cross_entropy, distillation, hidden_error, keep_largest
+from llmcompress.training.schedule import ramp
+from llmcompress.training.technique import Learner, Technique
 
 RECOVER = {"train": "recover", "steps": 6, "batch": 2, "learning_rate": 1e-3, "warmup": 2, "checkpoint_every": 2}
 NARROW = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.5, "of": "group", "compensate": "none"}
@@ -100,7 +104,7 @@ def test_the_rate_rises_and_falls():
 
 def test_masks_clear_gradients_and_weights():
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    weight.grad = torch.ones(2, 2)
+    weight.grad = torch.tensor([[1.0, torch.inf], [torch.nan, 1.0]])  # of which zero times is not zero
     mask = {"w": torch.tensor([[True, False], [False, True]])}
     for gradients in (True, False):
         masked({"w": weight}, mask, gradients=gradients)
@@ -203,6 +207,7 @@ def test_a_killed_training_continues_with_the_same_bytes(tiny_folders, text, tmp
         ({"loss": {"distillation": 0}}, "above 0"),
         ({"batch": 3, "micro_batch": 2}, "no multiple"),
         ({"steps": 0}, "greater than or equal to 1"),
+        ({"warmup": 6}, "the learning rate would rise for 6 steps of 6 and never be what `learning_rate` says"),
         ({"parameters": "some"}, "lora"),
         ({"stepz": 5}, "did you mean 'steps'"),
     ],
@@ -232,6 +237,76 @@ def test_an_order_that_makes_no_sense_is_a_plan_error(steps, message, run_here, 
     with pytest.raises(PlanError, match=message):
         run_here("llama", *steps)
     assert not list(tmp_path.iterdir())
+
+
+def tiny_task(loss: Any, technique: Any = None, targets: tuple[str, ...] = ()) -> Task:
+    return Task(8, 16, loss, {}, cpu=True, technique=technique, targets=targets)
+
+
+def test_a_gradient_that_is_no_number_ends_the_training_before_the_step(tmp_path):
+    """The loss is a number, its gradient is infinite: the weights are still those of the step before."""
+    model, seen = torch.nn.Linear(2, 1), list[torch.Tensor]()
+
+    def loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+        seen.append(model.weight.detach().clone())
+        total = model.weight.sum()
+        return (total - total.detach()).abs().sqrt() if len(seen) == 3 else total.square()
+
+    options = TRAININGS["dense"].parse({"steps": 5, "batch": 1, "warmup": 0, "checkpoint_every": 100}, "")
+    with pytest.raises(
+        CalibrationError, match=r"step 2: the loss is 0\.0 and the norm of its gradient (nan|inf).*lower"
+    ):
+        train(model, options, tiny_task(loss), tmp_path, lambda *_: None)
+    assert len(seen) == 3
+    assert torch.equal(model.weight, seen[-1])
+    assert not torch.equal(seen[1], seen[2])
+
+
+def test_what_a_technique_adds_is_clipped_by_itself(tmp_path):
+    """A gate with a huge gradient leaves the weights theirs."""
+
+    class Gate(Technique):
+        scale = 1.0
+
+        def prepare(self, learner: Learner) -> None:
+            learner.model.register_parameter("gate", torch.nn.Parameter(torch.ones(())))
+
+        def penalty(self, step: int, learner: Learner) -> torch.Tensor:
+            return self.scale * learner.model.get_parameter("gate")
+
+        def after_step(self, step: int, learner: Learner) -> None:
+            self.seen = [p.grad.detach().clone() for p in learner.model.parameters()]
+
+    norms = []
+    for scale in (1e-3, 1e6):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1, bias=False)
+        options = TRAININGS["dense"].parse({"steps": 1, "batch": 1, "warmup": 0, "clip": 0.5}, "")
+        technique = Gate(options)
+        technique.scale = scale
+        task = tiny_task(lambda model, rows: 0.1 * model.weight.sum(), technique)
+        train(model, options, task, tmp_path / str(scale), lambda *_: None)
+        norms.append([float(gradient.norm()) for gradient in technique.seen])
+    assert norms[0] == pytest.approx([0.1 * 2**0.5, 1e-3], rel=1e-4)
+    assert norms[1] == pytest.approx([0.1 * 2**0.5, 0.5], rel=1e-4)
+
+
+def test_all_processes_take_what_the_first_has_chosen(monkeypatch):
+    """Masks, and what else was chosen, as who goes first under growing_l2."""
+    technique = TRAININGS["growing_l2"].parse({"ratio": 0.5}, "").technique()
+    technique.masks, technique.stay = {"w": torch.tensor([True, False])}, {"a": torch.tensor([True, True, False])}
+    learner = Learner(torch.nn.Linear(1, 1), {}, lambda rows: rows, torch.arange(1))
+    monkeypatch.setattr("accelerate.utils.broadcast", lambda tensor: 1 - tensor)  # the first process has the opposite
+    agreed(technique, learner, SimpleNamespace(num_processes=1, device="cpu"))
+    assert technique.masks["w"].tolist() == [True, False]
+    agreed(technique, learner, SimpleNamespace(num_processes=2, device="cpu"))
+    assert technique.masks["w"].tolist() == [False, True]
+    assert technique.stay["a"].tolist() == [False, False, True]
+
+
+def test_a_ramp_goes_from_nothing_to_all():
+    assert [ramp(x) for x in (-1, 0, 0.25, 1, 2)] == [0, 0, 0.25, 1, 1]
+    assert [ramp(x, 3) for x in (0, 0.5, 1)] == [0, 0.875, 1]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(run_here):
@@ -282,7 +357,7 @@ def test_folders_of_somebody_else_stay(run_here, tmp_path, monkeypatch, tiny_fol
 
 
 def test_the_teacher_reads_what_will_be_learned_from():
-    options = Recover.parse({"steps": 3, "batch": 2}, "")
+    options = Recover.parse({"steps": 3, "batch": 2, "warmup": 0}, "")
     rows = drawn_rows(100, options)
     assert rows == sorted({int(r) for step in range(3) for r in batch_rows(100, options, step)})
     assert len(rows) == 6

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,34 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
-from tiny_runs import logits, reloaded, tensors
+from tiny_runs import logits, proof_inside, recipe, reloaded, tensors
 
 from llmcompress.errors import PlanError
 from llmcompress.evaluate import evaluate
 from llmcompress.pad import pad
+from llmcompress.run import run
 from llmcompress.source import CODE, has_own_code, is_own_code
 from llmcompress.suite import suite_from_options
 
+Run = tuple[Path, dict[str, Any]]
 RANKED = {"structure": "mlp_channel", "score": "magnitude", "widths": "global", "ratio": 0.3, "of": "group"}
 NO_ATTENTION = {"structure": "attention", "score": "random", "ratio": 0.5, "of": "group"}
 NO_MLP = NO_ATTENTION | {"structure": "mlp"}
+
+
+@pytest.fixture(scope="module")
+def ranked(tiny_folders: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Folder and results of one ranking over the blocks of a tiny model, made once; who changes a folder copies it."""
+    made: dict[str, Run] = {}
+
+    def get(kind: str) -> Run:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("ranked") / kind
+            with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
+                made[kind] = folder, run(recipe(tiny_folders(kind), text, RANKED | {"multiple": 8}), folder)
+        return made[kind]
+
+    return get
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -35,8 +53,8 @@ def generates(model: Any) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi3"])
-def test_one_ranking_gives_every_block_a_width_of_its_own(kind, run_here):
-    folder, results = run_here(kind, RANKED | {"multiple": 8})
+def test_one_ranking_gives_every_block_a_width_of_its_own(kind, ranked):
+    folder, results = ranked(kind)
     assert results["proof"]["passed"]
     assert (folder / CODE).is_file()
     assert has_own_code(folder)
@@ -106,8 +124,26 @@ def test_fewer_blocks_of_unlike_width_are_numbered_anew(run_here):
     assert results["proof"]["passed"]
 
 
-def test_other_code_in_the_folder_is_not_run(run_here):
-    folder, _ = run_here("llama", RANKED | {"multiple": 8})
+def test_sub_layers_of_unlike_size_count_with_their_own_parameters(run_here):
+    """The larger MLP has the larger norm, but each of its parameters is worth less, so it goes."""
+    unlike = {"structure": "mlp_channel", "score": "magnitude", "ratio": 0.25, "of": "group", "protect_first": 1}
+    step = NO_MLP | {"score": {"method": "magnitude", "norm": "l1"}, "ratio": 0.6}
+    _, results = run_here("llama", unlike, step)
+    narrow, last = results["stages"][1:]
+    assert narrow["parameters"] - last["parameters"] == 3 * 96 * 160
+    told = [note for note in results["notes"] if note.startswith("mlp: 2 -> 1 in 2 blocks")]
+    assert f"removes {3 * 96 * 160:,} parameters" in told[-1]
+
+
+def test_rounds_may_take_every_sub_layer(run_here):
+    folder, results = run_here("llama", NO_ATTENTION | {"ratio": 0.99, "rounds": 2})
+    assert [stage["name"] for stage in results["stages"]] == ["before", "attention", "attention"]
+    assert len(config_of(folder)["per_layer_config"]) == 2
+    assert results["proof"]["passed"]
+
+
+def test_other_code_in_the_folder_is_not_run(ranked, run_here, tmp_path):
+    folder = shutil.copytree(ranked("llama")[0], tmp_path / "theirs")
     with (folder / CODE).open("a") as file:
         file.write("raise SystemExit('foreign code ran')\n")
     assert not has_own_code(folder)
@@ -125,16 +161,16 @@ def test_what_a_ranking_cannot_do(run_here):
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
-        ("llama", RANKED | {"multiple": 8}),
-        ("gpt2", RANKED | {"multiple": 8}),
+        ("llama", None),
+        ("gpt2", None),
         ("phi3", {"structure": "kv_group", "score": "random", "widths": "global", "ratio": 0.25, "of": "group"}),
         ("qwen2", {"structure": "query_head", "score": "random", "widths": "global", "ratio": 0.17, "of": "group"}),
         ("qwen3", NO_ATTENTION),
         ("opt", NO_MLP),
     ],
 )
-def test_padded_blocks_compute_the_same_and_load_anywhere(kind, step, run_here, tmp_path):
-    folder, results = run_here(kind, step)
+def test_padded_blocks_compute_the_same_and_load_anywhere(kind, step, ranked, run_here, tmp_path):
+    folder, results = run_here(kind, step) if step else ranked(kind)
     pad(folder, tmp_path / "padded")
     model = reloaded(tmp_path / "padded")  # nothing is trusted
     narrow = reloaded(folder, trust_remote_code=True)
@@ -156,9 +192,9 @@ def test_what_cannot_be_padded(run_here, tmp_path):
     assert not (tmp_path / "padded").exists()
 
 
-def test_scoring_runs_no_code_of_the_folder(run_here, text):
+def test_scoring_runs_no_code_of_the_folder(ranked, text, tmp_path):
     """Not the modelling file, of which this package has its own, nor what transformers imports where it trusts."""
-    folder, _ = run_here("llama", RANKED | {"multiple": 8})
+    folder = shutil.copytree(ranked("llama")[0], tmp_path / "theirs")
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("raise SystemExit('foreign code ran')\n")
     suite = suite_from_options(text=text, length=32, windows=2)
@@ -204,8 +240,8 @@ def test_checkpoints_without_the_prefix_of_the_base_model_are_padded(run_here, t
     assert float((logits(model) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def test_results_tell_what_the_ranking_decided(run_here):
-    _, results = run_here("llama", RANKED | {"multiple": 8})
+def test_results_tell_what_the_ranking_decided(ranked):
+    _, results = ranked("llama")
     kept = sum(row["after_bytes"] for row in results["layers"])
     mlp = next(part for part in results["size"]["parts"] if part["part"] == "mlp")
     assert mlp["after_bytes"] == kept

@@ -11,10 +11,14 @@ import json
 import os
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +37,43 @@ def write_text(path: Path, characters: int = 6000) -> Path:
     """ASCII text for the tiny tokenizer, one token per character, all of them in use."""
     path.write_text("".join(chr(3 + (i * i * 7 + i // 5) % 120) for i in range(characters)))
     return path
+
+
+def write_hollow(folder: Path) -> Path:
+    """A folder of Llama-3-8B's shape: 16 GB of tensors that are a hole in the file."""
+    return write_shape(
+        folder, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def write_shape(folder: Path, **sizes: Any) -> Path:
+    """A folder of a Llama of any shape, whose tensors are a hole in the file."""
+    from conftest import tiny_config
+
+    config = tiny_config("llama", architectures=["LlamaForCausalLM"], **sizes)
+    config.save_pretrained(folder)
+    width, inner = config.hidden_size, config.intermediate_size
+    rows = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+    shapes = {"model.embed_tokens": [config.vocab_size, width], "model.norm": [width]}
+    shapes |= {} if config.tie_word_embeddings else {"lm_head": [config.vocab_size, width]}
+    for i in range(config.num_hidden_layers):
+        block = f"model.layers.{i}"
+        shapes |= {f"{block}.self_attn.{name}_proj": [heads * config.head_dim, width] for name, heads in rows.items()}
+        shapes |= {f"{block}.self_attn.o_proj": [width, rows["q"] * config.head_dim]}
+        shapes |= {f"{block}.mlp.{name}_proj": [inner, width] for name in ("gate", "up")}
+        shapes |= {f"{block}.mlp.down_proj": [width, inner]}
+        shapes |= {f"{block}.input_layernorm": [width], f"{block}.post_attention_layernorm": [width]}
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        stop = start + 2 * torch.Size(shape).numel()
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + start)
+    return folder
 
 
 def values(model: Path, text: Path, *steps: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -106,8 +147,8 @@ def die_at(moments: list[dict[str, str]], whole: str, recipe_values: dict[str, A
     """A run into `whole`, then for each moment {"folder", "side", "file"} one that dies by SIGKILL in a child process.
 
     Every file that a run finishes is renamed to its name; a child dies before or after the rename that makes `file`.
-    The first run has imported everything, so that children need not. Called in an interpreter of its own with one
-    thread (`run_die_at`), since threads do not survive a fork.
+    The first run has imported everything, so that children need not. Called in an interpreter with one thread
+    (`run_die_at`), since threads do not survive a fork.
     """
     from llmcompress.run import run
 
@@ -138,13 +179,19 @@ def dying(rename: Any, side: str, file: str) -> Any:
     return method
 
 
+@cache
+def interpreter_with_one_thread() -> ProcessPoolExecutor:
+    """Another interpreter, the same one for all tests: it takes longer to import everything than to run and die."""
+    executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        executor.submit(int).result()  # starts it
+    return executor
+
+
 def run_die_at(moments: list[dict[str, str]], whole: Path, recipe_values: dict[str, Any]) -> None:
-    """`die_at` in a new interpreter."""
-    code = "import json, sys, tiny_runs; tiny_runs.die_at(*json.loads(sys.argv[1]))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, json.dumps([moments, str(whole), recipe_values])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """`die_at` in the other interpreter."""
+    interpreter_with_one_thread().submit(die_at, moments, str(whole), recipe_values).result()
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

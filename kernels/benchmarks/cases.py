@@ -28,6 +28,7 @@ from sparse_cases import (
     SPARSE24_INT4_LINEAR,
     SPARSE24_LINEAR,
     TORCH_SPARSE24,
+    WITH_FORM,
     exact_sparse,
     of_dense,
     sparse_layer,
@@ -101,7 +102,7 @@ OPERATORS = (
         adapted_layer,
         exact_adapted,
     ),
-    Operator(SPARSE24_LINEAR, (of_dense(BF16), TORCH_SPARSE24), sparse_layer, exact_sparse, zeros=False),
+    Operator(SPARSE24_LINEAR, (of_dense(BF16), TORCH_SPARSE24, WITH_FORM), sparse_layer, exact_sparse, zeros=False),
     Operator(SPARSE24_INT4_LINEAR, (of_dense(BF16), of_dense(INT4_LINEAR)), sparse_layer, exact_sparse, zeros=False),
     Operator(TEAL_LINEAR, (MASKED_BF16,), column_layer, exact_masked, zeros=False),
 )

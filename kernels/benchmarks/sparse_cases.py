@@ -10,9 +10,11 @@ from llmcompress_kernels import (
     Sparse24Weight,
     from_sparse24,
     from_sparse24_int4,
+    sparse24_form,
     sparse24_int4_linear,
     sparse24_linear,
 )
+from llmcompress_kernels.sparse24_linear.library import library_of
 from llmcompress_kernels.stored24 import index_of, spread_reference
 from peers import HERE, Implementation
 from torch import Tensor
@@ -71,6 +73,22 @@ def call_sparse24_linear(x: Tensor, weight: Sparse24Weight) -> Tensor:
     return sparse24_linear(x, *weight)
 
 
+def formed(weight: SparseLayer) -> tuple[Sparse24Weight, Tensor | None]:
+    """Beside the packed weight its form for torch's library."""
+    packed = sparse24_weight(weight)
+    return packed, sparse24_form(packed, weight.layer.codes.shape[1])
+
+
+def call_with_form(x: Tensor, prepared: tuple[Sparse24Weight, Tensor | None]) -> Tensor:
+    weight, form = prepared
+    return sparse24_linear(x, *weight, form=form)
+
+
+def without_library(device: torch.device) -> str:
+    """Why a form cannot be made."""
+    return HERE if library_of(device) else f"torch has no sparse kernel for this {device.type}"
+
+
 def call_sparse24_int4_linear(x: Tensor, weight: Sparse24Int4Weight) -> Tensor:
     return sparse24_int4_linear(x, *weight)
 
@@ -95,4 +113,5 @@ def without_cusparselt(device: torch.device) -> str:
 
 SPARSE24_LINEAR = Implementation("sparse24_linear", sparse24_weight, call_sparse24_linear)
 SPARSE24_INT4_LINEAR = Implementation("sparse24_int4_linear", sparse24_int4_weight, call_sparse24_int4_linear)
+WITH_FORM = Implementation("with a form", formed, call_with_form, missing=without_library)
 TORCH_SPARSE24 = Implementation("torch 2:4", compressed, call_cusparselt, missing=without_cusparselt)

@@ -4,7 +4,8 @@
     python kernels/tools/resources.py int4_linear   # of this one
     python kernels/tools/resources.py --check       # compares; exit code 1 and the differences, if any
 
-For what `configurations()` of each operator's `launch.py` yields, and each of four architectures, ptxas makes a cubin.
+For what `configurations()` of each operator's `launch.py` yields, and each architecture that it names, ptxas makes a
+cubin.
 float16 differs by its exponent alone and is compiled for groups of 64 on sm_90. From the cubin, cuobjdump of the triton
 wheel reads registers, stack bytes and the machine code (SASS), where instructions that decide the speed are counted:
 
@@ -39,7 +40,6 @@ from typing import TYPE_CHECKING, Any
 KERNELS = Path(__file__).parents[1]
 PACKAGE = KERNELS / "torch-ext/llmcompress_kernels"
 TABLES = KERNELS / "resources"
-ARCHITECTURES = (80, 89, 90, 100)
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);", re.MULTILINE)
 
 sys.path.insert(0, str(PACKAGE.parent))
@@ -83,7 +83,7 @@ def cases(operator: str) -> Iterator[Case]:
     """Everything of one operator that is compiled."""
     launch = importlib.import_module(f"llmcompress_kernels.{operator}.launch")
     for configuration in launch.configurations():
-        for architecture in ARCHITECTURES:
+        for architecture in configuration.architectures:
             yield Case(operator, configuration, architecture, "bf16")
         if configuration.constants.get("GROUP", 64) == 64:
             yield Case(operator, configuration, 90, "fp16")

@@ -5,7 +5,8 @@
 
 The model of a launch is gpu_model.py; GPUs and the sources of their numbers are gpus.py. Registers, shared memory and
 instructions are those of kernels/resources/<operator>.json; grids and splits are those which the operator's `launch.py`
-would choose (launches.py). Weights are symmetric, in groups of 128.
+would choose (launches.py). Weights are symmetric, in groups of 128. `form` is `sparse24_linear` with a form of the
+weight for torch's library; making it is not in the row, but below the table.
 
 Each cell is microseconds, the time of the dense bfloat16 form over it, the share of the datasheet's bandwidth that
 reading packed weights and x and writing y once makes of it, and what most of the time is spent on. The dense form is a
@@ -19,14 +20,14 @@ from dataclasses import dataclass
 
 from gpu_model import duration
 from gpus import GPUS, Gpu
-from launches import MODELS
+from launches import MODELS, forming
 from resources import KERNELS
 
 README = KERNELS / "README.md"
 BEGIN, END = "<!-- roofline: begin -->\n", "<!-- roofline: end -->\n"
 
 LAYERS = ((4096, 4096), (28672, 8192))  # q of Llama 8B, gate of Llama 70B
-TOKENS = (1, 16, 64, 4096)
+TOKENS = (1, 4, 16, 64, 256, 4096)  # those of the benchmark
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,16 @@ def table(operators: Sequence[str] = tuple(MODELS)) -> Iterator[str]:
         for rows, columns in LAYERS:
             for tokens in TOKENS:
                 cells = [in_words(predict(operator, gpu, tokens, rows, columns)) for gpu in GPUS]
-                yield f"| `{operator}` | {rows} x {columns} | {tokens} | {' | '.join(cells)} |\n"
+                yield f"| {shown(operator)} | {rows} x {columns} | {tokens} | {' | '.join(cells)} |\n"
+    for rows, columns in LAYERS:
+        times = ", ".join(f"{forming(gpu, rows, columns) * 1e6:.3g} µs ({gpu.name})" for gpu in GPUS)
+        yield f"\nMaking a form of {rows} x {columns}, once per weight: {times}.\n"
+
+
+def shown(operator: str) -> str:
+    """A name in Markdown: code up to the comma."""
+    name, comma, use = operator.partition(",")
+    return f"`{name}`{comma}{use}"
 
 
 def in_words(found: Prediction) -> str:

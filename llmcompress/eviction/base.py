@@ -9,9 +9,11 @@ The pass that brings tokens still attends to all of them; eviction comes after. 
 passes, and a prompt within the budget is treated as by an ordinary cache, bit for bit.
 
 Layers with a sliding window keep that window, which is a bound of its own, and are left to transformers. The sequences
-of a batch must be equally long: a cache does not see which tokens are padding.
+of a batch must be equally long: a cache does not see which tokens are padding, and would keep these for their place or
+their norm. The model does see it, so a mask that hides tokens is refused there, before its forward pass.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +100,7 @@ class EvictingCache(Cache):
         for index in full:
             layers[index] = make()
         super().__init__(layers=layers)
+        watch_masks(model)
 
     @property
     def kept(self) -> list[int]:
@@ -109,6 +112,33 @@ class EvictingCache(Cache):
         """Of all keys and values that are held."""
         held = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def watch_masks(model: Any) -> None:
+    """Let the decoder of a model refuse masks that an evicting cache cannot be used with."""
+    decoder = getattr(model, "base_model", model)
+    if refuse_padding not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(refuse_padding, with_kwargs=True)
+
+
+def refuse_padding(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward pass: raise PlanError if it has an evicting cache, and a mask that hides tokens."""
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    if not isinstance(cache, EvictingCache) or mask is None:
+        return
+    name = type(cache).__name__
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise PlanError(
+            f"{name}: the attention mask is {shape}, and which tokens it hides is not known once some are forgotten; "
+            "give one of [batch, tokens], or an ordinary cache"
+        )
+    if not bool(mask.all()):
+        raise PlanError(
+            f"{name}: the attention mask hides {int((mask == 0).sum())} tokens, which the cache would take for text; "
+            "give sequences of one length, without padding, or one after another"
+        )
 
 
 def highest(scores: Tensor, count: int, recent: int) -> Tensor:

@@ -3,7 +3,7 @@
 Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv:2404.14469. The score of an entry
 is the attention that it gets from the last `window` queries, summed over them and averaged over the query heads that
 share a KV head, then smoothed over `kernel` neighbours, so that what surrounds an important token stays with it. The
-window itself always stays.
+window itself always stays, and is no neighbour: the attention that it gives to itself says nothing of what is before.
 
 The paper evicts once, after the prompt. Here the budget also holds while text is generated: the last queries are kept
 beside the cache and score it anew each time that it is full. An eviction frees ROOM entries more than it must, so that
@@ -54,14 +54,15 @@ class SnapKVLayer(EvictingLayer):
             self.keep(highest(self.scores(self.queries, keys, scaling), self.budget - ROOM, self.window))
 
     def scores(self, queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-        """Attention that each entry gets, smoothed: [batch, KV heads, entries] float32."""
+        """Attention that each entry gets, smoothed: [batch, KV heads, entries] float32; 0 in the window."""
         (batch, heads, count, size), (_, groups, entries, _) = queries.shape, keys.shape
         grouped = queries.view(batch, groups, heads // groups, count, size)
         logits = grouped.float() @ keys.float()[:, :, None].transpose(-1, -2) * scaling
         places = torch.arange(entries, device=keys.device)
         logits.masked_fill_(places > places[entries - count :, None], -torch.inf)  # the window is the newest entries
-        attention = logits.softmax(-1).sum(-2).mean(2)
-        return torch.nn.functional.avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
+        attention = logits.softmax(-1).sum(-2).mean(2)[..., : entries - self.window]
+        smooth = torch.nn.functional.avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
+        return torch.nn.functional.pad(smooth, (0, self.window))
 
     def reset(self) -> None:
         """Forget everything."""

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +152,15 @@ def report_page(results: dict[str, Any], recipe: str) -> str:
     return template.render(view(results, recipe), **plots)
 
 
-def environment(**options: Any) -> Environment:
-    """A template environment in which `show` and its kin are the filters and a missing field is an error."""
+@cache
+def environment(*, autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
+    """A template environment in which `show` and its kin are the filters and a missing field is an error.
+
+    One for all documents of a kind: compiling the templates takes longer than filling them in.
+    """
     env = Environment(
-        loader=PackageLoader("llmcompress"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, **options
-    )
+        loader=PackageLoader("llmcompress"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=autoescape, finalize=finalize,
+    )  # fmt: skip
     env.filters |= {"show": show, "plus_minus": plus_minus, "px": lambda number: f"{number:.1f}".removesuffix(".0")}
     return env

@@ -99,7 +99,7 @@ class PackedLinear(CompressedLinear):
 
     def packed(self) -> Weight:
         """The weight as the operator takes it; not kept, since hooks that move models put other tensors in place."""
-        return self.operator.weight._make(map(self._buffers.__getitem__, self.operator.weight._fields))
+        return self.operator.weight(*(self._buffers[name] for name in self.operator.weight._fields))
 
     @property
     def floats(self) -> torch.dtype:

@@ -34,11 +34,11 @@ MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 HARMLESS = {  # settings of peft that change nothing in a plain adapter that has been trained
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
     "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
     "task_type", "use_rslora",
 }  # fmt: skip
-EXPECTED = {  # and what some of them must then be
+EXPECTED: dict[str, tuple[Any, ...]] = {  # and what some of them must then be
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "init_lora_weights": (True, False, "gaussian"),  # others change the weights of the model too

@@ -78,7 +78,8 @@ def sparse24_dense(weight: Weight, shape: Shape) -> Tensor:
 
 def sparse24_compute(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """By the registered operator."""
-    return sparse24_linear(x, *weight, bias)
+    values, positions = weight
+    return sparse24_linear(x, values, positions, bias)
 
 
 def sparse24_int4_pack(tensors: Tensors, shape: Shape) -> Weight:
@@ -99,7 +100,8 @@ def sparse24_int4_dense(weight: Weight, shape: Shape) -> Tensor:
 
 def sparse24_int4_compute(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """By the registered operator."""
-    return sparse24_int4_linear(x, *weight, bias)
+    words, metadata, scale = weight
+    return sparse24_int4_linear(x, words, metadata, scale, bias)
 
 
 SPARSE24 = Operator(

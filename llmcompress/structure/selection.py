@@ -2,16 +2,16 @@
 
 A budget is a share, a number of parameters or a number of bytes, of the whole model, of its decoder blocks or of what
 the group itself holds. By default every block keeps the same number of units, so that stock engines load the result;
-or the units of all blocks are ranked together, and some blocks keep more than others.
+or the units of all blocks are ranked together (`Ranking`), and some blocks keep more than others.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from llmcompress.errors import PlanError
+from llmcompress.errors import CalibrationError, PlanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,42 +43,92 @@ def uniform_width(units: int, remove: float, multiple: int, where: str, share: S
     return best
 
 
-def total_width(units: Mapping[int, int], remove: float, multiple: int, fewest: int, where: str, share: Share) -> int:
-    """Units that stay in all blocks together, when `remove` of them (not rounded) should go.
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Units of several blocks that are ranked together, and how many parameters of them should go.
 
-    units: of every block that may lose some.  fewest: of them that stay in every block, in steps of `multiple`.
-    Raises PlanError if that rounds to none, or leaves less than the fewest.  share: of one unit.
+    Units of a block go in steps of `multiple`, its lowest first; a step is worth the mean of its units. Steps of all
+    blocks are looked at from the lowest on, and one goes if that brings what has gone nearer to the budget, counted in
+    the parameters that it really has; where one is too large, its block is left as it is, and smaller steps of others
+    may still fit. With values per parameter (`comparable`) that is the greedy solution of the knapsack problem. Where
+    all units cost the same, exactly the lowest steps go.
     """
-    have = sum(units.values())
-    steps = round(remove / multiple)
-    least = sum(min(fewest * multiple, count) for count in units.values())
-    if steps < 1 or have - steps * multiple < least:
-        most = (have - least) // multiple
+
+    units: Mapping[int, int]  # of every block that may lose some
+    costs: Mapping[int, int]  # parameters of one unit of each block
+    multiple: int
+    fewest: int  # steps that stay in every block
+    remove: int  # parameters
+
+    @property
+    def parameters(self) -> int:
+        """Of all units."""
+        return sum(count * self.costs[block] for block, count in self.units.items())
+
+    @property
+    def grain(self) -> int:
+        """Parameters of the smallest step."""
+        return self.multiple * min(self.costs.values())
+
+    @property
+    def most(self) -> int:
+        """Parameters that can go."""
+        stay = self.fewest * self.multiple
+        return sum(max(0, count - stay) * self.costs[block] for block, count in self.units.items())
+
+    def widths(self, values: Mapping[int, Tensor]) -> dict[int, int]:
+        """Units that each block keeps; values: what its units are worth, [units]. Of equal steps the last one goes."""
+        steps, left, gone, full = list[tuple[float, int, int]](), dict(self.units), 0, set[int]()
+        for block, value in values.items():
+            best = value.sort(descending=True).values.split(self.multiple)
+            steps += [(float(part.mean()), block, len(part)) for part in reversed(best[self.fewest :])]
+        for _, block, size in sorted(steps, key=lambda step: (step[0], -step[1])):
+            cost = size * self.costs[block]
+            if block in full or cost >= 2 * (self.remove - gone):
+                full.add(block)
+                continue
+            left[block] -= size
+            gone += cost
+        return left
+
+    def spread(self) -> dict[int, int]:
+        """The same before anything is known of the units: about the same share of every block goes."""
+        return self.widths({block: torch.linspace(1, 0, count) for block, count in self.units.items()})
+
+
+def ranking_of(
+    units: Mapping[int, int], costs: Mapping[int, int], remove: float, multiple: int, fewest: int, where: str, of: Share
+) -> Ranking:
+    """The ranking by which about `remove` parameters go, rounded to whole steps where all units cost the same.
+
+    Raises PlanError if that rounds to none, or leaves less than the fewest.  of: share of one parameter.
+    """
+    costs = {block: costs[block] for block in units}
+    found = Ranking(units, costs, multiple, fewest, 0)
+    grain, alike = found.grain, len(set(costs.values())) == 1
+    rounded = round(remove / grain) * grain if alike else round(remove)
+    if 2 * rounded <= grain or rounded > found.most:
+        unit, noun = (grain // multiple, "units") if alike else (1, "parameters")
+        most = found.most // grain * grain if alike else found.most
         raise PlanError(
-            f"{where}: removing {remove:.3g} of {have} units rounds to {steps * multiple}; from {multiple} to "
-            f"{most * multiple} can go, in steps of {multiple}, which are ratios of the {share.of} of "
-            f"{multiple * share.unit:.3g} to {most * multiple * share.unit:.3g}"
+            f"{where}: removing {remove / unit:.3g} of {found.parameters // unit} {noun} rounds to "
+            f"{rounded // unit if 2 * rounded > grain else 0}; from {grain // unit} to {most // unit} can go"
+            + (f", in steps of {multiple}" if alike else "")
+            + f", which are ratios of the {of.of} of {grain * of.unit:.3g} to {most * of.unit:.3g}"
         )
-    return have - steps * multiple
+    return replace(found, remove=rounded)
 
 
-def global_widths(scores: Mapping[int, Tensor], total: int, multiple: int, fewest: int) -> dict[int, int]:
-    """Units that each block keeps of scores[block] [units], `total` in all, by one ranking of the units of all blocks.
+def comparable(score: Tensor, cost: float, *, across: bool, per_parameter: bool) -> Tensor:
+    """What the units of a block are worth beside those of other blocks, from their scores [units].
 
-    Units go in steps of `multiple`, the lowest of a block first, so a step counts with its mean score. The `fewest`
-    highest steps of a block stay whatever they are worth.
+    Scores that mean the same in every block count per parameter (cost: of one unit, in any unit that all blocks
+    share), so that a large unit goes before a small one that matters as much. Others only say which units of a block
+    matter more: they are standardized, and compared as they are.
     """
-    widths, steps = {}, list[tuple[float, int, int]]()
-    for block, score in scores.items():
-        best = score.sort(descending=True).values.split(multiple)
-        widths[block] = sum(len(part) for part in best[:fewest])
-        steps += [(float(part.mean()), block, len(part)) for part in best[fewest:]]
-    for _, block, size in sorted(steps, key=lambda step: (-step[0], step[1])):
-        if sum(widths.values()) + size <= total:
-            widths[block] += size
-        else:
-            break
-    return widths
+    if not across and len(score) > 1:
+        return standardized(score)
+    return score / cost if per_parameter else score
 
 
 def standardized(score: Tensor) -> Tensor:
@@ -101,4 +151,6 @@ def check_scores(scores: Sequence[Tensor], where: str) -> None:
     """A score that is no number would choose at random."""
     for score in scores:
         if not bool(score.isfinite().all()):
-            raise PlanError(f"{where}: a score is NaN or infinite; the weights or the calibration data are damaged")
+            raise CalibrationError(
+                f"{where}: a score is NaN or infinite; the weights or the calibration data are damaged"
+            )

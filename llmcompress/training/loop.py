@@ -1,21 +1,24 @@
 """The training loop: plain, through accelerate, and exact to the bit when a killed run continues.
 
 Each optimizer step takes `batch` windows of a fixed order, so what a step sees depends on its number alone. Every
-`checkpoint_every` steps the trained tensors and both moments of Adam are written as safetensors, then a record of how
-far that is; a run that continues reads them and goes on. Pruned weights stay zero: their gradients are cleared before
-the norm is taken, and they are set to zero again after the step, since Adam's moments would move them. Weight decay is
-AdamW's, a share of the weight itself, which leaves zeros alone.
+`checkpoint_every` steps its state is written (`state.py`), from which a killed run continues. Pruned weights stay zero:
+their gradients are cleared before the norm is taken, and they are set to zero again after the step, since Adam's
+moments would move them. Weight decay is AdamW's, a share of the weight itself, which leaves zeros alone.
 
 What is done beside these steps is the business of a technique (`technique.py`), which is called before and after them
-and keeps masks of its own; its tensors are part of the state.
+and keeps masks of its own; its tensors are part of the state. What it has found by passes over the text before the
+first step is written at once, so that no run that continues does them again. Parameters that it adds are clipped by
+themselves: the gradient of a gate says nothing of how far weights may go.
 
-Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`. The first one
-writes everything and keeps the result.
+A loss or a gradient that is no number ends the training before the optimizer sees it.
+
+Processes of one launch share the windows of a step, and under FSDP also the weights, see `sharding.py`, or the state of
+the optimizer, see `deepspeed.py`. The first one writes everything and keeps the result.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,27 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.checkpoint import read_tensors, write_tensors
 from llmcompress.errors import CalibrationError
-from llmcompress.files import read_json, write_json
+from llmcompress.training.deepspeed import Zero
 from llmcompress.training.sharding import put_together, shared_out, start, whole
+from llmcompress.training.state import Curve, read_state, restored, save_choice, save_state, state_tensors
 from llmcompress.training.step import Train
-from llmcompress.training.technique import MOMENTS, Learner, Technique
+from llmcompress.training.technique import Learner, Technique
 
 FLOOR = 0.1  # of the learning rate, at the end of the cosine
 BETAS = (0.9, 0.95)
 
 Loss = Callable[[Any, Tensor], Tensor]  # (model, rows of the windows [n] int64) -> loss, with its graph
 Tell = Callable[[int, str], None]
-
-
-@dataclass(slots=True)
-class Curve:
-    """The loss of every step, and how fast they went."""
-
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +59,18 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     """Train the parameters of `model` that require gradients, in place; the first process has the result.
 
     state: folder for what a killed run continues from.  tell: called with the steps done, and what to show.
-    Raises CalibrationError if the loss is no number, or a batch cannot be shared by the processes; PlanError for a
-    launch of a kind that does not work.
+    Raises CalibrationError if the loss or a gradient is no number, or a batch cannot be shared by the processes;
+    PlanError for a launch of a kind that does not work.
     """
-    accelerator = start(cpu=task.cpu)
+    accelerator = start(cpu=task.cpu, options=options)
     technique = task.technique or Technique(options)
+    saved = read_state(state)
     learner = learner_of(model, options, task, accelerator)
+    learner.continues = bool(saved.tensors)
+    own = set(trainable(model))
+    model.train()  # now, as blocks recompute for `gradient_checkpointing` in this mode alone
     technique.prepare(learner)
-    agreed(technique.masks, accelerator)
+    agreed(technique, learner, accelerator)
     groups = parameter_groups(trainable(model), options)
     fused = True if task.cpu else None  # one pass over memory; on GPUs torch chooses
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=BETAS, fused=fused)
@@ -80,25 +78,31 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
     learner.optimizer = optimizer
     trained = trainable(model)  # only now: sharding replaces parameters
     masks = {name: shared_out(mask, trained[name]) for name, mask in task.masks.items()}
-    curve, remembered = load_state(state, trained, optimizer)
-    if curve.losses:
-        technique.load(remembered, learner)
+    if isinstance(accelerator, Zero):
+        accelerator.hold(trained, masks)
+    added = trained.keys() - own
+    curve = restored(saved, trained, optimizer)
+    if learner.continues:
+        technique.load(saved.remembered, learner)
+    elif options.scoring_bytes and accelerator.is_main_process:
+        save_choice(state, technique)
+    del saved  # weights, which the model has
     cleared(trained, technique.masks, learner)
-    model.train()
     for step in range(len(curve.losses), options.steps):
         began = time.monotonic()
         torch.manual_seed(options.seed * 1_000_003 + step)  # of a model's own dropout, if it has any
+        technique.begin_step(step, learner)
         penalty = partial(technique.penalty, step, learner)
         mean = backward(accelerator, wrapped, task.loss, batch_rows(task.windows, options, step), options, penalty)
-        if not math.isfinite(mean):
-            if not accelerator.is_main_process:
-                return curve  # the first process says so
-            raise CalibrationError(f"step {step}: the loss is {mean}; lower `learning_rate`, or look at the data")
         masked(trained, masks, gradients=True)
         learner.rate = rate(step, options, technique.schedule(step))
         taken = technique.before_step(step, learner)
         masked(trained, technique.masks, gradients=True)
-        accelerator.clip_grad_norm_(trained.values(), options.clip)
+        norm = clipped(accelerator, trained, added, options.clip)
+        if wrong := no_number(step, mean, norm):
+            if not accelerator.is_main_process:
+                return curve  # the first process says so
+            raise wrong
         for group in optimizer.param_groups:
             group["lr"] = learner.rate
         if taken:
@@ -114,9 +118,10 @@ def train(model: Any, options: Train, task: Task, state: Path, tell: Tell) -> Cu
         if (step + 1) % options.checkpoint_every == 0:
             tensors = state_tensors(trained, optimizer, keep=accelerator.is_main_process)
             if accelerator.is_main_process:
-                save_state(state, tensors | {f"technique.{key}": t for key, t in technique.state().items()}, curve)
+                save_state(state, tensors, technique, curve)
     technique.finish(learner)
     put_together(model, keep=accelerator.is_main_process)
+    accelerator.free_memory()
     model.eval()
     return curve
 
@@ -141,13 +146,16 @@ def learner_of(model: Any, options: Train, task: Task, accelerator: Any) -> Lear
     return Learner(model, weights, partial(task.loss, model), rows, task.given)
 
 
-def agreed(masks: dict[str, Tensor], accelerator: Any) -> None:
-    """Let all processes have the masks of the first: sums on GPUs may round differently, and scores lie close."""
-    if accelerator.num_processes > 1:
+def agreed(technique: Technique, learner: Learner, accelerator: Any) -> None:
+    """Let all processes have what the first has chosen, masks and whatever else is bool in the state of the technique:
+    sums on GPUs may round differently, and scores lie close."""
+    state = technique.state()
+    chosen = [key for key, tensor in state.items() if tensor.dtype == torch.bool]
+    if accelerator.num_processes > 1 and chosen:
         from accelerate.utils import broadcast
 
-        for name, mask in masks.items():
-            masks[name] = broadcast(mask.to(torch.uint8)).bool()
+        same = {key: broadcast(state[key].to(accelerator.device, torch.uint8)).bool() for key in chosen}
+        technique.load(state | same, learner)
 
 
 def backward(
@@ -164,6 +172,24 @@ def backward(
         extra = None if number else penalty()
         accelerator.backward(value if extra is None else value + extra)
     return float(accelerator.reduce(total, "mean"))
+
+
+def clipped(accelerator: Any, trained: Mapping[str, Tensor], added: Collection[str], limit: float) -> float:
+    """Clip the gradients of the weights, and of what a technique has added, by themselves; the norm of all before."""
+    weights = [p for name, p in trained.items() if name not in added]
+    others = [p for name, p in trained.items() if name in added]
+    norms = [whole(accelerator.clip_grad_norm_(part, limit)) for part in (weights, others) if part]
+    return math.hypot(*map(float, norms))
+
+
+def no_number(step: int, loss: float, norm: float) -> CalibrationError | None:
+    """What to raise if the loss of a step, or the norm of its gradient, is NaN or infinite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    return CalibrationError(
+        f"step {step}: the loss is {loss} and the norm of its gradient {norm}, so the weights would be lost; lower "
+        "`learning_rate`, set `precision: float32`, or look at the data"
+    )
 
 
 def trainable(model: Any) -> dict[str, Tensor]:
@@ -214,7 +240,7 @@ def masked(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], *, gradie
     for name, mask in masks.items():
         target = trained[name].grad if gradients else trained[name]
         if target is not None:
-            target.mul_(mask)
+            target.masked_fill_(~mask, 0)  # a product would make NaN of an infinity
 
 
 @torch.no_grad()
@@ -223,43 +249,4 @@ def cleared(trained: Mapping[str, Tensor], masks: Mapping[str, Tensor], learner:
     masked(trained, masks, gradients=False)
     for name, mask in masks.items():
         for moment in learner.moments(trained[name]):
-            moment.mul_(mask)
-
-
-def state_tensors(trained: Mapping[str, Tensor], optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
-    """Trained tensors and Adam's moments, whole; empty unless this process is to keep them, but all have to call."""
-    tensors = {}
-    for name, parameter in trained.items():
-        for key, value in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
-            found = whole(value)
-            if keep:
-                tensors[f"{key}.{name}"] = found.cpu()
-    return tensors
-
-
-def save_state(folder: Path, tensors: Mapping[str, Tensor], curve: Curve) -> None:
-    """Everything that a run continues from; the record comes last and names its file."""
-    done = len(curve.losses)
-    write_tensors(folder / f"train-{done:06d}.safetensors", tensors)
-    record = {"file": f"train-{done:06d}.safetensors", "losses": curve.losses}
-    write_json(folder / "train.json", record | {"tokens": curve.tokens, "seconds": curve.seconds})
-    for old in folder.glob("train-*.safetensors"):
-        if old.name != record["file"]:
-            old.unlink()
-
-
-@torch.no_grad()
-def load_state(folder: Path, trained: Mapping[str, Tensor], optimizer: Any) -> tuple[Curve, dict[str, Tensor]]:
-    """Continue from what `save_state` wrote, if it has written anything; also what the technique remembers."""
-    record = read_json(folder / "train.json")
-    if not record:
-        return Curve(), {}
-    tensors = read_tensors(folder / record["file"])
-    for name, parameter in trained.items():
-        parameter.copy_(shared_out(tensors[f"weight.{name}"], parameter))
-        if f"step.{name}" in tensors:  # a parameter that no step has reached has no moments
-            moments = {key: shared_out(tensors[f"{key}.{name}"], parameter) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
-    curve = Curve(list(record["losses"]), int(record["tokens"]), float(record["seconds"]))
-    mine = "technique."
-    return curve, {key.removeprefix(mine): tensor for key, tensor in tensors.items() if key.startswith(mine)}
+            moment.masked_fill_(~mask, 0)

@@ -28,6 +28,16 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def switched_on(variable: str) -> bool:
+    """Whether `accelerate launch` has set a switch."""
+    return os.environ.get(variable, "").lower() in ("true", "1")
+
+
+def refusal(found: str, remedy: str) -> PlanError:
+    """What to raise for a launch."""
+    return PlanError(f"accelerate launch: accelerate {found}, which training does not work with; {remedy}")
+
+
 @contextmanager
 def leading(*, cpu: bool) -> Iterator[None]:
     """For the first process: the others end when this is left, whatever happened; cpu: where training will be.

@@ -1,4 +1,4 @@
-"""When a technique works: from a step on, until another, after which what is left learns on."""
+"""When a technique works, from a step on until another, after which what is left learns on; and how fast it goes."""
 
 from typing import Self
 
@@ -38,8 +38,16 @@ class Scheduled(Learn):
 
     def done(self, step: int) -> float:
         """How much of its time has passed, from 0 to 1."""
-        return min(1.0, max(0.0, (step - self.first) / (self.end - self.first)))
+        return ramp((step - self.first) / (self.end - self.first))
 
     def turn(self, step: int, every: int) -> bool:
         """Whether it is active after this step and not only waits for the next of its turns; the last is at `end`."""
         return self.active(step) and ((step - self.first) % every == 0 or step == self.end)
+
+
+def ramp(passed: float, power: int = 1) -> float:
+    """How far something has come when a share `passed` of its time is over: 1 - (1 - passed)^power, from 0 to 1.
+
+    power: 1 for a straight line; 3 for the cubic of gradual pruning, fast at first.
+    """
+    return 1 - (1 - min(1.0, max(0.0, passed))) ** power

@@ -9,8 +9,9 @@ not know; only what enters (masks, the state of an earlier run) is cut, and what
 Every process cuts from its own copy of the whole; putting together takes all of them, one parameter at a time, so
 that no device has to hold the model. The state on disk is that of a plain run.
 
-Given up: FSDP1, whose flat parameters know neither names nor shapes, and DeepSpeed, which takes the optimizer's step
-inside its backward pass, where no mask can be applied, and stores its state as pickle.
+DeepSpeed, which shares out the optimizer's state and gradients, has a file of its own, `deepspeed.py`.
+
+Given up: FSDP1, whose flat parameters know neither names nor shapes.
 """
 
 import os
@@ -20,25 +21,29 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import PlanError
+from llmcompress.training.deepspeed import SWITCH, Zero, connect
+from llmcompress.training.processes import refusal, switched_on
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
     from accelerate import Accelerator
 
+    from llmcompress.training.step import Train
+
 PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU")  # accelerate's kinds of launches in which every process holds the model
 OTHERS = {  # what `accelerate launch` sets for launches that training does not work with
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism of its own",
 }
 INSTEAD = "launch plain processes, or FSDP with `--use_fsdp --fsdp_version 2`"
 
 
-def start(*, cpu: bool, timeout: "timedelta | None" = None) -> "Accelerator":
+def start(*, cpu: bool, timeout: "timedelta | None" = None, options: "Train | None" = None) -> "Accelerator | Zero":
     """accelerate as this process was launched.
 
     cpu: stay there, whatever the machine has.  timeout: how long processes wait for each other; None: as torch does.
+    options: of the step that will be trained; None: only join the group.
     Raises PlanError for a launch that training does not work with.
     """
     from accelerate import Accelerator
@@ -47,6 +52,9 @@ def start(*, cpu: bool, timeout: "timedelta | None" = None) -> "Accelerator":
     for variable, name in OTHERS.items():
         if switched_on(variable):
             raise refusal(f"was set up for {name}", INSTEAD)
+    if switched_on(SWITCH):
+        found = connect(cpu=cpu, timeout=timeout)
+        return found if options is None else Zero(found, options)
     sharded = switched_on("ACCELERATE_USE_FSDP")
     version = os.environ.get("FSDP_VERSION", "1")  # 1 is accelerate's default
     if sharded and version != "2":
@@ -65,16 +73,12 @@ def start(*, cpu: bool, timeout: "timedelta | None" = None) -> "Accelerator":
 
 def refuse_sharing(technique: str) -> None:
     """Raise PlanError if this launch shares out the weights, of which a technique has to see the whole."""
-    if switched_on("ACCELERATE_USE_FSDP"):
-        raise PlanError(
-            f"accelerate launch: was set up for FSDP, and {technique} ranks all weights of a matrix; launch plain "
-            "processes"
-        )
-
-
-def switched_on(variable: str) -> bool:
-    """Whether `accelerate launch` has set a switch."""
-    return os.environ.get(variable, "").lower() in ("true", "1")
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), (SWITCH, "DeepSpeed")):
+        if switched_on(variable):
+            raise PlanError(
+                f"accelerate launch: was set up for {name}, and {technique} ranks all weights of a matrix; launch "
+                "plain processes"
+            )
 
 
 def check_plugin(plugin: Any) -> None:
@@ -85,11 +89,6 @@ def check_plugin(plugin: Any) -> None:
         raise refusal("was told to checkpoint activations", "set `gradient_checkpointing: true` in the recipe instead")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise refusal("was told to keep the weights on the CPU", "launch without `--fsdp_offload_params`")
-
-
-def refusal(found: str, remedy: str) -> PlanError:
-    """What to raise for a launch."""
-    return PlanError(f"accelerate launch: accelerate {found}, which training does not work with; {remedy}")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from llmcompress.budget import erk_densities
+from llmcompress.errors import NumericalError
 from llmcompress.lazy import Tensor, torch
 from llmcompress.mask import first_of
 from llmcompress.training.step import Learn
 from llmcompress.training.technique import Learner, Technique
 
-RANKING = 24  # bytes per weight: its gradient, score and place, before and after sorting
+RANKING = 26  # bytes per weight: its score, as it is, raised, joined with all others and sorted; its place; masks
 Shapes = Mapping[str, tuple[int, int]]  # name -> [out, in]
 
 
@@ -90,6 +91,25 @@ def best_of_all(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
 
 
+def best_with_least(scores: Mapping[str, Tensor], density: float, least: float) -> dict[str, Tensor]:
+    """Masks of the best scores of all matrices [out, in] together, a share `density` of them, of which each matrix has
+    its own best, whatever their rank, up to a share `least` of `density`.
+
+    Raises NumericalError if a matrix would lose all its weights: nothing that passes through it could be learned.
+    """
+    shapes = {name: (score.shape[0], score.shape[1]) for name, score in scores.items()}
+    sure = {name: best(score, int(least * density * score.numel())) for name, score in scores.items()}
+    above = {name: score.masked_fill(sure[name], torch.inf) for name, score in scores.items()}
+    masks = best_of_all(above, kept_in_all(shapes, density))
+    if empty := [name for name, mask in masks.items() if not bool(mask.any())]:
+        count = prod(shapes[empty[0]])
+        raise NumericalError(
+            f"{empty[0]}: none of its {count:,} scores is among the best {density:.2%} of all; use a larger `least`, "
+            "or `train: random`, which gives every matrix its share"
+        )
+    return masks
+
+
 def random_masks(learner: Learner, counts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
     """Masks with these counts at random places, the same ones for the same seed on any device."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,8 +125,9 @@ class Static(Technique):
     options: Any
 
     def prepare(self, learner: Learner) -> None:
-        """Choose it."""
-        self.masks = self.choose(learner)
+        """Choose it; where a training continues it is in the state."""
+        if not learner.continues:
+            self.masks = self.choose(learner)
 
     def choose(self, learner: Learner) -> dict[str, Tensor]:
         """Masks of all weights, from those that training begins with."""

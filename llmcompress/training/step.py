@@ -64,6 +64,20 @@ class Train(Options):
         return self
 
     @property
+    def shortest(self) -> int:
+        """Steps of the shortest schedule of the learning rate; rounds may begin it anew."""
+        return self.steps
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup >= self.shortest:
+            raise ValueError(
+                f"warmup: the learning rate would rise for {self.warmup} steps of {self.shortest} and never be what "
+                "`learning_rate` says; use a shorter one, or more steps"
+            )
+        return self
+
+    @property
     def has_teacher(self) -> bool:
         """Whether the dense model's predictions or hidden states are needed."""
         return "distillation" in self.loss or "hidden" in self.loss
@@ -100,7 +114,17 @@ class Train(Options):
 
     @property
     def scoring_bytes(self) -> int:
-        """For each weight to prune, besides itself, while masks are chosen."""
+        """For each weight to prune, besides itself, while masks are chosen before the first step."""
+        return 0
+
+    @property
+    def ranking_bytes(self) -> int:
+        """The same between steps, beside gradients and moments."""
+        return 0
+
+    @property
+    def remembered_bytes(self) -> int:
+        """For each parameter of the model, through all of the training: what a technique will come back to."""
         return 0
 
     def technique(self) -> "Technique":

@@ -1,6 +1,7 @@
 """What a technique is: something that happens beside the gradient steps of one plain loop.
 
     prepare       once, with the weights that training begins with: choose masks, add gates to the model
+    begin_step    before the passes of a step: draw what is random, once for all of its micro-batches
     penalty       what is added to the loss of a step
     before_step   gradients are there, of pruned weights too: masks may move
     after_step    the optimizer has moved the weights: prune, shrink, rewind
@@ -39,6 +40,7 @@ class Learner:
     given: Mapping[str, Tensor] = field(default_factory=dict)  # masks of these weights that the options name
     optimizer: Any = None  # AdamW; None while the technique is prepared
     rate: float = 0.0  # learning rate of the step
+    continues: bool = False  # an earlier run has left a state, which is loaded once the technique is prepared
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -52,10 +54,11 @@ class Learner:
 
     def gradients(self, rows: Tensor) -> dict[str, Tensor]:
         """Of the loss on some windows [n] int64, one at a time, with respect to every weight; parameters stay as they
-        are, and so do their gradients."""
+        are, and so do their gradients. A model's own dropout is the same whenever a window is asked."""
         weights = list(self.weights.values())
         total = [torch.zeros_like(weight) for weight in weights]
         for row in rows:
+            torch.manual_seed(int(row))
             found = torch.autograd.grad(self.loss(row[None]), weights)
             for place, gradient in zip(total, found, strict=True):
                 place.add_(gradient, alpha=1 / len(rows))
@@ -75,6 +78,9 @@ class Technique:
     def schedule(self, step: int) -> tuple[int, int]:
         """Which step of how many this is for the learning rate; rounds may begin it anew."""
         return step, self.options.steps
+
+    def begin_step(self, step: int, learner: Learner) -> None:
+        """Before the forward passes of a step; they, and those that recompute, all see what is drawn here."""
 
     def penalty(self, step: int, learner: Learner) -> Tensor | None:
         """Added to the loss of a step, with its graph; the curve does not show it."""

@@ -18,7 +18,7 @@ from .int4_gated_mlp import int4_gated_mlp
 from .int4_linear import Int4Weight, from_pack_quantized, int4_linear, to_pack_quantized
 from .int4_lora_linear import int4_lora_linear
 from .sparse24_int4_linear import Sparse24Int4Weight, from_sparse24_int4, sparse24_int4_linear, to_sparse24_int4
-from .sparse24_linear import Sparse24Weight, from_sparse24, sparse24_linear, to_sparse24
+from .sparse24_linear import Sparse24Weight, from_sparse24, sparse24_form, sparse24_linear, to_sparse24
 from .teal_linear import teal_linear
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "int4_gated_mlp",
     "int4_linear",
     "int4_lora_linear",
+    "sparse24_form",
     "sparse24_int4_linear",
     "sparse24_linear",
     "teal_linear",

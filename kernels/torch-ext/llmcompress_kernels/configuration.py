@@ -21,6 +21,7 @@ TYPES = {  # of kernel arguments that are neither int32 nor a pointer to the dty
     "metadata_ptr": "*i32",
     "fragments_ptr": "*i32",
 }
+ARCHITECTURES = (80, 89, 90, 100)  # on which launchers may choose a configuration, unless it says otherwise
 ALIGNED = ("N", "K", "stride")  # integers that are multiples of 16 in any model, which Triton finds out at the launch
 
 
@@ -28,11 +29,12 @@ ALIGNED = ("N", "K", "stride")  # integers that are multiples of 16 in any model
 class Configuration:
     """One kernel with its compile-time arguments.
 
-    kernel     name in the operator's `kernel.py`; with `gemm` in it, it multiplies on tensor cores
-    constants  its constexpr arguments; None stands for an absent tensor
-    warps      of a program
-    stages     of the pipeline of loads
-    weights    made by a program in one round of its main loop; 0 if it reads no packed weight
+    kernel         name in the operator's `kernel.py`; with `gemm` in it, it multiplies on tensor cores
+    constants      its constexpr arguments; None stands for an absent tensor
+    warps          of a program
+    stages         of the pipeline of loads
+    weights        made by a program in one round of its main loop; 0 if it reads no packed weight
+    architectures  on which it may be chosen
     """
 
     kernel: str
@@ -40,3 +42,4 @@ class Configuration:
     warps: int
     stages: int
     weights: int = 0
+    architectures: tuple[int, ...] = ARCHITECTURES

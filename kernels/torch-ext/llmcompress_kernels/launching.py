@@ -3,7 +3,7 @@
 PROGRAMS_PER_PROCESSOR, TILES_PER_SPLIT and MAX_SPLITS are declared, not measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .configuration import Configuration
+from .configuration import ARCHITECTURES, Configuration
+from .outputs import reduce_splits
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
 TILES_PER_SPLIT = 4  # fewer would cost more in the reduce than they gain
@@ -21,17 +22,27 @@ MAX_SPLITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline."""
+    """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline.
+
+    architectures: on which the compiler makes a good kernel of it.
+    """
 
     rows: int
     tokens: int
     warps: int
     stages: int
+    architectures: tuple[int, ...] = ARCHITECTURES
+
+
+REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)  # of the kernel that adds up splits
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a product is started: programs along outputs, tokens and splits, with `span` tiles of the inner dimension."""
+    """How a product is started: programs along tokens, outputs and splits, with `span` tiles of the inner dimension.
+
+    Tokens come first, so that neighbouring programs read the same weights.
+    """
 
     tiles: Tiles
     grid: tuple[int, int, int]
@@ -51,7 +62,7 @@ class Plan:
 def planned(choices: Sequence[Tiles], tokens: int, rows: int, inner: int, processors: int) -> Plan:
     """choices: by rising tokens, the last one for all that is more. inner: tiles of the inner dimension."""
     tiles = next((t for t in choices if tokens <= t.tokens), choices[-1])
-    programs = (triton.cdiv(rows, tiles.rows), triton.cdiv(tokens, tiles.tokens))
+    programs = (triton.cdiv(tokens, tiles.tokens), triton.cdiv(rows, tiles.rows))
     span, splits = spans(inner, programs[0] * programs[1], processors)
     return Plan(tiles, (*programs, splits), span)
 
@@ -63,10 +74,34 @@ def spans(tiles: int, programs: int, processors: int) -> tuple[int, int]:
     return span, triton.cdiv(tiles, span)
 
 
+def summed(
+    plan: Plan, x: Tensor, rows: int, bias: Tensor | None, start: Callable[[Tensor | None, Tensor], None]
+) -> Tensor:
+    """[M, rows] for x [M, in], by one kernel or by one kernel and the reduce of its splits.
+
+    start: starts the kernel on a target [M, rows] with a bias, or on one [splits, M, rows] without.
+    """
+    tokens = x.shape[0]
+    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
+    if plan.splits == 1:
+        start(bias, y)
+    else:
+        parts = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device)
+        start(None, parts)
+        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
+        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
+    return y.to(x.dtype)
+
+
 def rows_of_tokens(x: Tensor) -> Tensor:
     """x [..., in] as [tokens, in] with neighbouring columns together in memory; the rows may have any stride."""
     tokens = x.reshape(-1, x.shape[-1])
     return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def capability_of(x: Tensor) -> int:
+    """The first number of the compute capability of x's GPU; 0 without one."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -89,4 +124,5 @@ def configured(kernel: str, tiles: Tiles, columns: int, **constants: Any) -> Con
     constants |= {"BN": tiles.rows}
     if "gemm" in kernel:
         constants |= {"BM": tiles.tokens, "INTERPRETED": False}
-    return Configuration(kernel, constants, tiles.warps, tiles.stages, weights=tiles.rows * columns)
+    weights = tiles.rows * columns
+    return Configuration(kernel, constants, tiles.warps, tiles.stages, weights, tiles.architectures)

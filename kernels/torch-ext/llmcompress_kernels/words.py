@@ -49,9 +49,21 @@ def group_of(tile, index, K, GROUP: tl.constexpr):
 
 @triton.jit
 def group_zero(zero_ptr, at, mask):
-    """Zeros of a group as float32, read from uint8 by the same construction: [BN] pointers' offsets -> [BN]."""
-    code = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.int32)
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    """Zeros of a group, at offsets [BN], as float32 [BN, 1]; 8.0 if there are none.
+
+    Made from uint8 by the same construction as weights.
+    """
+    zero = 8.0
+    if zero_ptr is not None:
+        code = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.int32)
+        zero = ((code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0)[:, None]
+    return zero
+
+
+@triton.jit
+def group_scale(scale_ptr, at, mask):
+    """Scales of a group, at offsets [BN], as float32 [BN, 1]."""
+    return tl.load(scale_ptr + at, mask=mask, other=0.0).to(tl.float32)[:, None]
 
 
 @triton.jit

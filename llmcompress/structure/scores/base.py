@@ -33,6 +33,7 @@ class UnitScore(Options):
 
     walk: ClassVar[Walk] = "weights"  # what must be gathered first
     across_blocks: ClassVar[bool] = False  # scores of different blocks are in one unit, such as the loss
+    per_parameter: ClassVar[bool] = True  # of units that matter as much, the larger one should go
     within_block: ClassVar[bool] = False  # a unit is judged by the others of its block, so there must be some
 
     def windows(self, samples: int) -> int:

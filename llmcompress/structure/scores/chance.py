@@ -18,6 +18,7 @@ class Random(UnitScore):
     """Options of `score: random`."""
 
     across_blocks: ClassVar[bool] = True
+    per_parameter: ClassVar[bool] = False  # else large units would go before small ones, which is no chance
 
     seed: int = Field(0, ge=0, description="of the draw")
 

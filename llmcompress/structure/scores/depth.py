@@ -25,6 +25,7 @@ class BlockScore(Options):
     """Base of scores for whole decoder blocks."""
 
     looks_at_data: ClassVar[bool] = True
+    looks_at_losses: ClassVar[bool] = False  # and so needs logits
 
     def effort(self, count: int, drop: int, samples: int) -> tuple[float, float]:
         """Windows whose hidden states are held at once, and walks of a window through all blocks: for predictions."""

@@ -8,7 +8,7 @@ block, go through the remaining blocks beside each other, so a block is loaded o
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 class Greedy(BlockScore):
     """Options of `score: greedy`."""
+
+    looks_at_losses: ClassVar[bool] = True
 
     samples: int = Field(8, ge=1, description="calibration windows that candidates are judged on")
 

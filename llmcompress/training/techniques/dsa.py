@@ -11,7 +11,8 @@ F is linear, the cost of a unit times how many there are. The constraint is held
 
     μ g + ρ/2 g²      g = F(α) / B_t - 1      μ <- max(0, μ + ρ g)
 
-with B_t falling from everything to the budget B in the first half of the time. At the end ratios become counts: the α
+with B_t falling from everything to the budget B in the first half of the time, before which nothing is masked; masks
+are drawn once for each step. At the end ratios become counts: the α
 are shifted together until the counts, rounded down, just fit, and what is left of the budget is filled up by the
 largest remainders. The most important units of each block stay. α = sigmoid(`speed` θ), trained by the model's
 optimizer.
@@ -27,6 +28,7 @@ from pydantic import Field
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.shelf import UNITS, Shelf
+from llmcompress.training.schedule import ramp
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import UnitLearn, Units, UnitTechnique, lowest, units_in
 
@@ -145,6 +147,8 @@ class Allocation(UnitTechnique):
         learner.model.register_parameter(PARAMETER, torch.nn.Parameter(start))
         self.multiplier = torch.zeros((), device=device)
         self.sharpness = 1.0
+        self.acting = False  # once its time has begun
+        self.noise: list[Tensor] = []  # uniform numbers [units] of the step that is under way
         self.stay: dict[str, Tensor] = {}  # once it is settled
         self.settled = torch.zeros(len(self.units), device=device)  # α then
         self.hooks = [each.gated(partial(self.mask, learner.model, i)) for i, each in enumerate(self.units)]
@@ -153,16 +157,32 @@ class Allocation(UnitTechnique):
         """α of the units of each kind in each block."""
         return (self.options.speed * model.get_parameter(PARAMETER)).sigmoid()
 
+    def begin_step(self, step: int, learner: Learner) -> None:
+        """Sharper masks, and what they are drawn with."""
+        self.acting = step > self.options.first
+        self.sharpness = 1 + (SHARPEST - 1) * self.options.done(step)
+        if self.gambling:
+            device = self.multiplier.device
+            self.noise = [torch.rand(units.count, device=device) for units in self.units]
+
+    @property
+    def gambling(self) -> bool:
+        """Whether masks are random."""
+        return self.acting and not self.stay
+
     def mask(self, model: "nn.Module", place: int) -> Tensor:
-        """m [units], drawn anew; with the gradient of p. Once it is settled, what stays."""
-        units = self.units[place]
-        p = probabilities(units.norms(), self.shares(model)[place], self.sharpness)
-        drawn = self.stay[units.name].to(p.dtype) if self.stay else torch.bernoulli(p.detach())
-        return drawn + p - p.detach()
+        """m [units]: 1 at first, then drawn, with the gradient of p; once it is settled, what stays."""
+        units, share = self.units[place], self.shares(model)[place]
+        if not self.gambling:
+            stay = self.stay[units.name] if self.stay else torch.ones(units.count, device=share.device)
+            return stay.to(share.dtype) + 0 * share  # several processes need every parameter in the graph
+        p = probabilities(units.norms(), share, self.sharpness)
+        drawn = (self.noise[place] < p).to(p.dtype)
+        return drawn + (p - p.detach())
 
     def penalty(self, step: int, learner: Learner) -> Tensor | None:
-        """μ g + ρ/2 g²; nothing of it once it is settled."""
-        if self.stay:
+        """μ g + ρ/2 g², while masks are random."""
+        if not self.gambling:
             return None
         gap = self.gap(step, learner.model)
         return self.multiplier * gap + self.options.pressure / 2 * gap.square()
@@ -172,20 +192,19 @@ class Allocation(UnitTechnique):
         prices = [price * count for price, count in zip(self.ledger.prices, self.ledger.counts, strict=True)]
         shares = self.shares(model)
         cost = self.ledger.fixed + (shares * torch.tensor(prices, dtype=shares.dtype, device=shares.device)).sum()
-        part = min(1.0, 2 * self.options.done(step))
+        part = ramp(2 * self.options.done(step))
         return cost / (self.ledger.total + part * (self.ledger.budget - self.ledger.total)) - 1
 
     def before_step(self, step: int, learner: Learner) -> bool:
         """The multiplier moves."""
-        if not self.stay:
+        if self.gambling:
             with torch.no_grad():
                 gap = self.gap(step, learner.model)
                 self.multiplier = (self.multiplier + self.options.pressure * gap).clamp(min=0)
         return True
 
     def after_step(self, step: int, learner: Learner) -> None:
-        """Sharper masks at the next step; at the end of its time, settle what stays."""
-        self.sharpness = 1 + (SHARPEST - 1) * self.options.done(step + 1)
+        """At the end of its time, settle what stays."""
         if step != self.options.end:
             return
         self.settled = self.shares(learner.model).detach().clamp(1e-6, 1 - 1e-6)
@@ -201,16 +220,15 @@ class Allocation(UnitTechnique):
         delattr(learner.model, PARAMETER)
 
     def state(self) -> dict[str, Tensor]:
-        """Also the multiplier, how sharp masks are, and what stays; ratios are a parameter of the model."""
-        sharpness = torch.tensor(self.sharpness, dtype=torch.float64)
-        mine = {"multiplier": self.multiplier, "sharpness": sharpness, "settled": self.settled}
+        """Also the multiplier, and what stays; ratios are a parameter of the model."""
+        mine = {"multiplier": self.multiplier, "settled": self.settled}
         return super().state() | mine | {f"stay.{name}": stay for name, stay in self.stay.items()}
 
     def load(self, state: Mapping[str, Tensor], learner: Learner) -> None:
         """Also these."""
         super().load(state, learner)
         device = self.multiplier.device
-        self.multiplier, self.sharpness = state["multiplier"].to(device), float(state["sharpness"])
+        self.multiplier = state["multiplier"].to(device)
         self.settled = state["settled"].to(device)
         names = [units.name for units in self.units if f"stay.{units.name}" in state]
         self.stay = {name: state[f"stay.{name}"].to(device) for name in names}

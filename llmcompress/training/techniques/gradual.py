@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from llmcompress.shelf import WEIGHTS, Shelf
+from llmcompress.training.schedule import ramp
 from llmcompress.training.sparsity import Spread, best, spread_counts
 from llmcompress.training.technique import Learner, Technique
 
@@ -70,6 +71,5 @@ class GradualPruning(Technique):
 
     def density(self, number: int) -> float:
         """Share of the weights that stays after pruning `number`, from 0."""
-        left = (1 - number / self.options.prunings) ** 3
         density: float = self.options.density
-        return density + (1 - density) * left
+        return density + (1 - density) * (1 - ramp(number / self.options.prunings, power=3))

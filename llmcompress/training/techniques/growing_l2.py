@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.shelf import UNITS, Shelf
+from llmcompress.training.schedule import ramp
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import Fewer, UnitTechnique, lowest
 
@@ -52,7 +53,7 @@ class GrowingL2(Fewer):
 
     def strength(self, step: int) -> float:
         """λ after a step."""
-        return self.ceiling * min(self.times, (step - self.first) // self.every + 1) / self.times
+        return self.ceiling * ramp(((step - self.first) // self.every + 1) / self.times)
 
     def technique(self) -> Technique:
         """Some units are pulled to zero, and then go."""

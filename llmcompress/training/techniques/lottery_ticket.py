@@ -7,7 +7,9 @@ Renda et al. 2020, arXiv:2003.02389.
 After r rounds the density is (1 - fraction)^r. θ_k are the weights after step k of the first training: `rewind: 0` goes
 back to where that began, which for a pretrained model is the pretrained one. Every training after the first begins at
 its step k, with no moments in Adam. With `back: rate` only the learning rate goes back, and weights stay as they are.
-What the last training leaves is not pruned any more. `steps` are those of all trainings together.
+What the last training leaves is not pruned any more. `steps` are those of all trainings together. One ranking of all
+matrices may leave one of them empty, and then nothing passes through it any more; so every matrix keeps some weights of
+its own, the largest, out of the same total; with `least: 0` an empty one is refused, as the paper knows no such share.
 """
 
 from math import prod
@@ -17,7 +19,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.lazy import Tensor, torch
 from llmcompress.shelf import WEIGHTS, Shelf
-from llmcompress.training.sparsity import Shapes, best_of_all
+from llmcompress.training.sparsity import RANKING, Shapes, best_with_least
 from llmcompress.training.step import Learn
 from llmcompress.training.technique import Learner, Technique
 
@@ -36,6 +38,7 @@ class LotteryTicket(Learn):
     fraction: float = Field(0.2, gt=0, lt=1, description="share of the weights left that goes in each round")
     rewind: int = Field(0, ge=0, description="step of the first training that the others begin from")
     back: Literal["weights", "rate"] = Field("weights", description="what goes back: weights and rate, or the rate")
+    least: float = Field(0.1, ge=0, le=1, description="share of a round's density that every matrix has at least")
 
     @property
     def density(self) -> float:
@@ -51,6 +54,21 @@ class LotteryTicket(Learn):
     def later(self) -> int:
         """Steps of every training but the first."""
         return (self.steps - self.rewind) // (self.rounds + 1)
+
+    @property
+    def shortest(self) -> int:
+        """That of a training which begins anew."""
+        return self.rewind + max(1, self.later)
+
+    @property
+    def ranking_bytes(self) -> int:
+        """One ranking of all weights at the end of every round."""
+        return RANKING
+
+    @property
+    def remembered_bytes(self) -> int:
+        """The weights to go back to, in float32."""
+        return 4 if self.back == "weights" else 0
 
     @property
     def first(self) -> int:
@@ -107,9 +125,8 @@ class Rounds(Technique):
             self.remember(step + 1, learner)
         if within + 1 < length or number == self.options.rounds:
             return
-        total = sum(weight.numel() for weight in learner.weights.values())
         size = {name: w.detach().abs().masked_fill(~self.masks[name], -1) for name, w in learner.weights.items()}
-        self.masks = best_of_all(size, round((1 - self.options.fraction) ** (number + 1) * total))
+        self.masks = best_with_least(size, (1 - self.options.fraction) ** (number + 1), self.options.least)
         if self.options.back == "weights":
             self.go_back(learner)
 

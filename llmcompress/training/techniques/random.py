@@ -8,9 +8,9 @@
 The mask is drawn once with `seed` and never moves.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmcompress.lazy import Tensor
 from llmcompress.shelf import WEIGHTS, Shelf
@@ -32,6 +32,15 @@ class Random(Ranked):
     spread: Literal["erk", "uniform", "snip"] = Field(
         "erk", description="densities: erk, more where a matrix is small; uniform, the same; snip, by its ranking"
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        unused = sorted({"windows", "least"} & self.model_fields_set)
+        if self.spread != "snip" and unused:
+            raise ValueError(
+                f"{unused[0]}: is for the ranking of `spread: snip`, and {self.spread} takes none; leave it out"
+            )
+        return self
 
     @property
     def scoring_bytes(self) -> int:

@@ -9,9 +9,11 @@ In a convolution a stripe is one of the k x k places of a filter. A linear has n
 S, which is `speed` times that of the weights. After the last step S is multiplied into W, so nothing of it is left.
 
 Which matrices lose how much is learned. With `density`, as many stripes as are above it go at the end, those of the
-smallest |S| of all.
+smallest |S| of all. A matrix never loses its last stripe, as nothing would pass through it any more and no gradient
+could bring one back: the largest factor of each is held at δ. The record names the matrices that came to that.
 """
 
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -19,7 +21,7 @@ from pydantic import Field
 from llmcompress.lazy import Tensor, torch
 from llmcompress.shelf import Shelf
 from llmcompress.training.schedule import Scheduled
-from llmcompress.training.sparsity import Shapes, best_of_all
+from llmcompress.training.sparsity import Shapes, best, best_of_all
 from llmcompress.training.technique import Learner, Technique
 from llmcompress.training.units import as_matrix
 
@@ -55,6 +57,12 @@ class Skeleton(Scheduled):
                 f"stripe: {odd[0]} has {shapes[odd[0]][1]} input columns, which are not made of stripes of "
                 f"{self.stripe}; use a divisor of all widths"
             )
+        stripes = sum(map(prod, shapes.values())) // self.stripe
+        if self.density is not None and round(self.density * stripes) < len(shapes):
+            raise ValueError(
+                f"density: {self.density:g} leaves {round(self.density * stripes)} stripes to {len(shapes)} matrices, "
+                f"and each needs one; use at least {len(shapes) / stripes:.2g}"
+            )
 
     def technique(self) -> Technique:
         """Stripes that fall."""
@@ -80,10 +88,9 @@ class Stripes(Technique):
         options = self.options
         if not options.active(step):
             return
-        sizes = {}
-        for name, module in self.striped.items():
+        for module in self.striped.values():
             shrink(module.skeleton, learner.rate * options.strength)
-            sizes[name] = options.speed * module.skeleton.detach().abs()
+        sizes = {name: self.held(name) for name in self.striped}
         stay = {name: size >= options.threshold for name, size in sizes.items()}
         if step == options.end and options.density is not None:
             most = round(options.density * sum(size.numel() for size in sizes.values()))
@@ -91,9 +98,19 @@ class Stripes(Technique):
         for name, mask in stay.items():
             self.keep_only(name, mask)
 
+    def held(self, name: str) -> Tensor:
+        """|S| of a matrix [out * in / stripe], infinite for the largest, which is held at δ, in place."""
+        skeleton, least = self.striped[name].skeleton.detach(), self.options.threshold / self.options.speed
+        size = skeleton.abs()
+        if (mask := self.masks.get(factors_of(name))) is not None:
+            size = size.masked_fill(~mask, -1)  # one that fell is no candidate, though all others may be at zero
+        largest = best(size, 1)
+        skeleton.copy_(torch.where(largest & (size < least), least * (1 - 2 * skeleton.signbit().float()), skeleton))
+        return (self.options.speed * size).masked_fill(largest, torch.inf)
+
     def keep_only(self, name: str, stay: Tensor) -> None:
         """Mask what else there is of the stripes of a matrix, and their factors; stay: [out * in / stripe] bool."""
-        module, factors = self.striped[name], name.removesuffix("weight") + "skeleton"
+        module, factors = self.striped[name], factors_of(name)
         before = self.masks.get(factors, torch.ones_like(stay))
         if bool((before & ~stay).any()):
             self.masks[factors] = before & stay
@@ -107,10 +124,16 @@ class Stripes(Technique):
             put(learner.model, name.removesuffix(".weight"), module.linear[0])
 
     def record(self) -> dict[str, Any]:
-        """Density of all matrices together."""
+        """Density of all matrices together, and those with one stripe alone."""
         fell = sum(int((~self.masks[name]).sum()) for name in self.striped if name in self.masks)
         total = sum(module.weight.numel() for module in self.striped.values())
-        return super().record() | {"density": 1 - fell / total}
+        alone = [n for n in self.striped if n in self.masks and int(self.masks[n].sum()) == self.options.stripe]
+        return super().record() | {"density": 1 - fell / total, "one_stripe": alone}
+
+
+def factors_of(name: str) -> str:
+    """Name of the factors of a matrix among the parameters, beside its weight."""
+    return name.removesuffix("weight") + "skeleton"
 
 
 def striped(linear: Any, stripe: int, speed: float) -> "nn.Module":

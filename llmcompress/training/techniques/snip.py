@@ -7,7 +7,6 @@ queries and keys is almost nothing, and the ranking would leave these matrices e
 every matrix keeps some of its own, the best, whatever their rank; with `least: 0` an empty one is refused.
 """
 
-from math import prod
 from typing import ClassVar
 
 from pydantic import Field
@@ -15,7 +14,7 @@ from pydantic import Field
 from llmcompress.errors import NumericalError
 from llmcompress.lazy import Tensor, torch
 from llmcompress.shelf import WEIGHTS, Shelf
-from llmcompress.training.sparsity import RANKING, Sparse, Static, best, best_of_all, kept_in_all
+from llmcompress.training.sparsity import RANKING, Sparse, Static, best_with_least
 from llmcompress.training.technique import Learner, Technique
 
 
@@ -27,7 +26,7 @@ class Ranked(Sparse):
 
     @property
     def scoring_bytes(self) -> int:
-        """Gradients, scores, and their places."""
+        """Scores, and their places; gradients take less."""
         return RANKING
 
 
@@ -70,14 +69,4 @@ def ranked(scores: dict[str, Tensor], options: Ranked) -> dict[str, Tensor]:
     """
     if bad := [name for name, score in scores.items() if not bool(score.isfinite().all())]:
         raise NumericalError(f"{bad[0]}: a score is NaN or infinite; look at the text, or use `train: random`")
-    shapes = {name: (score.shape[0], score.shape[1]) for name, score in scores.items()}
-    sure = {name: best(score, int(options.least * options.density * score.numel())) for name, score in scores.items()}
-    above = {name: score.masked_fill(sure[name], torch.inf) for name, score in scores.items()}
-    masks = best_of_all(above, kept_in_all(shapes, options.density))
-    if empty := [name for name, mask in masks.items() if not bool(mask.any())]:
-        count = prod(shapes[empty[0]])
-        raise NumericalError(
-            f"{empty[0]}: none of its {count:,} scores is among the best {options.density:.2%} of all; use a larger "
-            "`least`, or `train: random`, which gives every matrix its share"
-        )
-    return masks
+    return best_with_least(scores, options.density, options.least)

@@ -30,9 +30,9 @@ def int4_gated_mlp(
     biases      [out]        dtype of x, or None, each by itself
     returns     [..., out]   dtype of x, contiguous
 
-    On a GPU sums, activation and product are in float32 and rounded once, except above 256 tokens, where weights and
-    the two linears have the dtype of x, for the BLAS. On a CPU it is two `int4_linear`, whose results are rounded, and
-    the rest in float32. The packed kernels give the same bits for the same inputs. Gradients are not computed.
+    On a GPU and for up to 32 tokens (one from compute capability 10 on), sums, activation and product are in float32
+    and rounded once. For more it is two `int4_linear`, and the rest in the dtype of x; on a CPU always two, and the
+    rest in float32. The packed kernels give the same bits for the same inputs. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

@@ -2,12 +2,17 @@
 
     tokens M     kernel             why
     1            gated_gemv         a tensor core would do nothing in 15 of its 16 columns
-    2 .. 256     gated_gemm         both packed weights are read once per BM tokens, and x once for both
+    2 .. 32      gated_gemm         every tile of both weights is unpacked once, and x is read once for both
+    33 .. 256    int4_gemm          twice, then the activation and the product by torch
     above        int4_dequantize    the weights are unpacked one after the other, and the BLAS does the rest
 
-A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. For 64 tokens there
-is no room: that spills on sm_89, and on sm_100 Triton makes a kernel of it that only traps. Tiles are chosen by what
-the compiler reports (kernels/resources/int4_gated_mlp.json). BLAS_TOKENS is declared, not measured.
+A program holds the sums of two weights, so it has half the rows that one of `int4_linear` has. For 64 tokens there is
+no room: that spills on sm_89, and on sm_100 Triton makes a kernel of it that only traps. So more than 32 tokens would
+unpack every weight twice, and instructions are what bounds these kernels: the model of kernels/tools/roofline.py gives
+two linears, with tiles of 64 and 128 tokens, the shorter time, though they read x twice. From compute capability 10 on,
+where tiles of 64 rows take twice the instructions per weight that those of 128 rows do, it does so for all M above 1.
+
+Tiles are chosen by what the compiler reports (kernels/resources/int4_gated_mlp.json).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,20 +23,28 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import dequantize
+from ..int4_linear.launch import multiplied
 from ..int4_linear.layout import GROUPS, TILE
-from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
+from ..launching import (
+    REDUCE,
+    Plan,
+    Tiles,
+    capability_of,
+    configured,
+    device_of,
+    interpreted,
+    planned,
+    result_dtype,
+    rows_of_tokens,
+)
 from .kernel import gated_gemm, gated_gemv, reduce_gated
 from .reference import ACTIVATIONS, Gated
 
-BLAS_TOKENS = 256  # above this M the weights are dequantized
-
 GEMV = Tiles(rows=32, tokens=1, warps=2, stages=3)
-GEMM = (  # by rising tokens; the last one serves all that is larger
-    Tiles(rows=64, tokens=16, warps=4, stages=3),
-    Tiles(rows=64, tokens=32, warps=4, stages=3),
+GEMM = (  # by rising tokens
+    Tiles(rows=64, tokens=16, warps=4, stages=3, architectures=(80, 89, 90)),
+    Tiles(rows=64, tokens=32, warps=4, stages=3, architectures=(80, 89, 90)),
 )
-REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
 
 
 def int4_gated_mlp_triton(x: Tensor, weights: Gated, activation: str, processors: int) -> Tensor:
@@ -41,18 +54,22 @@ def int4_gated_mlp_triton(x: Tensor, weights: Gated, activation: str, processors
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
     tokens = rows_of_tokens(x)
     with device_of(x):
-        if tokens.shape[0] > BLAS_TOKENS:
-            y = unpacked_product(tokens, weights, activation)
-        else:
+        if tokens.shape[0] <= fused_tokens(capability_of(x)):
             y = packed_product(tokens, weights, activation, processors)
+        else:
+            y = two_products(tokens, weights, activation, processors)
     return y.view(*x.shape[:-1], rows)
 
 
-def unpacked_product(x: Tensor, weights: Gated, activation: str) -> Tensor:
-    """x [M, in] -> [M, out] in the dtype of x; one unpacked weight is in memory at a time."""
-    linear, columns = torch.nn.functional.linear, x.shape[1]
-    gate = linear(x, dequantize(weights.gate, columns, x.dtype), weights.gate_bias)
-    return ACTIVATIONS[activation](gate).mul_(linear(x, dequantize(weights.up, columns, x.dtype), weights.up_bias))
+def fused_tokens(capability: int) -> int:
+    """The most tokens for which both weights are multiplied at once, by the first number of a compute capability."""
+    return 1 if capability >= 10 else GEMM[-1].tokens
+
+
+def two_products(x: Tensor, weights: Gated, activation: str, processors: int) -> Tensor:
+    """x [M, in] -> [M, out], by two linears, packed or unpacked as those choose; in the dtype of x from there on."""
+    gate = multiplied(x, weights.gate, weights.gate_bias, processors)
+    return ACTIVATIONS[activation](gate).mul_(multiplied(x, weights.up, weights.up_bias, processors))
 
 
 def packed_product(x: Tensor, weights: Gated, activation: str, processors: int) -> Tensor:
@@ -65,8 +82,7 @@ def packed_product(x: Tensor, weights: Gated, activation: str, processors: int) 
     else:
         parts = torch.empty(plan.splits, 2, tokens, rows, dtype=torch.float32, device=x.device)
         start(plan, x, weights, activation, None, parts)
-        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
-        reduce_gated[grid](
+        reduce_gated[triton.cdiv(rows, REDUCE.rows), tokens](
             parts, weights.gate_bias, weights.up_bias, y, tokens, rows, plan.splits,
             BN=REDUCE.rows, ACTIVATION=activation, num_warps=REDUCE.warps,
         )  # fmt: skip

@@ -3,10 +3,13 @@
     tokens M     kernel             why
     1            int4_gemv          a tensor core would do nothing in 15 of its 16 columns
     2 .. 256     int4_gemm          the packed weight is read once per BM tokens
-    above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest
+    above        int4_dequantize    the weight is unpacked once, and the BLAS does the rest; from compute capability
+                                    10 on above 64 tokens: tensor cores and memory are faster there, instructions not
 
 Tiles are chosen by what the compiler reports (kernels/resources/int4_linear.json): no spills, weight loads of 128 bits,
-few instructions per weight. BLAS_TOKENS is declared, not measured.
+few instructions per weight. What bounds many tokens are the instructions that unpack a weight, as often as there are
+tiles of tokens; so tiles are as large as registers allow. On sm_100 Triton makes a kernel of WIDE that only traps.
+The limits follow from the model of kernels/tools/roofline.py; nothing was measured.
 """
 
 from collections.abc import Iterator
@@ -17,54 +20,81 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
-from .kernel import int4_dequantize, int4_gemm, int4_gemv, reduce_splits
+from ..launching import (
+    REDUCE,
+    Plan,
+    Tiles,
+    capability_of,
+    configured,
+    device_of,
+    interpreted,
+    planned,
+    result_dtype,
+    rows_of_tokens,
+    summed,
+)
+from .kernel import int4_dequantize, int4_gemm, int4_gemv
 from .layout import GROUPS, TILE, Int4Weight
 
 BLAS_TOKENS = 256  # above this M the weight is dequantized
+BLAS_TOKENS_10 = 64  # the same from compute capability 10 on
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
-GEMM = (  # by rising tokens; the last one serves all that is larger
+GEMM = (  # by rising tokens; the last one serves all that is larger where there is no WIDE
     Tiles(rows=128, tokens=16, warps=4, stages=3),
     Tiles(rows=64, tokens=32, warps=4, stages=3),
     Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
+WIDE = Tiles(rows=128, tokens=128, warps=8, stages=2, architectures=(80, 89, 90))
+WIDE_GROUPS = (64, 128)  # scales and zero points of smaller groups take more registers than there are
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
-REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
+
+WEIGHTS: tuple[
+    dict[str, Any], ...
+] = (  # every group, with zeros; without them, which takes instructions away, the widest
+    *({"GROUP": group} for group in GROUPS),
+    {"GROUP": 128, "zero_ptr": None},
+)
 
 
 def int4_linear_triton(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
-    columns, rows = x.shape[-1], weight.words.shape[1]
+    rows = weight.words.shape[1]
     if x.numel() == 0 or rows == 0:
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
     tokens = rows_of_tokens(x)
     with device_of(x):
-        if tokens.shape[0] > BLAS_TOKENS:
-            y = torch.nn.functional.linear(tokens, dequantize(weight, columns, x.dtype), bias)
-        else:
-            y = product(tokens, weight, bias, processors)
-    return y.view(*x.shape[:-1], rows)
+        return multiplied(tokens, weight, bias, processors).view(*x.shape[:-1], rows)
+
+
+def multiplied(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
+    """x [M, in] -> [M, out], with the packed weight or, for many tokens, the unpacked one."""
+    if x.shape[0] > blas_tokens(capability_of(x)):
+        return torch.nn.functional.linear(x, dequantize(weight, x.shape[1], x.dtype), bias)
+    return product(x, weight, bias, processors)
+
+
+def blas_tokens(capability: int) -> int:
+    """The most tokens that the packed weight is multiplied with, by the first number of a compute capability."""
+    return BLAS_TOKENS_10 if capability >= 10 else BLAS_TOKENS
 
 
 def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
-    tokens, rows = x.shape[0], weight.words.shape[1]
+    """x [M, in] -> [M, out]."""
     plan = plan_of(x, weight, processors)
-    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    if plan.splits == 1:
-        start(plan, x, weight, bias, y)
-    else:
-        parts = partial_sums(plan, x, weight)
-        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
-        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
-    return y.to(x.dtype)
+    return summed(plan, x, weight.words.shape[1], bias, lambda bias, target: start(plan, x, weight, bias, target))
 
 
 def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
     """Of the product of x [M, in] with a weight."""
     tiles, rows, _ = weight.words.shape
-    return planned((GEMV, *GEMM), x.shape[0], rows, tiles, processors)
+    group = x.shape[1] // weight.scale.shape[0]
+    return planned(choices(capability_of(x), group), x.shape[0], rows, tiles, processors)
+
+
+def choices(capability: int, group: int) -> tuple[Tiles, ...]:
+    """Tiles by rising tokens, for the first number of a compute capability and the columns of a scale."""
+    return (GEMV, *GEMM, WIDE) if capability < 10 and group in WIDE_GROUPS else (GEMV, *GEMM)
 
 
 def partial_sums(plan: Plan, x: Tensor, weight: Int4Weight) -> Tensor:
@@ -99,14 +129,10 @@ def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All tiles and groups, with a bias and zeros; without zeros, which takes instructions away, groups of 128.
-
-    A split launch stores float32 without a bias, after the same loop.
-    """
+    """All tiles and WEIGHTS, with a bias: a split launch stores float32 without one, after the same loop."""
     yield configured("reduce_splits", REDUCE, 0)
-    weights: list[dict[str, Any]] = [*({"GROUP": group} for group in GROUPS), {"GROUP": 128, "zero_ptr": None}]
-    for weight in weights:
+    for weight in WEIGHTS:
         yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
         yield configured("int4_gemv", GEMV, TILE, **weight)
-        for tiles in GEMM:
+        for tiles in (*GEMM, WIDE) if weight["GROUP"] in WIDE_GROUPS else GEMM:
             yield configured("int4_gemm", tiles, TILE, **weight)

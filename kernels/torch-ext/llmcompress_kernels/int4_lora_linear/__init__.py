@@ -32,9 +32,9 @@ def int4_lora_linear(
     bias     [out]          dtype of x, or None
     returns  [..., out]     dtype of x, contiguous
 
-    x Aᵀ is rounded to the dtype of x. On a GPU all else is summed in float32 and rounded once, except above 256 tokens,
-    where the weight is unpacked for the BLAS and the two products are rounded one after the other, as they are on a
-    CPU. The packed kernels give the same bits for the same inputs. Gradients are not computed.
+    x Aᵀ is rounded to the dtype of x. On a GPU all else is summed in float32 and rounded once, except for many tokens,
+    as in `int4_linear`: then the weight is unpacked for the BLAS and the two products are rounded one after the other,
+    as they are on a CPU. The packed kernels give the same bits for the same inputs. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

@@ -10,7 +10,8 @@ Names: R is the rank padded to a power of two, 16 at least, which is one step of
 import triton
 import triton.language as tl
 
-from ..int4_linear.kernel import gemm_sum, gemv_sum
+from ..int4_linear.kernel import gemm_sums, gemv_sums
+from ..outputs import store_token, store_tokens
 from ..words import dot
 
 
@@ -39,15 +40,14 @@ def lora_gemv(
     x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, b_ptr, h_ptr, y_ptr, N, K, span, rank, scaling,
     GROUP: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """y[n] of one token. Grid (ceil(N / BN), 1, 1)."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    y = gemv_sum(x_ptr, words_ptr, scale_ptr, zero_ptr, n, tl.program_id(2), N, K, span, GROUP, BN)
+    """y[n] of one token. Grid (1, ceil(N / BN), 1)."""
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    y, _ = gemv_sums(x_ptr, words_ptr, scale_ptr, zero_ptr, None, None, None, n, split, N, K, span, GROUP, BN)
     r = tl.arange(0, R)
     h = tl.load(h_ptr + r, mask=r < rank, other=0.0).to(tl.float32)
     y += scaling * tl.sum(b_rows(b_ptr, n, rank, N, R).to(tl.float32) * h[None, :], axis=1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    store_token(y_ptr, bias_ptr, y, n, split, N)
 
 
 @triton.jit
@@ -55,18 +55,16 @@ def lora_gemm(
     x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, b_ptr, h_ptr, y_ptr, M, N, K, stride, span, rank, scaling,
     GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n]. Grid (ceil(N / BN), ceil(M / BM), 1)."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
-    y = gemm_sum(
-        x_ptr, words_ptr, scale_ptr, zero_ptr, n, m, tl.program_id(2), M, N, K, stride, span,
+    """y[m, n]. Grid (ceil(M / BM), ceil(N / BN), 1)."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    split = tl.program_id(2)
+    y, _ = gemm_sums(
+        x_ptr, words_ptr, scale_ptr, zero_ptr, None, None, None, n, m, split, M, N, K, stride, span,
         GROUP, BN, BM, INTERPRETED,
     )  # fmt: skip
     y += scaling * low_rank(b_ptr, h_ptr, n, m, rank, M, N, R, INTERPRETED)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+    store_tokens(y_ptr, bias_ptr, y, n, m, split, M, N)
 
 
 @triton.jit
@@ -82,7 +80,4 @@ def lora_gemm_reduce(
     for split in range(splits):
         at = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
         y += tl.load(parts_ptr + at, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    store_tokens(y_ptr, bias_ptr, y, n, m, 0, M, N)

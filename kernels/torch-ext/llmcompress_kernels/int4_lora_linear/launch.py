@@ -1,9 +1,10 @@
 """Launches of `int4_lora_linear` on a GPU. Imports triton through kernel.py, so it is imported late.
 
 h = x Aᵀ goes first, by the BLAS; its result is at most 64 wide. Then tokens M choose as in int4_linear/launch.py, with
-its tiles: `lora_gemv`, `lora_gemm`, or above BLAS_TOKENS the unpacked weight. Where the inner dimension is split, the
+its tiles: `lora_gemv`, `lora_gemm`, or for many the unpacked weight. Where the inner dimension is split, the
 kernels of `int4_linear` make the parts and `lora_gemm_reduce` adds them up, for one token too: it reads little. So it
-does for several tokens and ranks above WIDEST, with one part.
+does, with one part, where the update would need registers that are not there: for several tokens and ranks above
+WIDEST, and for the widest tiles.
 """
 
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import BLAS_TOKENS, GEMM, GEMV, dequantize, partial_sums, plan_of
+from ..int4_linear.launch import GEMM, GEMV, WEIGHTS, WIDE, blas_tokens, dequantize, partial_sums, plan_of
 from ..int4_linear.layout import TILE, Int4Weight
-from ..launching import Plan, Tiles, configured, device_of, interpreted, result_dtype, rows_of_tokens
+from ..launching import Plan, Tiles, capability_of, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
 from .reference import Adapter
 
@@ -35,7 +36,7 @@ def int4_lora_linear_triton(
     tokens, linear = rows_of_tokens(x), torch.nn.functional.linear
     with device_of(x):
         h = linear(tokens, adapter.a)
-        if tokens.shape[0] > BLAS_TOKENS:
+        if tokens.shape[0] > blas_tokens(capability_of(x)):
             y = linear(tokens, dequantize(weight, columns, x.dtype), bias)
             y = y.addmm_(h, adapter.b.T, alpha=adapter.scaling)
         else:
@@ -50,7 +51,7 @@ def product(x: Tensor, weight: Int4Weight, bias: Tensor | None, adapter: Adapter
     update = (h.shape[1], adapter.scaling)
     options = plan.options | {"GROUP": columns // weight.scale.shape[0], "R": padded(h.shape[1])}
     pointers = (x, *weight, bias, adapter.b, h, y)
-    if plan.splits > 1 or (tokens > 1 and options["R"] > WIDEST):
+    if plan.splits > 1 or plan.tiles == WIDE or (tokens > 1 and options["R"] > WIDEST):
         reduce(partial_sums(plan, x, weight), bias, adapter, h, y)
     elif tokens == 1:
         lora_gemv[plan.grid](*pointers, rows, columns, plan.span, *update, **options)
@@ -77,9 +78,10 @@ def padded(rank: int) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """Ends of all ranks, with a bias, after the loop for groups of 64; all loops are in the table of `int4_linear`."""
+    """All ranks, tiles and weights, with a bias."""
     for rank in RANKS:
         yield configured("lora_gemm_reduce", REDUCE, 0, R=rank)
-        yield configured("lora_gemv", GEMV, TILE, GROUP=64, R=rank)
-        for tiles in GEMM if rank <= WIDEST else ():
-            yield configured("lora_gemm", tiles, TILE, GROUP=64, R=rank)
+        for weight in WEIGHTS:
+            yield configured("lora_gemv", GEMV, TILE, R=rank, **weight)
+            for tiles in GEMM if rank <= WIDEST else ():
+                yield configured("lora_gemm", tiles, TILE, R=rank, **weight)

@@ -20,6 +20,7 @@ Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program.
 import triton
 import triton.language as tl
 
+from ..outputs import store_token, store_tokens
 from ..two_of_four import dot_fours, fours_of, picked, rounded_bits, spread
 from .assembly import MULTIPLY_CONSTRAINTS, less_eight, multiply
 
@@ -97,30 +98,13 @@ def word_scales(scale_ptr, block, n, N, K, GROUP: tl.constexpr):
 
 
 @triton.jit
-def store_token(y_ptr, bias_ptr, y, n, split, N):
-    """Outputs n of the only token, or its parts of one split."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + split.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def store_tokens(y_ptr, bias_ptr, y, n, m, split, M, N):
-    """Outputs n of tokens m, or their parts of one split: y [n, m], both as [n, 1] and [1, m] or of the shape of y."""
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    at = (split * M + m).to(tl.int64) * N + n
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
-
-
-@triton.jit
 def sparse24_int4_gemv(
     x_ptr, words_ptr, metadata_ptr, scale_ptr, bias_ptr, y_ptr, N, K, span,
     GROUP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y[n] of one token, or parts [splits, n]. Grid (ceil(N / BN), 1, splits), `span` blocks per program."""
+    """y[n] of one token, or parts [splits, n]. Grid (1, ceil(N / BN), splits), `span` blocks per program."""
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
-    pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    pair = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
     n = upper_row(pair)
     split = tl.program_id(2)
     upper = tl.zeros((BN // 2, WIDTH), dtype=tl.float32)
@@ -156,14 +140,14 @@ def sparse24_int4_gemm(
     x_ptr, words_ptr, metadata_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
     GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits).
+    """y[m, n], or parts [splits, m, n], by tensor cores on expanded weights. Grid (ceil(M / BM), ceil(N / BN), splits).
 
     The words of a pair of rows have columns of all groups of a block, so that scales multiply weights and not sums.
     """
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
-    pair = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    pair = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
     n = upper_row(pair)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     rows = fours_of(x_ptr) + m.to(tl.int64)[None, :] * (stride // 4)
     upper = tl.zeros((BN // 2, BM), dtype=tl.float32)
@@ -274,7 +258,7 @@ def sparse24_int4_gemm_sp(
     fragments_ptr, words_ptr, metadata_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K, span,
     GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], by sparse tensor cores. Grid (ceil(N / BN), ceil(M / BM), splits).
+    """y[m, n], or parts [splits, m, n], by sparse tensor cores. Grid (ceil(M / BM), ceil(N / BN), splits).
 
     A warp has the 16 rows of a strip, and BM is 8, 16 or 32. No operand passes through shared memory: all are loaded as
     the instruction takes them.
@@ -282,14 +266,14 @@ def sparse24_int4_gemm_sp(
     BFLOAT16: tl.constexpr = scale_ptr.dtype.element_ty == tl.bfloat16
     thread = tl.arange(0, 2 * BN)
     lane = thread % 32
-    strip = tl.program_id(0) * (BN // STRIP) + thread // 32
+    strip = tl.program_id(1) * (BN // STRIP) + thread // 32
     strips = tl.cdiv(N, STRIP)
     split = tl.program_id(2)
     tiles = tl.cdiv(K, 2 * BLOCK)
     n = strip * STRIP + lane // 4
     at = lane[:, None] * 4 + tl.arange(0, 4)[None, :]
     mine = strip.to(tl.int64)[:, None] * 128 + at
-    fragments = fragments_ptr + tl.program_id(1) * tiles * (128 * BM) + at
+    fragments = fragments_ptr + tl.program_id(0) * tiles * (128 * BM) + at
     total0 = tl.zeros((2 * BN, 4), dtype=tl.float32)
     total1 = tl.zeros((2 * BN, 4), dtype=tl.float32)
     total2 = tl.zeros((2 * BN, 4), dtype=tl.float32)
@@ -326,7 +310,7 @@ def sparse24_int4_gemm_sp(
                 )  # fmt: skip
     element = tl.arange(0, 4)[None, :]
     row = n[:, None] + element // 2 * 8
-    token = tl.program_id(1) * BM + (lane % 4 * 2)[:, None] + element % 2
+    token = tl.program_id(0) * BM + (lane % 4 * 2)[:, None] + element % 2
     store_tokens(y_ptr, bias_ptr, total0, row, token, split, M, N)
     if BM >= 16:
         store_tokens(y_ptr, bias_ptr, total1, row, token + 8, split, M, N)

@@ -8,7 +8,8 @@
     above        sparse24_int4_dequantize    the weight is made once, and the BLAS does the rest
 
 Tiles are chosen by what the compiler reports (kernels/resources/sparse24_int4_linear.json): no spills, weight loads of
-128 bits. BLAS_TOKENS is declared, not measured.
+128 bits. Programs of all tokens of the same rows run side by side, so the packed weight comes from memory once whatever
+M is. BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ from torch import Tensor
 from ..configuration import Configuration
 from ..int4_linear.launch import BLAS_TOKENS
 from ..int4_linear.layout import GROUPS
-from ..launching import Plan, Tiles, configured, device_of, interpreted, planned
-from ..sparse24_linear.launch import aligned_rows, summed
+from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, summed
+from ..sparse24_linear.launch import aligned_rows
 from .kernel import (
     sparse24_int4_dequantize,
     sparse24_int4_gemm,
@@ -72,7 +73,7 @@ def sparse24_int4_linear_triton(
 
 
 def product(x: Tensor, weight: Sparse24Int4Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
+    """x [M, in] -> [M, out]."""
     (tokens, columns), rows = x.shape, weight.scale.shape[1]
     plan = planned((GEMV, *GEMM), tokens, rows, triton.cdiv(columns, BLOCK), processors)
     return summed(plan, x, rows, bias, lambda bias, target: start(plan, x, weight, bias, target))
@@ -96,7 +97,7 @@ def product_of_fragments(x: Tensor, weight: Sparse24Int4Weight, bias: Tensor | N
     tiles = triton.cdiv(columns, TILE)
     plan = planned(FRAGMENT, tokens, rows, tiles, processors)
     size = plan.tiles.tokens
-    grid = (tiles * TILE // BLOCK, plan.grid[1])
+    grid = (tiles * TILE // BLOCK, plan.grid[0])
     fragments = torch.empty(*grid, 64 * size, dtype=torch.int32, device=x.device)
     token_fragments[grid](x, fragments, tokens, columns, x.stride(0), BM=size, num_warps=FRAGMENT_WARPS)
 

@@ -3,7 +3,7 @@
 Layout of `values` and `index`: layout.py. A tile is 256 input columns of a row: four planes of 16 fours of columns, and
 16 words of the index, whose nibble i belongs to plane i. How fours are multiplied: two_of_four.py.
 
-Split-K as in int4_linear/kernel.py: program (n, m, s) sums a span of tiles into its own slice of a float32 workspace.
+What happens where a sum ends, and how sums are split: outputs.py.
 
 Names: BN rows of the weight (outputs) and BM rows of x (tokens) per program. Rows of x must start at multiples of 8
 bytes, and K is a multiple of 8.
@@ -12,6 +12,7 @@ bytes, and K is a multiple of 8.
 import triton
 import triton.language as tl
 
+from ..outputs import store_token, store_tokens
 from ..two_of_four import as_float, dot_fours, fours_of, picked, spread
 
 TILE = tl.constexpr(256)
@@ -42,9 +43,9 @@ def plane_weights(pairs, nibble):
 
 @triton.jit
 def sparse24_gemv(x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, N, K, span, BN: tl.constexpr):
-    """y[n] of one token, or parts [splits, n]. Grid (ceil(N / BN), 1, splits), `span` tiles per program."""
+    """y[n] of one token, or parts [splits, n]. Grid (1, ceil(N / BN), splits), `span` tiles per program."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
     total = tl.zeros((BN, WIDTH), dtype=tl.float32)
     for tile in range(split * span, min((split + 1) * span, tl.cdiv(K, TILE))):
@@ -54,10 +55,7 @@ def sparse24_gemv(x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, N, K, span, BN:
             at = (tile * PLANES + i) * WIDTH + tl.arange(0, WIDTH)
             x = tl.load(fours_of(x_ptr) + at, mask=at * 4 < K, other=0)[None, :]
             total += as_products(pairs, x, index >> (4 * i), dtype)
-    y = tl.sum(total, axis=1)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + split.to(tl.int64) * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+    store_token(y_ptr, bias_ptr, tl.sum(total, axis=1), n, split, N)
 
 
 @triton.jit
@@ -72,10 +70,10 @@ def sparse24_gemm(
     x_ptr, values_ptr, index_ptr, bias_ptr, y_ptr, M, N, K, stride, span,
     BN: tl.constexpr, BM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n], or parts [splits, m, n], from expanded weights. Grid (ceil(N / BN), ceil(M / BM), splits)."""
+    """y[m, n], or parts [splits, m, n], from expanded weights. Grid (ceil(M / BM), ceil(N / BN), splits)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
     split = tl.program_id(2)
     rows = fours_of(x_ptr) + m.to(tl.int64)[None, :] * (stride // 4)
     total = tl.zeros((BN, BM), dtype=tl.float32)
@@ -86,10 +84,7 @@ def sparse24_gemm(
             at = (tile * PLANES + i) * WIDTH + tl.arange(0, WIDTH)
             x = tl.load(rows + at[:, None], mask=(m < M)[None, :] & (at * 4 < K)[:, None], other=0)
             total = dot_fours(weights, x, total, dtype, INTERPRETED)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+    store_tokens(y_ptr, bias_ptr, total, n, m, split, M, N)
 
 
 @triton.jit

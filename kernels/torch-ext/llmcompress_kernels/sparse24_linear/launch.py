@@ -2,49 +2,72 @@
 
     tokens M     kernel             why
     1            sparse24_gemv      a tensor core would do nothing in 15 of its 16 columns
-    2 .. 256     sparse24_gemm      the packed weight is read once per BM tokens, and expanded in registers
-    above        library.py         sparse tensor cores through torch, where it has a kernel for the GPU
-                 sparse24_expand    elsewhere: the weight is expanded once, and the BLAS does the rest
+    2 .. 256     sparse24_gemm      the packed weight is expanded in registers, once per BM tokens
+    above        sparse24_expand    the weight is expanded once, and the BLAS does the rest
+    above 64     library.py         sparse tensor cores through torch, where a form for them was given
 
 Tiles are chosen by what the compiler reports (kernels/resources/sparse24_linear.json): no spills, weight loads of 128
-bits. BLAS_TOKENS is declared, not measured.
+bits. The limits follow from the model of kernels/tools/roofline.py; nothing was measured.
+
+- Programs of all tokens of the same rows run side by side, so the packed weight comes from memory once whatever M is.
+  What grows with M is the instructions that expand it, 7 per weight and 32 tokens.
+- Expanding in memory costs 25 bits per weight before the BLAS begins. On GPUs of compute capability 8 and 9, the
+  packed form takes a quarter of that way's time at 64 tokens, half at 128 and about the same at 256. On capability 10,
+  whose tensor cores and memory are twice as fast while its processors issue no more instructions, they meet at 96.
+- The library multiplies at twice the dense peak. The model gives it the lead from 33 tokens on, on all but one GPU, but
+  such products are short, and it knows nothing of what a library's tiles do with few tokens: so from 65 on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.kernel import reduce_splits
-from ..int4_linear.launch import BLAS_TOKENS, REDUCE
-from ..launching import Plan, Tiles, configured, device_of, interpreted, planned, result_dtype, rows_of_tokens
+from ..launching import Plan, Tiles, capability_of, configured, device_of, interpreted, planned, rows_of_tokens, summed
 from .kernel import sparse24_expand, sparse24_gemm, sparse24_gemv
 from .layout import TILE, Sparse24Weight
-from .library import sparse_product, takes
+from .library import library_of, library_product
 
 GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
-# Two warps: four would split the tokens and expand every weight twice, and on sm_100 take the instruction for 64 rows.
-# More tokens a program do not fit into registers everywhere.
-GEMM = Tiles(rows=64, tokens=16, warps=2, stages=3)
+# Two warps: four would split the tokens and expand every weight twice, and on sm_100 Triton makes kernels of them that
+# only trap. 64 tokens a program do not fit into registers.
+GEMM = (  # by rising tokens; the last one serves all that is larger
+    Tiles(rows=64, tokens=16, warps=2, stages=3),
+    Tiles(rows=64, tokens=32, warps=2, stages=3),
+)
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
+LIBRARY_TOKENS = 64  # above this M a form for torch's library is used, if there is one
+BLAS_TOKENS = 256  # above this M the weight is expanded for the BLAS
+BLAS_TOKENS_10 = 96  # the same from compute capability 10 on
 
 
-def sparse24_linear_triton(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [..., in] with any strides -> [..., out]. processors: streaming multiprocessors of the GPU."""
+def sparse24_linear_triton(
+    x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int, form: Tensor | None = None
+) -> Tensor:
+    """x [..., in] with any strides -> [..., out].
+
+    processors: streaming multiprocessors of the GPU; form: of the same weight, by `sparse24_form`.
+    """
     rows = weight.values.shape[1]
     if x.numel() == 0 or rows == 0:
         return x.new_empty(*x.shape[:-1], rows)  # a grid must not be empty
     tokens = aligned_rows(x)
     with device_of(x):
-        if tokens.shape[0] <= BLAS_TOKENS:
+        name = None if form is None or tokens.shape[0] <= LIBRARY_TOKENS else library_of(x.device)
+        if form is not None and name is not None:
+            y = library_product(tokens, form, rows, bias, name)
+        elif tokens.shape[0] <= blas_tokens(capability_of(x)):
             y = product(tokens, weight, bias, processors)
-        elif takes(tokens, rows):
-            y = sparse_product(tokens, weight, bias)
         else:
             y = torch.nn.functional.linear(tokens, expand(weight, tokens.shape[1]), bias)
     return y.view(*x.shape[:-1], rows)
+
+
+def blas_tokens(capability: int) -> int:
+    """The most tokens that the packed weight is multiplied with, by the first number of a compute capability."""
+    return BLAS_TOKENS_10 if capability >= 10 else BLAS_TOKENS
 
 
 def aligned_rows(x: Tensor) -> Tensor:
@@ -55,26 +78,10 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
-    """x [M, in] -> [M, out], by one kernel or by one kernel and the reduce of its splits."""
+    """x [M, in] -> [M, out]."""
     tokens, rows = x.shape[0], weight.values.shape[1]
-    plan = planned((GEMV, GEMM), tokens, rows, weight.positions.shape[0], processors)
+    plan = planned((GEMV, *GEMM), tokens, rows, weight.positions.shape[0], processors)
     return summed(plan, x, rows, bias, lambda bias, target: start(plan, x, weight, bias, target))
-
-
-def summed(
-    plan: Plan, x: Tensor, rows: int, bias: Tensor | None, start: Callable[[Tensor | None, Tensor], None]
-) -> Tensor:
-    """[M, rows] by `start`, which writes a target [M, rows] with a bias, or one [splits, M, rows] without."""
-    tokens = x.shape[0]
-    y = torch.empty(tokens, rows, dtype=result_dtype(x.dtype), device=x.device)
-    if plan.splits == 1:
-        start(bias, y)
-    else:
-        parts = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device)
-        start(None, parts)
-        grid = (triton.cdiv(rows, REDUCE.rows), tokens)
-        reduce_splits[grid](parts, bias, y, tokens, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
-    return y.to(x.dtype)
 
 
 def start(plan: Plan, x: Tensor, weight: Sparse24Weight, bias: Tensor | None, target: Tensor) -> None:
@@ -102,4 +109,5 @@ def configurations() -> Iterator[Configuration]:
     """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
     yield configured("sparse24_expand", EXPAND, TILE)
     yield configured("sparse24_gemv", GEMV, TILE)
-    yield configured("sparse24_gemm", GEMM, TILE)
+    for tiles in GEMM:
+        yield configured("sparse24_gemm", tiles, TILE)

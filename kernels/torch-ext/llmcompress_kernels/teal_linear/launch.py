@@ -9,18 +9,16 @@ Tiles are chosen by what the compiler reports (kernels/resources/teal_linear.jso
 
 from collections.abc import Iterator
 
-import torch
 import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..launching import Tiles, configured, device_of, planned, result_dtype
-from .kernel import reduce_splits, teal_gemv
+from ..launching import Tiles, configured, device_of, planned, summed
+from .kernel import teal_gemv
 from .reference import teal_linear_reference
 
 GEMV = Tiles(rows=128, tokens=1, warps=4, stages=3)
 INPUTS = 32  # of a tile
-REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)
 
 
 def teal_linear_triton(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None, processors: int) -> Tensor:
@@ -31,25 +29,21 @@ def teal_linear_triton(x: Tensor, columns: Tensor, threshold: float, bias: Tenso
     with device_of(x):
         if x.numel() > x.shape[-1]:
             return teal_linear_reference(x, columns, threshold, bias)
-        return product(x.reshape(-1).contiguous(), columns, threshold, bias, processors).view(*x.shape[:-1], rows)
+        return product(x.reshape(1, -1).contiguous(), columns, threshold, bias, processors).view(*x.shape[:-1], rows)
 
 
 def product(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None, processors: int) -> Tensor:
-    """x [in] -> [out], by one kernel or by one kernel and the reduce of its splits."""
+    """x [1, in] -> [1, out]."""
     inner, rows = columns.shape
     plan = planned((GEMV,), 1, rows, triton.cdiv(inner, INPUTS), processors)
-    whole = plan.splits == 1
-    y = torch.empty(rows, dtype=result_dtype(x.dtype), device=x.device)
-    target = y if whole else torch.empty(plan.splits, rows, dtype=torch.float32, device=x.device)
-    pointers = (x, columns, bias if whole else None, target)
-    teal_gemv[plan.grid](*pointers, threshold, rows, inner, plan.span, BK=INPUTS, **plan.options)
-    if not whole:
-        grid = (triton.cdiv(rows, REDUCE.rows), 1)
-        reduce_splits[grid](target, bias, y, 1, rows, plan.splits, BN=REDUCE.rows, num_warps=REDUCE.warps)
-    return y.to(x.dtype)
+
+    def start(bias: Tensor | None, target: Tensor) -> None:
+        pointers = (x, columns, bias, target)
+        teal_gemv[plan.grid](*pointers, threshold, rows, inner, plan.span, BK=INPUTS, **plan.options)
+
+    return summed(plan, x, rows, bias, start)
 
 
 def configurations() -> Iterator[Configuration]:
-    """All that may run, with a bias: a split launch stores float32 without one, after the same loop."""
-    yield configured("reduce_splits", REDUCE, 0)
+    """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
     yield configured("teal_gemv", GEMV, INPUTS, BK=INPUTS)

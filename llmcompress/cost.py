@@ -12,7 +12,7 @@ libraries; times and disk add up (`cost_of`). Which phases there are, the plan o
     embedding  2 table + hidden
     gradients  the larger of
                - table, the same in float32, hidden and a window's logits three times
-               - block as stored and in float32, statistics of each gathered weight and two numbers more, hidden twice, and
+               - block as stored and in float32, each gathered weight's gradient and statistics, hidden twice, and
                  what a window leaves behind in a block
     proving    2 table + the logits of a sample, twice
 
@@ -169,8 +169,7 @@ def proving(plan: "Plan") -> Phase:
 def gradients(plan: "Plan", weights: int, moments: int, share: float = 1.0) -> Phase:
     """A float32 walk to the last block and back.
 
-    weights: those of the largest block whose gradients are gathered.  moments: float32 numbers kept for each of them;
-    besides, there is its gradient, or when it is scored a copy of it and a product.
+    weights: those of the largest block whose gradients are gathered.  moments: float32 numbers kept for each of them.
     share: of the calibration windows that are taken.
     """
     _, length = samples_and_length(plan)
@@ -179,7 +178,7 @@ def gradients(plan: "Plan", weights: int, moments: int, share: float = 1.0) -> P
     head = table + table * 4 // item + hidden + 3 * 4 * length * vocabulary(plan)
     block = block_bytes(plan) // item * (item + 4)
     behind = ON_THE_WAY * 4 * length * sum(sum(shape) for shape in block_shapes(plan))
-    inside = block + 4 * (moments + 2) * weights + 2 * hidden + behind
+    inside = block + 4 * (moments + 1) * weights + 2 * hidden + behind
     seconds = 4 * share * 2.0 * tokens_of(plan) * linear_weights(plan) / speed(plan, "float32")
     return Phase(max(head, inside), seconds, plan.count * hidden)
 

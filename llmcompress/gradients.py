@@ -23,7 +23,7 @@ from llmcompress.arch import first, is_transposed
 from llmcompress.checkpoint import read_tensors, write_tensors
 from llmcompress.errors import CalibrationError
 from llmcompress.stats import GradientMean, bfloat16_products
-from llmcompress.stream import Block, StreamedModel, stream_blocks
+from llmcompress.stream import Block, StreamedModel, is_finite, stream_blocks
 
 Sums = TypeVar("Sums", bound=GradientMean)
 
@@ -85,7 +85,7 @@ def backward(block: Block, row: int, slope: Tensor, statistics: Mapping[str, Gra
         y = first(block.module(x, *args, **kwargs))
         gradients = torch.autograd.grad(y, [x, *weights.values()], slope[None].to(y.device))
     for name, gradient in zip(weights, gradients[1:], strict=True):
-        if not bool(gradient.isfinite().all()):
+        if not is_finite(gradient):
             raise CalibrationError(
                 f"{block.name}.{name}: the gradient of the loss holds NaN or infinity on window {row}; look at that "
                 "text, or use a score without gradients"

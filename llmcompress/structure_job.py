@@ -65,6 +65,7 @@ class WidthJob(Job):
         scores: dict[int, Tensor] = {}
         for done, seen in enumerate(self._seen(checkpoint), 1):
             scores[seen.block] = self._options.score.score(self.plan.groups[seen.block], seen).cpu()
+            seen.forget()
             self.progress.advance(done)
         check_scores(list(scores.values()), self.plan.step.where)
         return {index: keep_highest(scores[index], width) for index, width in self._widths(scores).items()}

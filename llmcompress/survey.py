@@ -116,8 +116,10 @@ class Survey:
         else:
             for block, sums in stream_gradients(exact(), tokens, self.folder / "inputs", self._accumulators):
                 means = {name: total.mean for name, total in sums.items()}
+                sums.clear()
                 write_tensors(self._gradient_file(block), means)
                 yield block, means
+                means.clear()  # whoever went over this block still has them, and the next one needs the room
 
     def _accumulators(self, block: Block) -> dict[str, GradientMean]:
         """What gathers the gradients of the linears whose methods need them."""

@@ -1,5 +1,6 @@
 """Losses against their definitions; runs that learn, keep masks, and continue after a kill with the same bytes."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,7 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing(run_here):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler looks
 @pytest.mark.parametrize("loss", ["distillation", {"distillation": 1, "hidden": 1}])
 def test_compiled_blocks_learn_the_same(loss, run_here):
     changed = {"loss": loss, "precision": "float32"}
@@ -321,6 +323,25 @@ def test_a_mask_survives_training_into_a_packed_format(run_here):
     assert results["format"] == "sparse24-int4"
     assert results["sparsity"]["of_decoder_linears"] >= 0.5
     assert [stage["name"] for stage in results["stages"]] == ["before", "magnitude", "recover", "rtn"]
+
+
+def test_every_stage_of_prune_recover_quantize_has_its_size_and_score(run_here, tmp_path, text):
+    suite = tmp_path / "suite.yaml"
+    texts = [{"name": "text", "source": str(text), "length": 32, "windows": 4}]
+    suite.write_text(json.dumps({"name": "test", "version": 1, "perplexity": texts}))
+    steps = [NARROW | {"multiple": 32}, RECOVER, {"method": "rtn", "group_size": 32}]
+    folder, results = run_here("llama", *steps, evaluate={"suite": str(suite)})
+    stages = results["stages"]
+    assert [stage["name"] for stage in stages] == ["before", "mlp_channel", "recover", "rtn"]
+    dense, narrow, recovered, rounded = (stage["bytes"] for stage in stages)
+    assert dense > narrow == recovered > rounded
+    found = [stage["perplexity"][0]["value"] for stage in stages]
+    assert [found[0], found[-1]] == [
+        results["scores"]["perplexity"][0][side]["value"] for side in ("base", "compressed")
+    ]
+    assert len(set(found)) == 4
+    card = (folder / "README.md").read_text()
+    assert all(f"{value:.2f}" in card for value in found)
 
 
 def test_what_is_kept_does_not_learn(run_here, tiny_folders):

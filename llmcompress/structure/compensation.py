@@ -29,6 +29,7 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     inner = gram[kept][:, kept].double()
     inner.diagonal().add_(DAMPING * float(gram.diagonal().mean()) or 1.0)
     factor, failed = torch.linalg.cholesky_ex(inner)
+    del inner  # in float64 the largest of all, and the solver makes a copy of the factor
     if int(failed):
         raise NumericalError(
             "the inputs of the kept units have no positive definite Gram matrix; use more calibration text, or "

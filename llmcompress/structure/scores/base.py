@@ -23,9 +23,14 @@ class Seen:
     """A block of the dense model, and what a walk gathered of it."""
 
     block: int
-    weights: Mapping[str, Tensor]  # linear -> [out, in] float32, of those in the group
-    inputs: Mapping[str, InputMoments] = field(default_factory=dict)  # by linear
-    gradients: Mapping[str, GradientMoments] = field(default_factory=dict)  # by linear
+    weights: dict[str, Tensor]  # linear -> [out, in] float32, of those in the group
+    inputs: dict[str, InputMoments] = field(default_factory=dict)  # by linear
+    gradients: dict[str, GradientMoments] = field(default_factory=dict)  # by linear
+
+    def forget(self) -> None:
+        """Let go of all tensors, here and in the walk that gathered them: the next block needs the room."""
+        for part in (self.weights, self.inputs, self.gradients):
+            part.clear()
 
 
 class UnitScore(Options):

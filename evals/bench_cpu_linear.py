@@ -34,7 +34,7 @@ from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from llmcompress_kernels.int4_linear.torch_cpu import convert
 from provenance import in_words, provenance
 
-SHAPES = ["576x576", "576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096"]
+SHAPES = ["576x576", "192x576", "576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 RATIO = 0.95  # of bfloat16's speed at least, whatever the number of tokens
 SHARE = 0.70  # of the copy bandwidth at least, at one token

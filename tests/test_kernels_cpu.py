@@ -1,8 +1,10 @@
 """`int4_linear` on the CPU: every way to compute it is as exact as torch; failures to compile are told and repaired."""
 
+import ctypes
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,7 +18,7 @@ import torch
 from kernel_cases import int4_weight, relative_error
 from llmcompress_kernels import crossover, native, sparse24_int4_linear, sparse24_linear
 from llmcompress_kernels.int4_linear import cpu, int4_linear, torch_cpu
-from llmcompress_kernels.int4_linear.layout import Int4Weight, sample_weight
+from llmcompress_kernels.int4_linear.layout import Int4Weight, from_tiles, sample_weight, to_tiles
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from llmcompress_kernels.sparse24_int4_linear import cpu as cpu_sparse24_int4
 from llmcompress_kernels.sparse24_linear import cpu as cpu_sparse24
@@ -25,8 +27,22 @@ from torch import Tensor
 BF16, F16 = torch.bfloat16, torch.float16
 SOURCE = native.SOURCES / "int4_linear.cpp"
 WAYS = ["rows", "many", "panels", "torch int4", "torch panels"]
-OLDER = {"haswell": "AVX2", "skylake-avx512": "AVX-512 without products of bfloat16"}
 SHAPES = [(1, 96, 32), (3, 576, 64), (17, 256, 128), (70, 1056, 32)]  # tokens, columns, group
+OLDER = {  # flags, and the feature without which this CPU does not run the code
+    "AVX2": (("-march=haswell",), "avx2"),
+    "AVX-VNNI": (("-march=alderlake",), "avx_vnni"),
+    "AVX-512": (("-march=skylake-avx512",), "avx512bw"),
+    "AVX512-VNNI": (("-march=icelake-server",), "avx512_vbmi2"),
+    "AVX512-BF16": (("-march=native", "-mno-amx-tile", "-mno-amx-bf16"), "avx512_bf16"),
+}
+
+
+def older_library(source: Path, processor: str) -> ctypes.CDLL:
+    """Compiled for one of OLDER."""
+    flags, feature = OLDER[processor]
+    if feature not in native.processor():
+        pytest.skip(f"this CPU has no {feature}")
+    return native.load(source, ("-O1", *flags, *native.FLAGS[2:]))
 
 
 def kernels() -> cpu.Kernels:
@@ -117,14 +133,37 @@ def test_every_way_is_as_exact_as_torch_on_more_shapes(name):
         check(way(name), inputs(tokens, rows, columns, group))
 
 
+def test_integers_keep_small_values_beside_large_ones():
+    """One column in 128 is 150 times the others, and its weight is zero: what is lost shows."""
+    x, weight, _ = inputs(5, 64, 384, 128, symmetric=True)
+    codes = from_tiles(weight.words, 384)
+    codes[:, 7::128] = 8
+    x[:, 7::128] = 150.0
+    check(kernels().by_rows, Inputs(x, weight._replace(words=to_tiles(codes)), torch.zeros(64, dtype=BF16)))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("factor", [2.0**-110, 2.0**-20, 2.0**100])
+def test_integers_take_x_of_any_size(factor, dtype):
+    x, weight, _ = inputs(2, 64, 128, 128, symmetric=True, dtype=dtype)
+    scaled = (x.double() * factor).to(dtype)
+    truth = scaled.double() @ dequantize_reference(weight, 128, torch.float64).T
+    y = kernels().by_rows(scaled, weight, None)
+    if truth.abs().max() < torch.finfo(dtype).max and scaled.isfinite().all():
+        limit = 2 * torch.finfo(dtype).eps * truth.abs().max() + 128 * torch.finfo(dtype).tiny
+        assert (y.double() - truth).abs().max() <= limit
+    else:
+        assert not y.isfinite().all()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("processor", OLDER)
 def test_code_for_older_processors(processor):
-    """Compiled without what this CPU has beyond them."""
+    """Compiled without what this CPU has beyond them, and little optimized: the compiler takes most of the time."""
     kernels()
-    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in native.FLAGS)
-    older = cpu.Kernels(native.load(SOURCE, flags))
+    older = cpu.Kernels(older_library(SOURCE, processor))
+    assert not older.matrix
     for (tokens, columns, group), dtype, symmetric in itertools.product(SHAPES, (BF16, F16), (True, False)):
         for compute in (older.by_rows, older.of_many):
             check(compute, inputs(tokens, 71, columns, group, symmetric, dtype))
@@ -194,14 +233,27 @@ def compiler_exists() -> bool:
     return bool([name for name in ("g++", "clang++", "c++") if native.shutil.which(name)])
 
 
-@pytest.fixture
-def answer(tmp_path) -> Path:
-    """A source that compiles in no time."""
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> Path:
+    """A library that answers 42, compiled once for all tests that need one and not the compiler."""
     if not compiler_exists():
         pytest.skip("no compiler on this machine")
-    source = tmp_path / "source" / "answer.cpp"
-    source.parent.mkdir()
+    folder = tmp_path_factory.mktemp("ready")
+    source, library = folder / "answer.cpp", folder / "answer.so"
     source.write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
+    native.build(source, native.find_compiler(), native.FLAGS, library)
+    return library
+
+
+@pytest.fixture
+def answer(ready, tmp_path, monkeypatch) -> Path:
+    """Its source, and as compiler a script that copies the library and writes a line to `log`."""
+    script, log, source = tmp_path / "compiler", tmp_path / "log", tmp_path / "source" / "answer.cpp"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\nsleep 0.2\nfor last; do :; done\ncp {ready} "$last"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    source.parent.mkdir()
+    shutil.copy(ready.with_suffix(".cpp"), source)
     return source
 
 
@@ -209,19 +261,30 @@ def load_answer(source: Path) -> int:
     return native.load(source, native.FLAGS).answer()
 
 
-def falls_back(message: str) -> None:
+def falls_back(message: str, rows: int = 24) -> None:
     """One warning that says why, at the first call only; the operator works."""
-    x, weight, bias = inputs()
+    x, weight, bias = inputs(1, rows)
     with pytest.warns(RuntimeWarning, match=message):
         first = int4_linear(x, *weight, bias)
     assert torch.equal(int4_linear(x, *weight, bias), first)  # another warning would be an error
-    check(lambda *given: int4_linear(given[0], *given[1], given[2]), inputs())
+    check(lambda *given: int4_linear(given[0], *given[1], given[2]), inputs(1, rows))
 
 
-def test_without_a_compiler(fresh, monkeypatch):
+@pytest.mark.parametrize("rows", [24, 32])
+def test_without_a_compiler(rows, fresh, monkeypatch):
+    """Panels are unpacked where torch's operator does not take the number of rows."""
+    calls: list[int] = []
+
+    def counted(x: Tensor, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        return by_torch_int4(x, weight, bias)
+
+    by_torch_int4 = torch_cpu.by_torch_int4
+    monkeypatch.setattr(torch_cpu, "by_torch_int4", counted)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    falls_back(r"no C\+\+ compiler .* was found; install g\+\+\. Slower operators of torch are used")
+    falls_back(r"no C\+\+ compiler .* was found; install g\+\+\. Slower operators of torch are used", rows)
+    assert bool(calls) is (rows == 32)
     assert not list(fresh.glob("*.so"))
 
 
@@ -234,6 +297,13 @@ def test_a_compiler_that_fails(fresh, monkeypatch):
 def test_another_processor(fresh, monkeypatch):
     monkeypatch.setattr(native.platform, "machine", lambda: "riscv64")
     falls_back("linux on riscv64")
+
+
+def test_a_torch_without_openmp(fresh, monkeypatch):
+    """The threads are its own: nothing is compiled where they would not be found."""
+    monkeypatch.setattr(native, "OPENMP", ("GOMP_parallel", "no_such_function"))
+    falls_back("torch has loaded no OpenMP library with no_such_function, as GNU's")
+    assert not fresh.exists()
 
 
 def test_a_cache_that_cannot_be_written(fresh, monkeypatch):
@@ -249,7 +319,8 @@ def test_switched_off_without_a_word(fresh, monkeypatch):
         int4_linear(*inputs()[:1], *inputs().weight)
 
 
-def test_an_error_of_the_compiler_is_quoted(fresh, answer):
+def test_an_error_of_the_compiler_is_quoted(fresh, answer, monkeypatch):
+    monkeypatch.delenv("CXX")
     answer.write_text("int answer( { return 42; }\n")
     with pytest.raises(native.Unavailable, match=r"failed: .*answer\.cpp:1:.*error"):
         native.load(answer, native.FLAGS)
@@ -294,7 +365,8 @@ def test_compiled_once_and_again_when_something_changes(fresh, answer):
 def test_a_damaged_library_is_made_again(fresh, answer, damage):
     """A truncated one could end the process when it is loaded, so it must not be."""
     path = fresh / f"answer-{native.fingerprint(answer, native.find_compiler(), native.FLAGS)}.so"
-    load_elsewhere(answer)
+    path.parent.mkdir(parents=True)
+    native.build(answer, native.find_compiler(), native.FLAGS, path)  # not loaded: that of a damaged file is the test
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:5000])
     elif damage == "empty":
@@ -308,16 +380,11 @@ def test_a_damaged_library_is_made_again(fresh, answer, damage):
     assert native.is_whole(path)
 
 
-def load_elsewhere(source: Path) -> None:
-    """In a process of its own: this one would keep the library that it has loaded."""
-    finish(start(source))
-
-
-def start(source: Path, **environment: str) -> subprocess.Popen[str]:
+def start(source: Path) -> subprocess.Popen[str]:
     code = "import sys, pathlib, native; print(native.load(pathlib.Path(sys.argv[1]), native.FLAGS).answer())"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(source)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(native.SOURCES.parent)} | environment,  # of the module: torch takes seconds
+        env=os.environ | {"PYTHONPATH": str(native.SOURCES.parent)},  # of the module: torch takes seconds
     )  # fmt: skip
 
 
@@ -327,13 +394,10 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def test_two_processes_compile_once(fresh, answer, tmp_path):
-    real, log, slow = native.find_compiler(), tmp_path / "log", tmp_path / "slow-compiler"
-    slow.write_text(f'#!/bin/sh\necho "$@" >> {log}\nsleep 1\nexec {real} "$@"\n')
-    slow.chmod(0o755)
-    processes = [start(answer, CXX=str(slow)) for _ in range(2)]
+    processes = [start(answer) for _ in range(2)]
     for process in processes:
         finish(process)
-    assert len(log.read_text().splitlines()) == 1
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
     assert not list(fresh.glob("build-*"))
 
 

@@ -10,10 +10,11 @@ from llmcompress_kernels.sparse24_int4_linear import cpu as cpu_int4
 from llmcompress_kernels.sparse24_int4_linear.layout import dequantize_reference
 from llmcompress_kernels.sparse24_linear import cpu
 from llmcompress_kernels.sparse24_linear.layout import expand_reference
+from test_kernels_cpu import older_library
 from torch import Tensor
 
 BF16, F16 = torch.bfloat16, torch.float16
-WAYS = {"rows": BF16, "many": BF16, "panels": BF16, "panels, float16": F16}
+WAYS = {"rows": BF16, "rows, float16": F16, "many": BF16, "panels": BF16, "panels, float16": F16}
 SHAPES = [(1, 96, 71), (3, 576, 33), (17, 256, 70), (70, 1056, 40), (5, 8, 3), (20, 1000, 16)]  # tokens, columns, rows
 INT4_SHAPES = [(1, 96, 71, 32), (3, 576, 33, 64), (17, 384, 70, 128), (70, 1056, 40, 32), (2, 64, 3, 64)]  # and group
 
@@ -49,11 +50,9 @@ def inputs(tokens: int, columns: int, rows: int, dtype: torch.dtype, group: int 
 
 def check(kernels: Any, name: str, given: Inputs) -> None:
     """At most twice the error of torch in the same dtype; uninitialized memory is NaN."""
-    if kernels is None or (name == "rows" and not kernels.has_rows(given.x.dtype)):
+    if kernels is None:
         pytest.skip("no such code on this machine")
-    # torch's own product may read beyond a row: NaN there is only for our code
-    given = given if name in ("rows", "many") else given._replace(x=given.x.contiguous())
-    way = {"rows": kernels.by_rows, "many": kernels.of_many}.get(name, kernels.by_panels)
+    way = kernels.by_panels if "panels" in name else kernels.of_many if name == "many" else kernels.by_rows
     torch.use_deterministic_algorithms(True)
     try:
         for bias in (given.bias, None):
@@ -84,6 +83,21 @@ def test_more_shapes(name):
         check(cpu.native(), name, inputs(tokens, columns, rows, BF16))
         for group in (32, 64):
             check(cpu_int4.native(), name, inputs(tokens, columns, rows, BF16, group))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512-VNNI"])
+def test_code_for_older_processors(processor):
+    """Few tokens in float32 where no instruction expands weights."""
+    if cpu.native() is None:
+        pytest.skip("no such code on this machine")
+    dense = cpu.Kernels(older_library(native.SOURCES / "sparse24_linear.cpp", processor))
+    coded = cpu_int4.Kernels(older_library(native.SOURCES / "sparse24_int4_linear.cpp", processor))
+    for name, dtype in WAYS.items():
+        for tokens, columns, rows in SHAPES:
+            check(dense, name, inputs(tokens, columns, rows, dtype))
+        for tokens, columns, rows, group in INT4_SHAPES:
+            check(coded, name, inputs(tokens, columns, rows, dtype, group))
 
 
 @pytest.mark.parametrize("group", [0, 32])

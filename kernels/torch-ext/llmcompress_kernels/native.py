@@ -31,6 +31,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "csrc"
 SWITCH = "LLMCOMPRESS_CPU_EXTENSION"
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-exceptions", "-fvisibility=hidden")
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 SECONDS = 120  # a compiler that takes longer is stopped
 
 
@@ -44,6 +45,7 @@ def library(name: str) -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "0":
         return None
     try:
+        check_openmp()
         return load(SOURCES / f"{name}.cpp", FLAGS)
     except (Unavailable, OSError) as problem:
         warnings.warn(
@@ -53,6 +55,17 @@ def library(name: str) -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def check_openmp() -> None:
+    """Raises Unavailable if this process has no OpenMP with the functions that csrc/common.h leaves to be found.
+
+    The libraries are linked with none on purpose: the one that torch has loaded for all to see has the threads.
+    """
+    process = ctypes.CDLL(None)
+    missing = [name for name in OPENMP if not hasattr(process, name)]
+    if missing:
+        raise Unavailable(f"torch has loaded no OpenMP library with {' and '.join(missing)}, as GNU's and LLVM's have")
 
 
 def load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:

@@ -69,6 +69,7 @@ class Ways(ABC, Generic[W]):
 
     def by_panels(self, x: Tensor, weight: W, bias: Tensor | None) -> Tensor:
         """Rows of the weight are unpacked, some at a time, and multiplied by torch."""
+        x = x.contiguous()  # torch's product may read beyond a row, and a NaN there spoils it
         columns, rows = x.shape[1], self.rows_of(weight)
         count = min(max(PANEL_BYTES // (2 * columns), 1), rows)
         panel, y = x.new_empty(count, columns), x.new_empty(x.shape[0], rows)

@@ -40,9 +40,8 @@ struct Int4 {
     Half half;              // type of scale, x, bias and y
 
     int64_t tiles() const { return (columns + TILE - 1) / TILE; }
-    int64_t steps() const { return columns / STEP; }
-    // Group of a step. Steps beyond the last column, whose x is zero, take the last group: it can be read.
-    int64_t group_of(int64_t step) const { return (step < steps() ? step : steps() - 1) * STEP / group; }
+    // Group of a column. Columns beyond the last, whose x is zero, take the last group: it can be read.
+    int64_t group_at(int64_t column) const { return (column < columns ? column : columns - 1) / group; }
 };
 
 // ((word & (15 << s)) | (150 - s) << 23), read as float32, is 2^(23 - s) + code: bit s of its mantissa counts for 1.

@@ -1,174 +1,177 @@
-// Int4 weights for few tokens. Sums of a group are kept apart until they are multiplied by the group's scale.
+// Int4 weights for few tokens, and for many on CPUs without matrix instructions: products of 16-bit integers.
+//
+// x is turned into integers of 16 bits with a power of two per token and 128 columns, the largest that lets none
+// overflow. Two products of such pairs are one instruction everywhere: vpdpwssd (VNNI), or vpmaddwd and an addition
+// (AVX2, AVX-512). That is 32 products at 512 bits, as many as vdpbf16ps has, which takes twice the time on the CPU
+// that this was measured on, and many lack. Codes need no conversion, and the sum of a group of columns is exact.
+//
+// What is lost: a value of bfloat16 or float16 is exact down to 1/128 or 1/16 of the largest of its 128 columns; a
+// smaller one is off by at most 2^-15 of the largest, which y's own rounding exceeds unless the largest is some hundred times
+// the others and its weight is zero. 8-bit x (vpdpbusd) would double the speed, but is off by 2^-8 of the largest: in
+// groups of 32 columns that is about 0.5% of y, three times the error of a linear in bfloat16, and twice is our limit.
+//
+// Rows are the lanes of a register: words of LANES rows are transposed when they are read.
 #pragma once
 
 #include "product.h"
 
-// What a block of rows needs of one tile, by group of the tile and row of the block.
-struct Grids {
-    alignas(64) float scale[STEPS][SUMS];
-    uint8_t zero[STEPS][SUMS];
-
-    void read(const Int4& w, int64_t tile, int steps_per_group, int64_t first, int64_t count) {
-        for (int g = 0; g < STEPS / steps_per_group; ++g) {
-            const int64_t at = w.group_of(tile * STEPS + g * steps_per_group) * w.rows + first;
-            if (w.half == BF16)
-                for (int64_t r = 0; r < count; ++r) scale[g][r] = from_bits(uint32_t(w.scale[at + r]) << 16);
-            else
-                for (int64_t r = 0; r < count; ++r) scale[g][r] = _cvtsh_ss(w.scale[at + r]);
-            if (w.zero)
-                std::memcpy(zero[g], w.zero + at, count);
-            else
-                std::memset(zero[g], 8, count);
-        }
-    }
+// Columns k and k + 16 of a step are the halves of 32 bits; k = 0 .. 15.
+struct Int4Tokens {
+    int32_t pairs[TILE / 2];
+    int32_t sums[STEPS];  // of a group
+    float scale;          // x = pairs * scale
+    int32_t unused[11];   // up to a multiple of 64 bytes
 };
 
-// Any CPU with AVX2, and float16 on all: x in float32, one multiply-add per weight and token.
-struct Floats {
-#if defined(__AVX512F__)
-    static constexpr int LANES = 16;
-#else
-    static constexpr int LANES = 8;
-#endif
-    typedef float F __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-    typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-    typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-    using Packed = float;
-    static constexpr int PER_TILE = TILE;
-
-    static void pack(const uint16_t* x, int64_t columns, Half half, float* out) {
-        for (int64_t k = 0; k < columns; ++k) out[k] = to_float(x[k], half);
+// Largest magnitude of a tile as bits of a float: those of values that are not negative are in their order.
+inline uint32_t largest(const float* x) {
+    uint32_t most = 0;
+    for (int k = 0; k < TILE; ++k) {
+        uint32_t bits;
+        std::memcpy(&bits, x + k, sizeof bits);
+        bits &= 0x7FFFFFFF;
+        most = bits > most ? bits : most;
     }
+    return most;
+}
 
-    // One tile of one row, times TOKENS tokens that lie `stride` apart: sums [TOKENS][16] += its products.
-    template <int TOKENS, int STEPS_PER_GROUP>
-    static inline void tile(
-        const int32_t* words, const float* x, int64_t stride, const float* scale, const uint8_t* zero, float* sums
-    ) {
-#pragma GCC unroll 2
-        for (int lane = 0; lane < WIDTH; lane += LANES) {
-            const I low = *reinterpret_cast<const I*>(words + lane);
-            const I high = (I)((U)low >> 12);
-#pragma GCC unroll 4
-            for (int g = 0; g < STEPS / STEPS_PER_GROUP; ++g) {
-                const float* offset = OFFSETS.of[zero[g * SUMS]];
-                F part[TOKENS] = {};
-#pragma GCC unroll 8
-                for (int plane = 2 * g * STEPS_PER_GROUP; plane < 2 * (g + 1) * STEPS_PER_GROUP; ++plane) {
-                    const int shift = plane_shift(plane);
-                    const I bits = ((plane < 5 ? low : high) & (0xF << shift)) | ((150 - shift) << 23);
-                    const F value = (F)bits - offset[plane];
-#pragma GCC unroll 4
-                    for (int m = 0; m < TOKENS; ++m)
-                        part[m] += value * *reinterpret_cast<const F*>(x + m * stride + plane * WIDTH + lane);
-                }
-#pragma GCC unroll 4
-                for (int m = 0; m < TOKENS; ++m)
-                    *reinterpret_cast<F*>(sums + m * WIDTH + lane) += part[m] * scale[g * SUMS];
-            }
-        }
-    }
-};
-
-#ifdef HAS_PAIRS
-
-// bfloat16 of code - zero, by zero and code, twice: the permutation takes five bits of an index, and codes have four.
-struct Values {
-    alignas(64) uint16_t of[16][32];
-    Values() {
-        for (int zero = 0; zero < 16; ++zero)
-            for (int code = 0; code < 32; ++code) of[zero][code] = to_half(float(code % 16 - zero), BF16);
-    }
-};
-inline const Values VALUES;
-
-// Bits that become the indices of step p: byte p of a word holds planes 2p and 2p + 1. They go to the lower and upper
-// half of the word's lane.
-inline __m512i step_bits(int step) {
+// Half of each lane: codes of columns k and k + 16 of a step, of words k.
+inline Ints code_pairs(Ints words, int step) {
+#if defined(HAS_512) && defined(__AVX512VBMI__)
+    // byte `step` of a word holds both codes; bits from any position on come to the lower byte of a half
     const int64_t word = (8 * step) | (8 * step + 4) << 16;
-    return _mm512_set1_epi64(word | (word + 32 + (32 << 16)) << 32);
+    const __m512i from = _mm512_set1_epi64(word | (word + 32 + (32 << 16)) << 32);
+    return (Ints)_mm512_multishift_epi64_epi8(from, (__m512i)words) & 0x000F000F;
+#else
+    const Unsigned byte = (Unsigned)words >> (8 * step);
+    return (Ints)((byte & 0xF) | ((byte & 0xF0) << 12));
+#endif
 }
 
-// Columns k and k + 16 of a step, side by side in 32 bits: [32] -> 16 pairs.
-inline __m512i pairs(const uint16_t* x) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + WIDTH)));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
+// Words, scales and zeros of a tile of LANES rows, of which those beyond the last of the block are not there.
+struct Int4Strip {
+    const int32_t* words;
+    const uint16_t* scale[STEPS];
+    const uint8_t* zero[STEPS];
 
-// bfloat16 on CPUs that multiply pairs of them: 32 weights by one permutation of bits and one table look-up.
-struct Pairs {
-    using Packed = uint32_t;
-    static constexpr int PER_TILE = TILE / 2;
-
-    static void pack(const uint16_t* x, int64_t columns, Half, uint32_t* out) {
-        for (int64_t step = 0; step < columns / STEP; ++step)
-            _mm512_store_si512(out + step * WIDTH, pairs(x + step * STEP));
-    }
-
-    template <int TOKENS, int STEPS_PER_GROUP>
-    static inline void tile(
-        const int32_t* words, const uint32_t* x, int64_t stride, const float* scale, const uint8_t* zero, float* sums
-    ) {
-        const __m512i word = _mm512_loadu_si512(words);
-#pragma GCC unroll 4
-        for (int g = 0; g < STEPS / STEPS_PER_GROUP; ++g) {
-            const __m512i table = _mm512_load_si512(VALUES.of[zero[g * SUMS]]);
-            __m512 part[TOKENS];
-#pragma GCC unroll 4
-            for (int m = 0; m < TOKENS; ++m) part[m] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-            for (int step = g * STEPS_PER_GROUP; step < (g + 1) * STEPS_PER_GROUP; ++step) {
-                const __m512i index = _mm512_multishift_epi64_epi8(step_bits(step), word);
-                const __m512i value = _mm512_permutexvar_epi16(index, table);
-#pragma GCC unroll 4
-                for (int m = 0; m < TOKENS; ++m) {
-                    const __m512i taken = _mm512_load_si512(x + m * stride + step * WIDTH);
-                    part[m] = _mm512_dpbf16_ps(part[m], (__m512bh)value, (__m512bh)taken);
-                }
-            }
-#pragma GCC unroll 4
-            for (int m = 0; m < TOKENS; ++m) {
-                float* sum = sums + m * WIDTH;
-                _mm512_store_ps(sum, _mm512_fmadd_ps(part[m], _mm512_set1_ps(scale[g * SUMS]), _mm512_load_ps(sum)));
-            }
+    Int4Strip(const Int4& w, int64_t tile, int groups, int64_t first, int64_t count) {
+        words = w.words + (tile * w.rows + first) * WIDTH;
+        if (count < LANES) words = copied(words, count * WIDTH, kept_words);
+        for (int g = 0; g < groups; ++g) {
+            const int64_t at = w.group_at(tile * TILE + g * (TILE / groups)) * w.rows + first;
+            scale[g] = count < LANES ? copied(w.scale + at, count, kept_scale[g]) : w.scale + at;
+            zero[g] = w.zero ? w.zero + at : nullptr;
+            if (w.zero && count < LANES) zero[g] = copied(w.zero + at, count, kept_zero[g]);
         }
+    }
+    Int4Strip(const Int4Strip&) = delete;
+
+  private:
+    int32_t kept_words[LANES * WIDTH];
+    uint16_t kept_scale[STEPS][LANES];
+    uint8_t kept_zero[STEPS][LANES];
+
+    template <class T, size_t N>
+    static const T* copied(const T* from, int64_t count, T (&to)[N]) {
+        std::memset(to, 0, sizeof to);
+        std::memcpy(to, from, count * sizeof(T));
+        return to;
     }
 };
 
-#endif
-
-// Rows of an int4 weight by one of the two.
-template <class Tile>
-struct Int4Rows {
+template <int STEPS_PER_GROUP>
+struct Int4Rows : RowLanes {
     using Weight = Int4;
-    using Packed = typename Tile::Packed;
-    static constexpr int PER_TILE = Tile::PER_TILE;
+    using Packed = Int4Tokens;
+    static constexpr int PER_TILE = 1, GROUPS = STEPS / STEPS_PER_GROUP;
+    static constexpr int AT_ONCE = LANES / 2;  // sums of more would not fit the registers
 
-    static void pack(const uint16_t* x, int64_t columns, Half half, Packed* out) { Tile::pack(x, columns, half, out); }
+    static void pack(const Int4& w, const uint16_t* x, Int4Tokens* out) {
+        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
+            alignas(64) float values[TILE] = {};
+            const int64_t left = w.columns - tile * TILE, columns = left < TILE ? left : TILE;
+            for (int64_t k = 0; k < columns; k += LANES)
+                *reinterpret_cast<Floats*>(values + k) = floats_of(x + tile * TILE + k, w.half);
+            pack_tile(values, out[tile]);
+        }
+    }
+
+    static void pack_tile(const float* x, Int4Tokens& out) {
+        const uint32_t most = largest(x) >> 23;
+        const uint32_t exponent = most < 15 ? 15 : most;  // so that scale is no subnormal number
+        const float factor = from_bits((268 - exponent) << 23);  // the largest becomes 2^14 .. 2^15 - 1
+        const bool finite = exponent < 255;
+        out.scale = finite ? from_bits((exponent - 14) << 23) : from_bits(0x7FC00000);
+        for (int step = 0; step < STEPS; ++step)
+            for (int k = 0; k < WIDTH; ++k) {
+                // 1.5 * 2^23 more, the lowest bits of a float are those of an integer
+                const float low = x[step * STEP + k] * factor + 12582912.0f;
+                const float high = x[step * STEP + WIDTH + k] * factor + 12582912.0f;
+                uint32_t low_bits, high_bits;
+                std::memcpy(&low_bits, &low, 4);
+                std::memcpy(&high_bits, &high, 4);
+                out.pairs[step * WIDTH + k] = finite ? int32_t((low_bits & 0xFFFF) | high_bits << 16) : 0;
+            }
+        for (int g = 0; g < GROUPS; ++g) {
+            int32_t sum = 0;
+            for (int i = g * STEPS_PER_GROUP * WIDTH; i < (g + 1) * STEPS_PER_GROUP * WIDTH; ++i)
+                sum += int16_t(out.pairs[i]) + (out.pairs[i] >> 16);
+            out.sums[g] = sum;
+        }
+    }
 
     template <int TOKENS>
-    static void add(const Int4& w, const Packed* x, int64_t stride, int64_t first, int64_t count, float* sums) {
-        switch (w.group) {
-            case 32: return add_groups<TOKENS, 1>(w, x, stride, first, count, sums);
-            case 64: return add_groups<TOKENS, 2>(w, x, stride, first, count, sums);
-            default: return add_groups<TOKENS, 4>(w, x, stride, first, count, sums);
-        }
+    static void add(const Int4& w, const Int4Tokens* x, int64_t stride, int64_t first, int64_t count, float* sums) {
+        for (int64_t tile = 0; tile < w.tiles(); ++tile)
+            for (int64_t r = 0; r < count; r += LANES) {
+                const Int4Strip strip(w, tile, GROUPS, first + r, count - r < LANES ? count - r : LANES);
+                if (tile + 1 < w.tiles())
+                    for (int i = 0; i < LANES; ++i) _mm_prefetch(strip_of_next(w, tile, first + r + i), _MM_HINT_T1);
+                add_strip<TOKENS>(strip, w.half, x + tile, stride, sums + r * TOKENS);
+            }
     }
 
-    template <int TOKENS, int STEPS_PER_GROUP>
-    static void add_groups(const Int4& w, const Packed* x, int64_t stride, int64_t first, int64_t count, float* sums) {
-        Grids grids;
-        for (int64_t tile = 0; tile < w.tiles(); ++tile) {
-            grids.read(w, tile, STEPS_PER_GROUP, first, count);
-            const int32_t* words = w.words + (tile * w.rows + first) * WIDTH;
-            for (int64_t r = 0; r < count; ++r) {
-                _mm_prefetch(words + (w.rows + r) * WIDTH, _MM_HINT_T1);  // the same row of the next tile
-                Tile::template tile<TOKENS, STEPS_PER_GROUP>(
-                    words + r * WIDTH, x + tile * PER_TILE, stride, &grids.scale[0][r], &grids.zero[0][r],
-                    sums + r * TOKENS * WIDTH
-                );
+    static const int32_t* strip_of_next(const Int4& w, int64_t tile, int64_t row) {
+        return w.words + ((tile + 1) * w.rows + row) * WIDTH;
+    }
+
+    // sums [TOKENS][LANES] += a tile of LANES rows times TOKENS tokens `stride` apart.
+    template <int TOKENS>
+    static inline void add_strip(
+        const Int4Strip& strip, Half half, const Int4Tokens* x, int64_t stride, float* sums
+    ) {
+        constexpr int CHAINS = TOKENS < 4 ? 4 / TOKENS : 1;  // sums that do not wait for each other
+        alignas(64) Ints words[WIDTH];
+        turn(strip.words, words);
+        Floats part[TOKENS] = {};
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; ++g) {
+            const Ints zero = strip.zero[g] ? ints_of(strip.zero[g]) : Ints{} + 8;
+            Ints sum[TOKENS][CHAINS] = {};
+#pragma GCC unroll 8
+            for (int m = 0; m < TOKENS; ++m) sum[m][0] = -(zero * x[m * stride].sums[g]);
+#pragma GCC unroll 4
+            for (int step = g * STEPS_PER_GROUP; step < (g + 1) * STEPS_PER_GROUP; ++step)
+                for (int first = 0; first < WIDTH; first += CHAINS)
+#pragma GCC unroll 4
+                    for (int i = 0; i < CHAINS; ++i) {
+                        const int k = first + i;
+                        const Ints codes = code_pairs(words[k], step);
+#pragma GCC unroll 8
+                        for (int m = 0; m < TOKENS; ++m) {
+                            const Ints taken = Ints{} + x[m * stride].pairs[step * WIDTH + k];
+                            sum[m][i] = multiply_pairs(sum[m][i], codes, taken);
+                        }
+                    }
+            const Floats scale = floats_of(strip.scale[g], half);
+#pragma GCC unroll 8
+            for (int m = 0; m < TOKENS; ++m) {
+#pragma GCC unroll 4
+                for (int i = 1; i < CHAINS; ++i) sum[m][0] += sum[m][i];
+                part[m] += __builtin_convertvector(sum[m][0], Floats) * scale;
             }
         }
+#pragma GCC unroll 8
+        for (int m = 0; m < TOKENS; ++m) *reinterpret_cast<Floats*>(sums + m * LANES) += part[m] * x[m * stride].scale;
     }
 };

@@ -1,55 +1,41 @@
-// The C interface of the CPU kernels of `int4_linear`, which ../int4_linear/cpu.py calls. Nothing here needs torch's
-// headers, so that it compiles in seconds. Pointers and sizes have been checked by the caller.
+// The CPU kernels of `int4_linear`, which ../int4_linear/cpu.py calls.
 
-#include "matrix.h"
+#include "interface.h"
 #include "unpack.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// Whether `int4_matrix` may be called: the CPU has matrix instructions for bfloat16, and the system lets us use them.
-EXPORT int int4_has_matrix() {
-#ifdef HAS_MATRIX
-    return matrix_is_allowed();
-#else
-    return 0;
-#endif
-}
-
-// y = x Wᵀ + bias for few tokens. half: 0 bfloat16, 1 float16. Returns 0, or 1 without memory.
-EXPORT int int4_rows(
-    int half, const uint16_t* x, int64_t stride, const int32_t* words, const uint16_t* scale, const uint8_t* zero,
-    const uint16_t* bias, uint16_t* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads
-) {
-    const Int4 weight{words, scale, zero, rows, columns, int(group), Half(half)};
-    const Product<Int4> product{weight, x, stride, bias, y, tokens};
-#ifdef HAS_PAIRS
-    if (half == BF16) return !product_by_rows<Int4Rows<Pairs>>(product, threads);
-#endif
-    return !product_by_rows<Int4Rows<Floats>>(product, threads);
-}
-
-// The same for many tokens, bfloat16 only. Weights are rounded to it.
-EXPORT int int4_matrix(
-    const uint16_t* x, int64_t stride, const int32_t* words, const uint16_t* scale, const uint8_t* zero,
-    const uint16_t* bias, uint16_t* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads
-) {
-#ifdef HAS_MATRIX
-    const Int4 weight{words, scale, zero, rows, columns, int(group), BF16};
-    const Product<Int4> product{weight, x, stride, bias, y, tokens};
-    switch (group) {
-        case 32: return !product_by_matrix<Int4Left<1>>(product, threads);
-        case 64: return !product_by_matrix<Int4Left<2>>(product, threads);
-        default: return !product_by_matrix<Int4Left<4>>(product, threads);
+struct Int4Format {
+    using Weight = Int4;
+    static Int4 weight(
+        const void* a, const void* b, const void* c, int64_t rows, int64_t columns, int group, Half half
+    ) {
+        const auto* words = static_cast<const int32_t*>(a);
+        return {words, static_cast<const uint16_t*>(b), static_cast<const uint8_t*>(c), rows, columns, group, half};
     }
-#else
-    return 1;
-#endif
-}
 
-// out [count, columns] = rows first .. first + count of the weight.
-EXPORT void int4_unpack(
-    int half, const int32_t* words, const uint16_t* scale, const uint8_t* zero, uint16_t* out, int64_t first,
-    int64_t count, int64_t rows, int64_t columns, int64_t group, int threads
-) {
-    unpack({words, scale, zero, rows, columns, int(group), Half(half)}, first, count, out, threads);
-}
+    static bool by_rows(const Product<Int4>& product, int threads) {
+        switch (product.weight.group) {
+            case 32: return product_by_rows<Int4Rows<1>>(product, threads);
+            case 64: return product_by_rows<Int4Rows<2>>(product, threads);
+            default: return product_by_rows<Int4Rows<4>>(product, threads);
+        }
+    }
+
+#ifdef HAS_MATRIX
+    static bool by_matrix(const Product<Int4>& product, int threads) {
+        switch (product.weight.group) {
+            case 32: return product_by_matrix<Int4Left<1>>(product, threads);
+            case 64: return product_by_matrix<Int4Left<2>>(product, threads);
+            default: return product_by_matrix<Int4Left<4>>(product, threads);
+        }
+    }
+#endif
+
+    static void unpack(const Int4& weight, int64_t first, int64_t count, uint16_t* out) {
+        if (weight.half == BF16)
+            unpack_rows<BF16>(weight, first, count, out);
+        else
+            unpack_rows<F16>(weight, first, count, out);
+    }
+};
+
+EXPORT_FORMAT(Int4Format)

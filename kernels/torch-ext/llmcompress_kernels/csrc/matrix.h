@@ -5,14 +5,16 @@
 //
 // Blocks are chosen for the caches. A *panel*, 32 rows by up to 640 columns of the weight, is unpacked into the first
 // one and multiplied by all tokens of a block, of whose x the same columns stay in the second one while the panels of
-// 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens.
+// 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens; one of at
+// most 640 columns, whose sums need not wait, once per 800 or more.
 //
 // While a thread multiplies a panel, it unpacks the next one: few instructions keep the matrix unit busy, and between
 // them the vector units are free.
 //
 // A format is a struct Left:
 //
-//     Weight, STEPS                  with rows, columns, tiles() and steps(); steps of a tile
+//     Weight, STEPS                  with rows, columns and tiles(); steps of a tile
+//     steps(weight)                  that there are: the last tile may have fewer
 //     unpack(weight, tile, row, to)  the steps of a tile of a row, LEFT_BYTES apart
 //     taken(x, step, columns)        the 16 pairs of x that belong to a step
 #pragma once
@@ -30,6 +32,8 @@ constexpr int TOKENS = 2 * SIDE;     // that are multiplied at once
 constexpr int PANEL_STEPS = 20;      // at most: 40 KiB, most of a first cache
 constexpr int64_t MANY_ROWS = 256;   // whose sums wait in the second cache
 constexpr int64_t MANY_TOKENS = 256;
+constexpr int64_t X_BYTES = 1 << 20;  // of a block of tokens, if no sums wait: half of a second cache
+constexpr int64_t MATRIX_EACH = 1 << 22;  // weights times tokens; unpacking them counts as 24 tokens
 constexpr int64_t TILE_WORDS = 256;  // of 32 bits: a tile register
 
 // Intrinsics of tile registers do not tell the compiler what memory they read and write.
@@ -53,42 +57,11 @@ inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
-inline void transpose(__m512 (&r)[16]) {
-    __m512 t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
-            r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-            r[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-        }
-    // now r[4 i + k] has, in its 128 bits l, column 4 l + k of rows 4 i .. 4 i + 3
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-        const __m512 even_low = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x88);
-        const __m512 odd_low = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xDD);
-        const __m512 even_high = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x88);
-        const __m512 odd_high = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xDD);
-        t[k] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-        t[8 + k] = _mm512_shuffle_f32x4(even_low, even_high, 0xDD);
-        t[4 + k] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-        t[12 + k] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
 // x of 16 tokens, [steps][pairs 16][tokens 16] of 32 bits; tokens that do not exist are zero.
 template <class Left>
 void pack_tokens(const Product<typename Left::Weight>& p, int64_t token, uint32_t* out) {
     const int64_t left = p.tokens - token;
-    for (int64_t step = 0; step < p.weight.steps(); ++step) {
+    for (int64_t step = 0; step < Left::steps(p.weight); ++step) {
         __m512 r[16];
         for (int m = 0; m < SIDE; ++m) {
             const uint16_t* x = p.x + (token + m) * p.stride;
@@ -167,23 +140,48 @@ void multiply(
     memory_is_used();
 }
 
+// Rows 2 i and 2 i + 1 of 16 tokens, side by side in bfloat16.
+inline __m512 row_pairs(const float* sums, const float* bias, int i) {
+    const __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 2 * i * SIDE), _mm512_set1_ps(bias[2 * i]));
+    const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + (2 * i + 1) * SIDE), _mm512_set1_ps(bias[2 * i + 1]));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+    return (__m512)_mm512_permutexvar_epi16(at, both);
+}
+
 // Sums of 16 rows by 16 tokens, [16 rows][16 tokens] -> y, with bias, as far as there are such rows and tokens.
 template <class W>
 void store_tile(const Product<W>& p, const float* sums, int64_t first, int64_t token) {
     const int64_t rows = p.weight.rows - first, tokens = p.tokens - token;
     if (rows <= 0) return;
     const __mmask16 mask = rows < SIDE ? (1u << rows) - 1 : 0xFFFF;
-    __m512 r[16];
-    for (int i = 0; i < SIDE; ++i) r[i] = _mm512_load_ps(sums + i * SIDE);
-    transpose(r);
-    __m512 bias = _mm512_setzero_ps();
-    if (p.bias) {
-        const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p.bias + first));
-        bias = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    alignas(64) float bias[SIDE];
+    *reinterpret_cast<Floats*>(bias) = p.bias_of(first, rows);
+    __m512d quads[8];  // [two halves of the rows][4]: in its 128 bits l, token 4 l + k
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+        __m512 r[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) r[i] = row_pairs(sums, bias, 4 * h + i);
+        const __m512d a = (__m512d)_mm512_unpacklo_ps(r[0], r[1]), b = (__m512d)_mm512_unpacklo_ps(r[2], r[3]);
+        const __m512d c = (__m512d)_mm512_unpackhi_ps(r[0], r[1]), d = (__m512d)_mm512_unpackhi_ps(r[2], r[3]);
+        quads[4 * h] = _mm512_unpacklo_pd(a, b), quads[4 * h + 1] = _mm512_unpackhi_pd(a, b);
+        quads[4 * h + 2] = _mm512_unpacklo_pd(c, d), quads[4 * h + 3] = _mm512_unpackhi_pd(c, d);
     }
-    for (int m = 0; m < SIDE && m < tokens; ++m) {
-        const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(r[m], bias));
-        _mm256_mask_storeu_epi16(p.y + (token + m) * p.weight.rows + first, mask, half);
+    const auto store = [&](int m, __m256i half) {
+        if (m < tokens) _mm256_mask_storeu_epi16(p.y + (token + m) * p.weight.rows + first, mask, half);
+    };
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+        const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+        const __m512i one = (__m512i)_mm512_permutex2var_pd(quads[k], low, quads[4 + k]);
+        const __m512i two = (__m512i)_mm512_permutex2var_pd(quads[k], high, quads[4 + k]);
+        store(k, _mm512_castsi512_si256(one));
+        store(4 + k, _mm512_extracti64x4_epi64(one, 1));
+        store(8 + k, _mm512_castsi512_si256(two));
+        store(12 + k, _mm512_extracti64x4_epi64(two, 1));
     }
 }
 
@@ -193,7 +191,7 @@ struct Cut {
     int64_t tiles, steps;  // of the weight
     int64_t panel_tiles, panels;
 
-    explicit Cut(const typename Left::Weight& w) : tiles(w.tiles()), steps(w.steps()) {
+    explicit Cut(const typename Left::Weight& w) : tiles(w.tiles()), steps(Left::steps(w)) {
         const int64_t most = PANEL_STEPS / Left::STEPS, least = (tiles + most - 1) / most;
         panel_tiles = (tiles + least - 1) / least;
         panels = (tiles + panel_tiles - 1) / panel_tiles;
@@ -209,10 +207,13 @@ struct Cut {
         return (end < steps ? end : steps) - first_step(panel);
     }
     int64_t bytes() const { return panel_tiles * Left::STEPS * LEFT_BYTES; }
+    // Of a block. Where one panel has all columns, no sums wait, and all of the second cache is for x.
+    int64_t tokens() const { return panels > 1 ? MANY_TOKENS : X_BYTES / (steps * STEP * 2) / TOKENS * TOKENS; }
+    int64_t rows(const typename Left::Weight& w) const { return panels > 1 ? MANY_ROWS : w.rows; }
 };
 
-// Tokens token .. token + count of at most MANY_ROWS rows; x: packed tokens from `token` on. Memory of the thread:
-// two panels, and sums [rows / 32][count / 32][4 tiles].
+// Tokens token .. token + count of some rows; x: packed tokens from `token` on. Memory of the thread:
+// two panels, and sums [rows / 32][count / 32][4 tiles], or [4 tiles] where none wait.
 template <class Left>
 void matrix_block(
     const Product<typename Left::Weight>& p, const uint32_t* x, int64_t token, int64_t count, Range rows,
@@ -257,25 +258,25 @@ template <class Left>
 bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
     const Cut<Left> cut(p.weight);
     const int64_t apart = cut.steps * TILE_WORDS, tiles = (p.tokens + SIDE - 1) / SIDE;
-    const int64_t most = p.tokens < MANY_TOKENS ? (p.tokens + TOKENS - 1) / TOKENS * TOKENS : MANY_TOKENS;
-    const int64_t sums_each = MANY_ROWS * most;
+    const int64_t many = cut.tokens() < p.tokens ? cut.tokens() : (p.tokens + TOKENS - 1) / TOKENS * TOKENS;
+    const int64_t sums_each = cut.panels > 1 ? MANY_ROWS * many : 4 * TILE_WORDS;
     Buffer<uint32_t, 0> x(tiles * apart);
     Buffer<uint8_t, 1> panels(2 * cut.bytes() * threads);
     Buffer<float, 2> sums(sums_each * threads);
     if (!x.data || !panels.data || !sums.data) return false;
-    parallel(threads, [&](int thread, int of) {
+    parallel(useful(threads, p.weight.columns, p.tokens, PACK_EACH), [&](int thread, int of) {
         const Range packed = share(tiles, 1, thread, of);
         for (int64_t i = packed.first; i < packed.last; ++i) pack_tokens<Left>(p, i * SIDE, x.data + i * apart);
     });
-    parallel(threads, [&](int thread, int of) {
+    parallel(useful(threads, p.weight.rows * p.weight.columns, p.tokens + 24, MATRIX_EACH), [&](int thread, int of) {
         configure_tiles();
         const Range rows = share(p.weight.rows, ROWS, thread, of);
-        for (int64_t token = 0; token < p.tokens; token += MANY_TOKENS)
-            for (int64_t first = rows.first; first < rows.last; first += MANY_ROWS) {
-                const Range some = {first, first + MANY_ROWS < rows.last ? first + MANY_ROWS : rows.last};
-                const int64_t count = p.tokens - token < MANY_TOKENS ? p.tokens - token : MANY_TOKENS;
+        for (int64_t token = 0; token < p.tokens; token += many)
+            for (int64_t first = rows.first; first < rows.last; first += cut.rows(p.weight)) {
+                const int64_t end = first + cut.rows(p.weight), left = p.tokens - token;
                 matrix_block<Left>(
-                    p, x.data + token / SIDE * apart, token, count, some, panels.data + 2 * cut.bytes() * thread,
+                    p, x.data + token / SIDE * apart, token, left < many ? left : many,
+                    {first, end < rows.last ? end : rows.last}, panels.data + 2 * cut.bytes() * thread,
                     sums.data + sums_each * thread
                 );
             }

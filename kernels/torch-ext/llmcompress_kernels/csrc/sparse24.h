@@ -2,7 +2,8 @@
 // 64 columns, 32 stored weights: nibble i of word j is first | second << 2 of the j-th four of plane i.
 //
 // Two positions become a mask of four bits by a look-up, the 16 of a plane one mask of 64 bits, and one instruction
-// puts the stored weights where it has ones.
+// puts the stored weights where it has ones. CPUs without it, and float16, take the weights of a column of LANES fours
+// at a time: of two stored ones, that whose position it is, or zero.
 #pragma once
 
 #include "product.h"
@@ -20,7 +21,6 @@ struct Sparse24 {
     static constexpr int COLUMNS = 256, PLANE = 64;
     int64_t tiles() const { return (columns + COLUMNS - 1) / COLUMNS; }
     int64_t planes() const { return (columns + PLANE - 1) / PLANE; }
-    int64_t steps() const { return (columns + STEP - 1) / STEP; }
     // Planes that a tile has: fewer than 4 in the last one.
     int planes_of(int64_t tile) const { return planes() - 4 * tile < 4 ? int(planes() - 4 * tile) : 4; }
 };
@@ -36,6 +36,56 @@ inline void spread_row(const Sparse24& w, int64_t row, uint16_t* out) {
         out[4 * four + (nibble >> 2)] = kept[1];
     }
 }
+
+// Columns 0 .. 3 of LANES fours, of their first and second stored weights and both positions, a nibble.
+struct Fours {
+    Floats of[4];
+    Fours(Floats first, Floats second, Ints nibbles) {
+        const Ints one = nibbles & 3, two = (nibbles >> 2) & 3;
+        of[0] = where(one == 0, first);
+        of[1] = where(one == 1, first) + where(two == 1, second);
+        of[2] = where(one == 2, first) + where(two == 2, second);
+        of[3] = where(two == 3, second);
+    }
+    static Floats where(Ints mask, Floats value) { return (Floats)(mask & (Ints)value); }
+    // Times the same columns of x, WIDTH apart.
+    Floats times(const float* x) const {
+        Floats sum{};
+        for (int c = 0; c < 4; ++c) sum += of[c] * *reinterpret_cast<const Floats*>(x + c * WIDTH);
+        return sum;
+    }
+};
+
+// Few tokens on any CPU; x in float32, the columns of a plane as [4][16 fours].
+struct Sparse24Fours : ColumnLanes {
+    using Weight = Sparse24;
+    using Packed = float;
+    static constexpr int PER_TILE = Sparse24::COLUMNS;
+
+    static void pack(const Sparse24& w, const uint16_t* x, float* out) {
+        for (int64_t k = 0; k < w.columns; ++k)
+            out[k / 64 * 64 + k % 4 * WIDTH + k % 64 / 4] = to_float(x[k], w.half);
+    }
+
+    template <int TOKENS>
+    static void add(const Sparse24& w, const float* x, int64_t stride, int64_t first, int64_t count, float* sums) {
+        for (int64_t tile = 0; tile < w.tiles(); ++tile)
+            for (int64_t r = 0; r < count; ++r)
+                for (int lane = 0; lane < WIDTH; lane += LANES) {
+                    const Ints words = ints_of(w.index + (tile * w.rows + first + r) * WIDTH + lane);
+                    float* to = sums + r * TOKENS * WIDTH + lane;
+                    for (int plane = 0; plane < w.planes_of(tile); ++plane) {
+                        const uint16_t* kept = w.values + ((4 * tile + plane) * w.rows + first + r) * 2 * WIDTH;
+                        const Ints pairs = *reinterpret_cast<const Ints*>(kept + 2 * lane);
+                        const Ints seconds = (Ints)((Unsigned)pairs >> 16);
+                        const Fours fours(low_floats(pairs, w.half), low_floats(seconds, w.half), words >> (4 * plane));
+                        const float* from = x + tile * PER_TILE + plane * Sparse24::PLANE + lane;
+                        for (int m = 0; m < TOKENS; ++m)
+                            *reinterpret_cast<Floats*>(to + m * WIDTH) += fours.times(from + m * stride);
+                    }
+                }
+    }
+};
 
 #ifdef HAS_EXPAND
 
@@ -65,12 +115,12 @@ inline __m256i words_of(const Sparse24& w, int64_t tile, int64_t row) {
 }
 
 // Few tokens of bfloat16; x as it is.
-struct Sparse24Rows {
+struct Sparse24Rows : ColumnLanes {
     using Weight = Sparse24;
     using Packed = uint16_t;
     static constexpr int PER_TILE = Sparse24::COLUMNS;
 
-    static void pack(const uint16_t* x, int64_t columns, Half, uint16_t* out) { std::memcpy(out, x, 2 * columns); }
+    static void pack(const Sparse24& w, const uint16_t* x, uint16_t* out) { std::memcpy(out, x, 2 * w.columns); }
 
     template <int TOKENS>
     static void add(const Sparse24& w, const uint16_t* x, int64_t stride, int64_t first, int64_t count, float* sums) {
@@ -98,6 +148,7 @@ struct Sparse24Rows {
 struct Sparse24Left {
     using Weight = Sparse24;
     static constexpr int STEPS = Sparse24::COLUMNS / STEP;
+    static int64_t steps(const Sparse24& w) { return (w.columns + STEP - 1) / STEP; }
 
     static inline void unpack(const Sparse24& w, int64_t tile, int64_t row, uint8_t* to) {
         const __m256i words = words_of(w, tile, row);

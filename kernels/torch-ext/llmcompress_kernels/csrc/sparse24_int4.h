@@ -16,7 +16,6 @@ struct Sparse24Int4 {
 
     static constexpr int STRIP = 16;
     int64_t tiles() const { return (columns + TILE - 1) / TILE; }
-    int64_t steps() const { return tiles() * STEPS; }
     int64_t strips() const { return (rows + STRIP - 1) / STRIP; }
     // The 16 words that row g of a strip has in common with row g + 8.
     const int32_t* words_of(int64_t block, int64_t strip, int g) const {
@@ -52,6 +51,60 @@ inline void spread_row(const Sparse24Int4& w, int64_t row, uint16_t* out) {
     }
 }
 
+// Few tokens on any CPU; x in float32, the columns of a block as [2 halves q][4][16 lanes].
+struct Sparse24Int4Fours : ColumnLanes {
+    using Weight = Sparse24Int4;
+    using Packed = float;
+    static constexpr int PER_TILE = TILE;
+
+    static void pack(const Sparse24Int4& w, const uint16_t* x, float* out) {
+        for (int64_t k = 0; k < w.columns; ++k) {
+            const int64_t s = k % TILE / 32, q = k / 16 % 2, t = k / 4 % 4;
+            out[k / TILE * TILE + q * 4 * WIDTH + k % 4 * WIDTH + 4 * t + s] = to_float(x[k], w.half);
+        }
+    }
+
+    template <int TOKENS>
+    static void add(const Sparse24Int4& w, const float* x, int64_t stride, int64_t first, int64_t count, float* sums) {
+        for (int64_t block = 0; block < w.tiles(); ++block)
+            for (int64_t r = 0; r < count; ++r)
+                for (int lane = 0; lane < WIDTH; lane += LANES)
+                    add_lanes<TOKENS>(
+                        w, block, first + r, lane, x + block * TILE + lane, stride, sums + r * TOKENS * WIDTH + lane
+                    );
+    }
+
+    template <int TOKENS>
+    static inline void add_lanes(
+        const Sparse24Int4& w, int64_t block, int64_t row, int lane, const float* x, int64_t stride, float* sums
+    ) {
+        const int g = int(row % 8), h = int(row % 16 / 8);
+        const Ints words = *reinterpret_cast<const Ints*>(w.words_of(block, row / 16, g) + lane);
+        const int32_t* metadata = w.metadata_of(block, row / 16, g) + 2 * (block % 2);
+        const Ints t = (lane + lane_numbers()) >> 2;
+        Floats part[TOKENS] = {};
+        for (int q = 0; q < 2; ++q) {
+            const int32_t* at = metadata + 4 * q;
+            const Unsigned positions = (Unsigned)repeated(at[0], at[8], at[1], at[9]);
+            const Ints nibbles = (Ints)(positions >> (Unsigned)(4 * t + 16 * h));
+            const Fours fours(codes(words, 4 * h + 8 * q), codes(words, 16 + 4 * h + 8 * q), nibbles);
+            for (int m = 0; m < TOKENS; ++m) part[m] += fours.times(x + m * stride + q * 4 * WIDTH);
+        }
+        const float by_s[4] = {
+            w.scale_of(block, 0, row), w.scale_of(block, 1, row), w.scale_of(block, 2, row), w.scale_of(block, 3, row)
+        };
+        int32_t bits[4];
+        std::memcpy(bits, by_s, sizeof bits);
+        const Floats scale = (Floats)repeated(bits[0], bits[1], bits[2], bits[3]);
+        for (int m = 0; m < TOKENS; ++m) *reinterpret_cast<Floats*>(sums + m * WIDTH) += part[m] * scale;
+    }
+
+    // Nibbles in two's complement from bit `from` on.
+    static inline Floats codes(Ints words, int from) {
+        return __builtin_convertvector((words << (28 - from)) >> 28, Floats);
+    }
+};
+
 #ifdef HAS_EXPAND
 
 // bfloat16 of code - 8 by nibble, twice: the permutation takes five bits of an index.
@@ -84,13 +137,13 @@ inline __m512i code_bits(__m512i words, int h, int q) {
     return _mm512_srl_epi32(words, _mm_cvtsi32_si128(4 * h + 8 * q));
 }
 
-struct Sparse24Int4Rows {
+struct Sparse24Int4Rows : ColumnLanes {
     using Weight = Sparse24Int4;
     using Packed = uint16_t;
     static constexpr int PER_TILE = TILE;
 
-    static void pack(const uint16_t* x, int64_t columns, Half, uint16_t* out) {
-        for (int64_t four = 0; four < columns / 4; ++four) {
+    static void pack(const Sparse24Int4& w, const uint16_t* x, uint16_t* out) {
+        for (int64_t four = 0; four < w.columns / 4; ++four) {
             const int64_t s = four / 8 % 4, q = four / 4 % 2, t = four % 4;
             std::memcpy(out + four / 32 * TILE + 64 * q + 4 * (4 * t + s), x + 4 * four, 8);
         }
@@ -152,6 +205,7 @@ struct Sparse24Int4Rows {
 struct Sparse24Int4Left {
     using Weight = Sparse24Int4;
     static constexpr int STEPS = TILE / STEP;
+    static int64_t steps(const Sparse24Int4& w) { return w.tiles() * STEPS; }
 
     static inline void unpack(const Sparse24Int4& w, int64_t block, int64_t row, uint8_t* to) {
         const int g = int(row % 8), h = int(row % 16 / 8), span = w.group / STEP;

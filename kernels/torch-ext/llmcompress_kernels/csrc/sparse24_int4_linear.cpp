@@ -1,48 +1,33 @@
-// The C interface of the CPU kernels of `sparse24_int4_linear`; see sparse24_linear.cpp, whose functions these mirror.
+// The CPU kernels of `sparse24_int4_linear`, which ../sparse24_int4_linear/cpu.py calls.
 
-#include "matrix.h"
+#include "interface.h"
 #include "sparse24_int4.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+struct Sparse24Int4Format {
+    using Weight = Sparse24Int4;
+    static Sparse24Int4 weight(
+        const void* a, const void* b, const void* c, int64_t rows, int64_t columns, int group, Half half
+    ) {
+        const auto *words = static_cast<const int32_t*>(a), *metadata = static_cast<const int32_t*>(b);
+        return {words, metadata, static_cast<const uint16_t*>(c), rows, columns, group, half};
+    }
 
-// Whether `sparse24_int4_product` may be called, for bfloat16: bit 0 for few tokens, bit 1 for many.
-EXPORT int sparse24_int4_has() {
+    static bool by_rows(const Product<Sparse24Int4>& product, int threads) {
 #ifdef HAS_EXPAND
-#ifdef HAS_MATRIX
-    return 1 + 2 * matrix_is_allowed();
-#else
-    return 1;
+        if (product.weight.half == BF16) return product_by_rows<Sparse24Int4Rows>(product, threads);
 #endif
-#else
-    return 0;
-#endif
-}
+        return product_by_rows<Sparse24Int4Fours>(product, threads);
+    }
 
-// y = x Wᵀ + bias for few tokens (many: 0) or by matrix instructions (many: 1). Returns 0, or 1 without memory.
-EXPORT int sparse24_int4_product(
-    int many, const uint16_t* x, int64_t stride, const int32_t* words, const int32_t* metadata, const uint16_t* scale,
-    const uint16_t* bias, uint16_t* y, int64_t tokens, int64_t rows, int64_t columns, int64_t group, int threads
-) {
-#ifdef HAS_EXPAND
-    const Sparse24Int4 weight{words, metadata, scale, rows, columns, int(group), BF16};
-    const Product<Sparse24Int4> product{weight, x, stride, bias, y, tokens};
 #ifdef HAS_MATRIX
-    if (many) return !product_by_matrix<Sparse24Int4Left>(product, threads);
+    static bool by_matrix(const Product<Sparse24Int4>& product, int threads) {
+        return product_by_matrix<Sparse24Int4Left>(product, threads);
+    }
 #endif
-    return !product_by_rows<Sparse24Int4Rows>(product, threads);
-#else
-    return 1;
-#endif
-}
 
-// out [count, columns] = rows first .. first + count of the weight. half: 0 bfloat16, 1 float16.
-EXPORT void sparse24_int4_spread(
-    int half, const int32_t* words, const int32_t* metadata, const uint16_t* scale, uint16_t* out, int64_t first,
-    int64_t count, int64_t rows, int64_t columns, int64_t group, int threads
-) {
-    const Sparse24Int4 weight{words, metadata, scale, rows, columns, int(group), Half(half)};
-    parallel(threads, [&](int thread, int of) {
-        const Range range = share(count, 1, thread, of);
-        for (int64_t r = range.first; r < range.last; ++r) spread_row(weight, first + r, out + r * columns);
-    });
-}
+    static void unpack(const Sparse24Int4& weight, int64_t first, int64_t count, uint16_t* out) {
+        for (int64_t r = 0; r < count; ++r) spread_row(weight, first + r, out + r * weight.columns);
+    }
+};
+
+EXPORT_FORMAT(Sparse24Int4Format)

@@ -1,47 +1,30 @@
-// The C interface of the CPU kernels of `sparse24_linear`, which ../sparse24_linear/cpu.py calls; see int4_linear.cpp.
+// The CPU kernels of `sparse24_linear`, which ../sparse24_linear/cpu.py calls.
 
-#include "matrix.h"
+#include "interface.h"
 #include "sparse24.h"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+struct Sparse24Format {
+    using Weight = Sparse24;
+    static Sparse24 weight(const void* a, const void* b, const void*, int64_t rows, int64_t columns, int, Half half) {
+        return {static_cast<const uint16_t*>(a), static_cast<const uint16_t*>(b), rows, columns, half};
+    }
 
-// Whether `sparse24_product` may be called, for bfloat16: bit 0 for few tokens, bit 1 for many.
-EXPORT int sparse24_has() {
+    static bool by_rows(const Product<Sparse24>& product, int threads) {
 #ifdef HAS_EXPAND
-#ifdef HAS_MATRIX
-    return 1 + 2 * matrix_is_allowed();
-#else
-    return 1;
+        if (product.weight.half == BF16) return product_by_rows<Sparse24Rows>(product, threads);
 #endif
-#else
-    return 0;
-#endif
-}
+        return product_by_rows<Sparse24Fours>(product, threads);
+    }
 
-// y = x Wᵀ + bias for few tokens (many: 0) or by matrix instructions (many: 1). Returns 0, or 1 without memory.
-EXPORT int sparse24_product(
-    int many, const uint16_t* x, int64_t stride, const uint16_t* values, const uint16_t* index, const uint16_t* bias,
-    uint16_t* y, int64_t tokens, int64_t rows, int64_t columns, int threads
-) {
-#ifdef HAS_EXPAND
-    const Product<Sparse24> product{{values, index, rows, columns, BF16}, x, stride, bias, y, tokens};
 #ifdef HAS_MATRIX
-    if (many) return !product_by_matrix<Sparse24Left>(product, threads);
+    static bool by_matrix(const Product<Sparse24>& product, int threads) {
+        return product_by_matrix<Sparse24Left>(product, threads);
+    }
 #endif
-    return !product_by_rows<Sparse24Rows>(product, threads);
-#else
-    return 1;
-#endif
-}
 
-// out [count, columns] = rows first .. first + count of the weight, of either 16-bit type.
-EXPORT void sparse24_spread(
-    const uint16_t* values, const uint16_t* index, uint16_t* out, int64_t first, int64_t count, int64_t rows,
-    int64_t columns, int threads
-) {
-    const Sparse24 weight{values, index, rows, columns, BF16};
-    parallel(threads, [&](int thread, int of) {
-        const Range range = share(count, 1, thread, of);
-        for (int64_t r = range.first; r < range.last; ++r) spread_row(weight, first + r, out + r * columns);
-    });
-}
+    static void unpack(const Sparse24& weight, int64_t first, int64_t count, uint16_t* out) {
+        for (int64_t r = 0; r < count; ++r) spread_row(weight, first + r, out + r * weight.columns);
+    }
+};
+
+EXPORT_FORMAT(Sparse24Format)

@@ -28,8 +28,9 @@ def int4_linear(
 
     All tensors are on one device, and all but x contiguous. Sums are in float32; the product (code - zero) * scale is
     not rounded, except for many tokens (above 256 on a GPU, or 64 from compute capability 10 on; fewer on a CPU:
-    ways.py), where the weight is unpacked to the dtype of x. The packed kernels give the same bits for the same inputs.
-    Gradients are not computed.
+    ways.py), where the weight is unpacked to the dtype of x. On a CPU, x of few tokens is rounded to 2^-15 of the
+    largest of 128 columns (csrc/int4.h). The packed kernels give the same bits for the same inputs. Gradients are not
+    computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

@@ -25,6 +25,8 @@ def generated(path: str, prompt: int, new: int, threads: int) -> list[float]:
     """Seconds of each step of the second of two generations."""
     import llama_cpp
 
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # must live as long as the library logs
+    llama_cpp.llama_log_set(quiet, None)
     llama_cpp.llama_backend_init()
     loading = llama_cpp.llama_model_default_params()
     loading.n_gpu_layers = 0

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from evals_modules import evals_module
 
+from llmcompress import catalog
 from llmcompress.recipe import parse_recipe
 
 trials, code, comparisons = evals_module("trials"), evals_module("code_version"), evals_module("comparisons")
@@ -176,6 +177,54 @@ def test_a_technique_depends_on_its_own_file_and_those_it_computes_with():
     versions = {name: code.code_version({"steps": [{"train": name}]}) for name in ("set", "rigl", "dense", "dsa")}
     assert len(set(versions.values())) == 4
     assert code.code_version({"cache": "knorm"}) != code.code_version({"cache": "all"})
+
+
+DEPENDS = {
+    "width-half": "structure.compensation",
+    "kv-groups-half": "structure.scores.fluctuation",
+    "hidden-132": "structure.residual",
+    "depth-3of5": "structure.scores.greedy",
+    "teal-50": "at_runtime.allocation",
+    "geometric-median": "structure.scores.geometric_median",
+    "dsa": "structure.groups",
+    "dense": "building",
+    "snip-after-80": "gradients",
+    "wanda-80": "assignment",
+    "random-80": "training.techniques.snip",
+    "cache-knorm": "eviction.base",
+}
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_a_formula_that_changes_is_measured_anew(name, monkeypatch):
+    values = evals_module("shelf").recipes()[name]
+    before, plain = code.code_version(values), code.meaning
+    changed = {f"llmcompress.{DEPENDS[name]}", "llmcompress.training.techniques.grasp", "llmcompress.methods.ria"}
+    monkeypatch.setattr(code, "meaning", lambda module: plain(module) + "x" * (module in changed))
+    assert code.code_version(values) != before
+    changed.remove(f"llmcompress.{DEPENDS[name]}")
+    assert code.code_version(values) == before, "another technique's file changes this row"
+
+
+@pytest.mark.parametrize("module", ["calibrate", "text", "new_model", "perplexity"])
+def test_every_trial_depends_on_texts_first_weights_and_perplexity(module, monkeypatch):
+    trials_of_all_kinds = [{"steps": [{"train": "set"}]}, {"steps": [{"method": "rtn"}]}, {"cache": "all"}]
+    before, plain = list(map(code.code_version, trials_of_all_kinds)), code.meaning
+    monkeypatch.setattr(code, "meaning", lambda name: plain(name) + "x" * (name == f"llmcompress.{module}"))
+    after = map(code.code_version, trials_of_all_kinds)
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_every_trial_depends_on_the_suite_and_on_the_config(monkeypatch, tmp_path):
+    before, suite = code.code_version({"cache": "all"}), code.SUITE.read_text()
+    monkeypatch.setattr(code, "SUITE", tmp_path / "tiny.yaml")
+    code.SUITE.write_text("# words\n" + suite)
+    assert code.code_version({"cache": "all"}) == before
+    code.SUITE.write_text(suite.replace("windows: 200", "windows: 100"))
+    assert code.code_version({"cache": "all"}) != before
+    code.SUITE.write_text(suite)
+    monkeypatch.setitem(catalog.TINY_LLAMA, "hidden_size", 128)
+    assert code.code_version({"cache": "all"}) != before
 
 
 # what is compared

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from evals_modules import evals_module
 
 from llmcompress import catalog
@@ -72,6 +74,7 @@ def test_rows_are_kept_and_nothing_is_run_twice(bench, tmp_path):
     }
     assert rows["rigl"]["0"]["from"]["jobs"] == 1
     assert rows["rigl"]["0"]["from"]["commit"]
+    assert rows["rigl"]["0"]["from"]["versions"] == {"torch": torch.__version__, "transformers": transformers.__version__}
     assert names(bench()) == []
     left = {path.name.split("-")[0] for path in (tmp_path / "work").iterdir() if path.is_dir()}
     assert left == {"dense", "wanda"}  # what others go on from
@@ -155,6 +158,21 @@ def test_several_trainings_are_counted():
     steps = [{"train": "lottery_ticket", "rounds": 4}]
     assert trials.Trial("a", 0, {"model": "m", "steps": steps}).trainings == 5
     assert trials.Trial("a", 0, {"model": "m", "cache": "knorm"}).trainings == 1
+
+
+def test_a_row_keeps_what_techniques_say_of_themselves(tmp_path):
+    curve = {"name": "early_bird", "loss": {"cross_entropy": 1}, "losses": [5.0, 4.0], "data": {"sha256": "d"}}
+    curve |= {"tokens": 8, "seconds": 2.0, "early_bird": {"ticket": 3, "settled": True, "distances": [0.5, 0.0]}}
+    runtime = {"sparsity": 0.5, "read_bytes": {"before": 10, "after": 5}}
+    results = {
+        "training": [curve], "scores": {"perplexity": [{"compressed": {"value": 9.0, "nll": 2.2}}]},
+        "base_model": {"parameters": 7}, "format": "bitmask", "sparsity": None, "size": {"after_bytes": 6},
+        "timing": {"stages": {"compress": 1.0}}, "calibration": {"sha256": "d"}, "runtime": runtime,
+    }  # fmt: skip
+    row = trials.row_of(results, tmp_path, 1)
+    assert row["training"] == [{key: value for key, value in curve.items() if key not in ("losses", "data")}]
+    assert row["runtime"] == runtime
+    assert (row["perplexity"], row["seconds"], row["tokens"], row["zeros"]) == (9.0, 2.0, 8, 0.0)
 
 
 # the code's version

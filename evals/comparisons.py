@@ -25,6 +25,7 @@ SPARSE = {  # trial -> recipe of techniques that take single weights while they 
     "static-snip": "random-80-snip",
     "set": "set-80",
     "rigl": "rigl-80",
+    "gradual": "gradual-80",
 }
 HALF = {"structure": "mlp_channel", "score": "fluctuation", "ratio": 0.5, "of": "group"}
 
@@ -47,6 +48,7 @@ def sparse_group(percent: int) -> Group:
             f"static-snip-{percent}": "static random mask, as many of each matrix as SNIP would keep",
             f"set-{percent}": "SET: masks move, at random",
             f"rigl-{percent}": "RigL: masks move, by gradients",
+            f"gradual-{percent}": "gradual: dense at first, then ever fewer, by magnitude",
             f"magnitude-{percent}": "after training: magnitude",
             f"sparsegpt-{percent}": "after training: SparseGPT",
             f"sparsegpt-{percent}-recover": "after two thirds: SparseGPT, then trained on",

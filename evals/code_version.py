@@ -20,9 +20,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = ROOT / "evals/suites/tiny.yaml"
 COMPUTE = {  # modules and packages below `llmcompress` whose text decides results, wherever they are imported
-    "arch", "assignment", "at_runtime", "budget", "building", "calibrate", "depth_plan", "eviction", "gradients", "grid",
-    "hidden_plan", "histogram", "mask", "methods", "perplexity", "stats", "stream", "structure", "structure_budget",
-    "teal", "text", "training", "weight", "width_plan",
+    "arch", "assignment", "at_runtime", "budget", "building", "calibrate", "depth_plan", "eviction", "gradients",
+    "grid", "hidden_plan", "histogram", "mask", "methods", "perplexity", "stats", "stream", "structure",
+    "structure_budget", "teal", "text", "training", "weight", "width_plan",
 }  # fmt: skip
 REGISTRIES = {"at_runtime", "eviction", "methods", "structure", "structure.scores", "training", "training.techniques"}
 EVERY = ("llmcompress.calibrate", "llmcompress.new_model", "llmcompress.perplexity")

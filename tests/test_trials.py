@@ -74,7 +74,10 @@ def test_rows_are_kept_and_nothing_is_run_twice(bench, tmp_path):
     }
     assert rows["rigl"]["0"]["from"]["jobs"] == 1
     assert rows["rigl"]["0"]["from"]["commit"]
-    assert rows["rigl"]["0"]["from"]["versions"] == {"torch": torch.__version__, "transformers": transformers.__version__}
+    assert rows["rigl"]["0"]["from"]["versions"] == {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     assert names(bench()) == []
     left = {path.name.split("-")[0] for path in (tmp_path / "work").iterdir() if path.is_dir()}
     assert left == {"dense", "wanda"}  # what others go on from

@@ -1,22 +1,34 @@
 """Which code a measurement was made with: a fingerprint of what the steps of a recipe compute with.
 
-Counted are the module of each step's options, what carries out steps of its kind, and the modules that these import
-from their own package or from the tensor level; comments, docstrings and layout are not. So a word that is changed in
-a docstring, or a new command, leaves a measurement as it is, and a changed formula does not.
+Counted are the module of each step's options and of its score, what carries out steps of its kind, what every trial
+does (texts, the first weights, perplexity), and what these import of the modules that compute; further the config of
+tiny-llama and the texts of the suite. Comments, docstrings and layout are not. So a word that is changed in a
+docstring, or a new command, leaves a measurement as it is, and a changed formula does not. A registry is not followed:
+it names all techniques, and a change of one is to leave the rows of the others.
 """
 
 import ast
 import hashlib
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
-TENSORS = ("budget", "grid", "histogram", "mask", "stats", "weight")  # that all packages compute with
+SUITE = ROOT / "evals/suites/tiny.yaml"
+COMPUTE = {  # modules and packages below `llmcompress` whose text decides results, wherever they are imported
+    "arch", "assignment", "at_runtime", "budget", "building", "calibrate", "depth_plan", "eviction", "gradients",
+    "grid", "hidden_plan", "histogram", "mask", "methods", "perplexity", "stats", "stream", "structure",
+    "structure_budget", "teal", "text", "training", "weight", "width_plan",
+}  # fmt: skip
+REGISTRIES = {"at_runtime", "eviction", "methods", "structure", "structure.scores", "training", "training.techniques"}
+EVERY = ("llmcompress.calibrate", "llmcompress.new_model", "llmcompress.perplexity")
 CARRIED_OUT_BY = {
     "train": ("llmcompress.training.loop", "llmcompress.training.objective", "llmcompress.training_job"),
-    "method": ("llmcompress.compress",),
+    "method": ("llmcompress.assignment", "llmcompress.compress", "llmcompress.survey"),
     "structure": ("llmcompress.structure_job", "llmcompress.hidden_job"),
     "runtime": ("llmcompress.runtime_job", "llmcompress.teal"),
 }
@@ -40,31 +52,50 @@ def modules_of(step: Mapping[str, Any]) -> list[str]:
     tables: dict[str, Mapping[str, type]] = {"train": TRAININGS, "method": METHODS, "runtime": RUNTIMES}
     kind = next(kind for kind in CARRIED_OUT_BY if kind in step)
     options = (tables | {"structure": STRUCTURES})[kind][step[kind]]
-    return [options.__module__, *CARRIED_OUT_BY[kind]]
+    score = [score_of(step)] if "score" in step else []
+    return [options.__module__, *score, *CARRIED_OUT_BY[kind]]
+
+
+def score_of(step: Mapping[str, Any]) -> str:
+    """The module of a structure step's score."""
+    from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
+
+    tables: dict[str, Mapping[str, type]] = {"block": BLOCK_SCORES, "hidden": CHANNEL_SCORES}
+    score = step["score"]
+    name = score if isinstance(score, str) else score["method"]
+    return tables.get(step["structure"], UNIT_SCORES)[name].__module__
 
 
 def combined(*modules: str) -> str:
-    """One fingerprint of modules and of what they import."""
-    texts = [meaning(each) for each in sorted({each for module in modules for each in with_imports(module)})]
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    """One fingerprint of modules, of what they import, and of what every trial has in common."""
+    reached = {each for module in (*modules, *EVERY) for each in with_imports(module)}
+    texts = [meaning(each) for each in sorted(reached)]
+    return hashlib.sha256("\n".join([*texts, common()]).encode()).hexdigest()
+
+
+def common() -> str:
+    """What all trials begin with and are scored on: the config of tiny-llama, and the suite without its comments."""
+    from llmcompress.catalog import TINY_LLAMA
+
+    suite = yaml.safe_load(SUITE.read_text(encoding="utf-8"))
+    return json.dumps([TINY_LLAMA, suite], sort_keys=True)
 
 
 def with_imports(module: str) -> set[str]:
-    """A module, and those that it imports, however far away, from its own package or from the tensor level."""
+    """A module, and those that it imports, however far away, as far as they compute."""
     found, waiting = set[str](), [module]
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += [other for other in imports(name) if near(name, other)]
+            waiting += [other for other in imports(name) if decides(other)]
     return found
 
 
-def near(module: str, other: str) -> bool:
-    """Whether a module's meaning depends on one that it imports."""
-    package, inside = ".".join(module.split(".")[:2]), other.split(".")
-    same = len(inside) > 2 and module.count(".") > 1 and ".".join(inside[:2]) == package
-    return same or inside[1] in TENSORS
+def decides(module: str) -> bool:
+    """Whether the meaning of what imports a module depends on it."""
+    inside = module.removeprefix("llmcompress.")
+    return inside.split(".")[0] in COMPUTE and inside not in REGISTRIES
 
 
 @lru_cache
@@ -72,8 +103,7 @@ def imports(module: str) -> tuple[str, ...]:
     """The project's modules that one imports anywhere in its text."""
     found = []
     for node in ast.walk(ast.parse(file_of(module).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("llmcompress."):
-            assert node.module is not None
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "llmcompress":
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [name for name in inside if file_of(name).is_file()] or [node.module]
     return tuple(found)

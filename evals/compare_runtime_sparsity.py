@@ -9,8 +9,9 @@ Quality: SmolLM2-135M-Instruct (the listed model), thresholds from 16 x 512 toke
 in each linear the sparse product is compared with the masked one of the same input. The exit code is 1 unless
 perplexity rises with the share, every share is met within 2 points, and products agree to float32.
 
-Caches: the same model, dense, goes on with 8 windows of the test text after 384 tokens, one token at a time, under each
-eviction policy with budgets of a quarter and half of the prompt (`continuation.py`).
+Caches: the same model, dense, goes on with a few windows of 2048 tokens of the test text after 1536 of them, one token
+at a time, under each eviction policy with budgets of a quarter and half of the prompt (`continuation.py`). Bytes are
+those of the keys and values of one window, in float32.
 
 Speed: a Llama of TinyLlama-1.1B's shape with random bfloat16 weights, decoding one token after another. One side is the
 model as it is, the other the same weights with thresholds at 50% of each linear's input, found on the prompt; sides
@@ -19,7 +20,8 @@ the bytes that each side reads per second: where sparse decoding is not faster, 
 depend on it.
 
 What is unfair: with random weights, what comes into a linear is close to normal and has no outliers. That changes
-nothing about how many bytes are read. Decoding is timed with a short context.
+nothing about how many bytes are read. Decoding is timed with a short context. Caches are tried on few windows, all that
+minutes allow: differences between policies are to be read beside the error of each.
 """
 
 import argparse
@@ -32,16 +34,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from continuation import continuation_losses, maker
+from continuation import continued, maker
 from provenance import in_words, provenance
 from sparse_speed import SHAPE, speed
 
-SHARES = (0.25, 0.4, 0.5)
+SHARES = (0.1, 0.25, 0.4, 0.5)
 ALLOWED = 0.02  # between the share asked for and what was left out
 ROUNDING = 1e-5  # between sparse and masked products, relative; sums of up to 1536 float32 numbers
-LENGTH = 512  # tokens of a window
+LENGTH = 512  # tokens of a window that is scored
 DECODED = 32  # tokens that products are compared on, after as many that are not counted
-CONTINUED, BUDGETS = 384, (96, 192)  # prompt of a continuation, entries that caches may hold
+CONTEXT, CONTINUED = 2048, 1536  # tokens of a window that is gone on with, and of its prompt
+BUDGETS = (384, 768)  # entries that caches may hold
+OPTIONS: dict[str, dict[str, int]] = {"snapkv": {"window": 16}}  # as on the shelf, so that most entries are free
 PARTS = ("quality", "caches", "speed")
 
 
@@ -70,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512 tokens")
     parser.add_argument("--windows", type=int, default=48, help="test windows of 512 tokens")
-    parser.add_argument("--continued", type=int, default=8, help="test windows that caches are tried on")
+    parser.add_argument("--continued", type=int, default=4, help="test windows that caches are tried on")
     parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="of the model that is timed")
     parser.add_argument("--new", type=int, default=24, help="tokens decoded in a round")
@@ -129,7 +133,7 @@ def scored(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     from llmcompress.teal import SparseLinear, mean_share, measured, weight_sizes
 
     model, tokenizer = load_model(folder, "float32")
-    windows = test_windows(args, tokenizer, args.windows)
+    windows = test_windows(args, tokenizer, LENGTH, args.windows)
     linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
     if not linears:
         return {"perplexity": perplexity(score_windows(model, windows, batch_size=8).nll)["value"]}
@@ -142,11 +146,11 @@ def scored(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def test_windows(args: argparse.Namespace, tokenizer: Any, count: int) -> Any:
-    """The first windows of the test text."""
+def test_windows(args: argparse.Namespace, tokenizer: Any, length: int, count: int) -> Any:
+    """The first windows of the test text, [count, length] int64."""
     from llmcompress.perplexity import text_windows
 
-    return text_windows(args.test.read_text("utf-8"), tokenizer, LENGTH, count, "test")
+    return text_windows(args.test.read_text("utf-8"), tokenizer, length, count, "test")
 
 
 def product_error(model: Any, linears: list[Any], tokens: Any) -> float:
@@ -232,16 +236,20 @@ def caches(args: argparse.Namespace) -> list[dict[str, Any]]:
     from llmcompress.perplexity import perplexity
 
     model, tokenizer = load_model(dense_folder(args), "float32")
-    windows = test_windows(args, tokenizer, args.continued)
-    print(f"{len(windows)} windows, prompt of {CONTINUED} tokens, perplexity of the {LENGTH - CONTINUED} after it\n")
-    print("| cache | entries held | perplexity |\n|---|---:|---:|")
+    windows = test_windows(args, tokenizer, CONTEXT, args.continued)
+    print(f"{len(windows)} windows, prompt of {CONTINUED} tokens, perplexity of the {CONTEXT - CONTINUED} after it\n")
+    print("| cache | entries held | MiB | perplexity |\n|---|---:|---:|---:|")
     kinds: list[dict[str, Any]] = [{"cache": "all"}]
-    kinds += [{"cache": name, "budget": budget} for budget in BUDGETS for name in EVICTIONS]
+    kinds += [
+        {"cache": name, "budget": budget, "options": OPTIONS.get(name, {})} for budget in BUDGETS for name in EVICTIONS
+    ]
     rows = []
     for kind in kinds:
-        losses, kept = continuation_losses(model, windows, CONTINUED, maker(kind))
-        rows.append(kind | {"kept": kept} | perplexity(losses))
-        print(f"| {kind['cache']} | {kept} | {rows[-1]['value']:.2f} |", flush=True)
+        found = continued(model, windows, CONTINUED, maker(kind))
+        score = perplexity(found.losses)
+        rows.append(kind | {"kept": found.kept, "cache_bytes": found.bytes} | score)
+        reached = f"{score['value']:.2f}" + (f" ± {score['stderr']:.2f}" if score["stderr"] is not None else "")
+        print(f"| {kind['cache']} | {found.kept} | {found.bytes / 2**20:.2f} | {reached} |", flush=True)
     print()
     return rows
 

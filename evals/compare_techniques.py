@@ -1,6 +1,6 @@
 """Techniques side by side over several seeds, at equal parameters: which differences are larger than chance?
 
-    python evals/compare_techniques.py                      # 400 steps, 3 seeds, two jobs: under two hours on two cores
+    python evals/compare_techniques.py                      # 400 steps, 3 seeds, two jobs: two hours on two cores
     python evals/compare_techniques.py --steps 200 --seeds 0 1
     python evals/compare_techniques.py --dry-run            # what would be run
 
@@ -10,7 +10,10 @@ so that differences are taken seed by seed. Results are kept in docs/comparisons
 anew; a trial that is known, of the same recipe and code, is not run again, and one that was killed goes on.
 
 What is unfair: a few hundred steps are short for methods that move masks or search over rounds, and three seeds tell
-large differences from none, not small ones from each other. Learning rates are those that suit the dense model.
+large differences from none, not small ones from each other. Learning rates are those that suit the dense model. DSA
+stands beside uniform soft pruning, and differs from it in more than how much each block keeps: it draws masks at random
+until they settle, and then no unit comes back, while soft pruning zeroes the same number again and again and lets all
+grow back. So a difference between these rows is one of whole procedures, not of the allocation alone.
 """
 
 import argparse

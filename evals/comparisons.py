@@ -19,6 +19,14 @@ RECIPES = ROOT / "recipes/tiny-llama"
 IN_STEPS = ("warmup", "every", "rewind")  # options that shrink with the number of steps
 ROUNDS = 2  # of the lottery ticket
 OTHER_SEED = 1000  # between a ticket and the weights that its mask is given to
+SPARSE = {  # trial -> recipe of techniques that take single weights while they train or before
+    "static": "random-80",
+    "static-uniform": "random-80-uniform",
+    "static-snip": "random-80-snip",
+    "set": "set-80",
+    "rigl": "rigl-80",
+    "gradual": "gradual-80",
+}
 HALF = {"structure": "mlp_channel", "score": "fluctuation", "ratio": 0.5, "of": "group"}
 
 
@@ -36,8 +44,11 @@ def sparse_group(percent: int) -> Group:
         f"{percent}% of the decoder linears' weights gone",
         {
             f"static-{percent}": "static random mask, ERK",
+            f"static-uniform-{percent}": "static random mask, the same density everywhere",
+            f"static-snip-{percent}": "static random mask, as many of each matrix as SNIP would keep",
             f"set-{percent}": "SET: masks move, at random",
             f"rigl-{percent}": "RigL: masks move, by gradients",
+            f"gradual-{percent}": "gradual: dense at first, then ever fewer, by magnitude",
             f"magnitude-{percent}": "after training: magnitude",
             f"sparsegpt-{percent}": "after training: SparseGPT",
             f"sparsegpt-{percent}-recover": "after two thirds: SparseGPT, then trained on",
@@ -102,7 +113,7 @@ def recipes(steps: int) -> dict[str, dict[str, Any]]:
     }
     for percent in (80, 90):
         gone = percent / 100
-        for name, recipe_name in (("static", "random-80"), ("set", "set-80"), ("rigl", "rigl-80")):
+        for name, recipe_name in SPARSE.items():
             found[f"{name}-{percent}"] = recipe(recipe_name, steps, density=round(1 - gone, 2))
         found[f"magnitude-{percent}"] = after("dense", pruned("magnitude", gone))
         found[f"sparsegpt-{percent}"] = after("dense", pruned("sparsegpt", gone))

@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,15 @@ def measured(values: dict[str, Any]) -> dict[str, Any]:
     model, tokenizer = load_model(Path(values["model"]), "float32")
     text = load_text(DataSource(data=values["data"]), tokenizer).joined
     windows = text_windows(text, tokenizer, values["length"], values["windows"], values["data"])
-    losses, kept = continuation_losses(model, windows, values["prompt"], maker(values))
-    score = perplexity(losses)
+    found = continued(model, windows, values["prompt"], maker(values))
+    score = perplexity(found.losses)
     return {
         "perplexity": score["value"],
         "nll": score["nll"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "zeros": 0.0,
-        "kept": kept,
+        "kept": found.kept,
+        "cache_bytes": found.bytes,
         "predicted": len(windows) * (values["length"] - values["prompt"]),
         "tokens": 0,  # that are learned from
         "seconds": 0.0,  # of training
@@ -73,33 +75,45 @@ def maker(values: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda model: policy(model, budget=values["budget"], **values.get("options", {}))
 
 
+@dataclass(frozen=True, slots=True)
+class Continued:
+    """What came of going on with some windows."""
+
+    losses: list[float]  # mean of each window's tokens after its prompt, nats per token
+    kept: int  # most entries that some layer holds
+    bytes: int  # most keys and values that all layers hold, of one window
+
+
 @torch.inference_mode()
-def continuation_losses(
-    model: Any, windows: Tensor, prompt: int, make_cache: Callable[[Any], Any]
-) -> tuple[list[float], int]:
-    """Mean loss of each window's tokens after its first `prompt`, nats per token; and the most entries held.
+def continued(model: Any, windows: Tensor, prompt: int, make_cache: Callable[[Any], Any]) -> Continued:
+    """Go on with each window after its first `prompt` tokens, one token at a time.
 
     windows: [n, length] int64, length > prompt.  make_cache: from a model, for each batch.
     Entries are counted between passes, after the prompt: what an evicting cache holds then is within its budget.
     """
-    losses, most = list[float](), 0
+    losses, kept, most = list[float](), 0, 0
     for batch in windows.split(BATCH):
         cache, total = make_cache(model), torch.zeros(len(batch), dtype=torch.float64)
         logits = model(batch[:, :prompt], past_key_values=cache, logits_to_keep=1).logits[:, -1]
         for place in range(prompt, batch.shape[1]):
             total += torch.nn.functional.cross_entropy(logits.float(), batch[:, place], reduction="none").double()
-            most = max(most, entries(cache))
+            kept, most = max(kept, entries(cache)), max(most, held_bytes(cache) // len(batch))
             if place + 1 < batch.shape[1]:
                 logits = model(batch[:, place : place + 1], past_key_values=cache).logits[:, -1]
         losses += (total / (batch.shape[1] - prompt)).tolist()
     if not all(map(math.isfinite, losses)):
         raise SystemExit("a loss is not finite")
-    return losses, most
+    return Continued(losses, kept, most)
 
 
 def entries(cache: Any) -> int:
     """Most tokens that some layer holds."""
     return max(int(layer.keys.shape[-2]) for layer in cache.layers)
+
+
+def held_bytes(cache: Any) -> int:
+    """Of the keys and values of all layers and of the whole batch."""
+    return sum(int(tensor.nbytes) for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,19 @@ WITHOUT = {  # (kind, name) of what has no row of its own -> why
 }
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 WHEN = ("before training", "during training", "after training", "at run time")
+AMOUNTS = {  # title of a table -> names of its recipes
+    "80% of the decoder linears' weights gone": re.compile(r"-80(-\w+)?$"),
+    "Two of four weights gone": re.compile(r"-(2to4|24)$"),
+    "Half of the MLP channels gone, or as many parameters": re.compile(
+        r"^(dsa|early-bird|geometric-median|growing-l2|l0|width-half.*)$"
+    ),
+}
+OTHERS = "Other amounts, not to be compared row by row"
+COLUMNS = (
+    "| technique | when | what goes | recipe | parameters | zeros | MiB | perplexity | time |",
+    "|---|---|---|---|---:|---:|---:|---:|---:|",
+)
+PLAIN = ("name", "loss", "tokens", "seconds")  # of what is recorded of a training: said elsewhere
 LIMIT = 1.5  # times what the dense model takes to train
 
 Rows = Mapping[str, Any]  # seed -> row
@@ -75,8 +88,9 @@ def page() -> str:
     """The whole page."""
     known = read_json(KNOWN)
     entries = sorted(shelved(), key=lambda entry: WHEN.index(entry.shelf.when))
-    parts = [HEAD, table(entries, known), caches(entries, known), compared(read_json(COMPARED))]
-    return "\n".join([*parts, *(section(entry) for entry in entries)])
+    parts = [HEAD, tables(entries, known), recorded(entries, known), caches(entries, known)]
+    parts.append(compared(read_json(COMPARED)))
+    return "\n".join([*filter(None, parts), *(section(entry) for entry in entries)])
 
 
 def shelved() -> Iterator[Entry]:
@@ -116,25 +130,35 @@ def aim(path: Path) -> tuple[str, str]:
 # what was reached on one model
 
 
-def table(entries: Sequence[Entry], known: Rows) -> str:
-    """A row for each recipe."""
-    lines = [
-        "| technique | when | what goes | recipe | parameters | zeros | MiB | perplexity | time |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    dense = known.get("dense", {})
-    for entry in entries:
-        if entry.kind == "cache":
-            continue
-        for recipe in entry.recipes or [None]:
-            tiny = recipe is not None and recipe.parent.name == "tiny-llama"
-            rows = known.get(recipe.stem, {}) if recipe and tiny else {}
-            shown = f"`{recipe.stem if tiny else named(recipe)}`" if recipe else ""
-            reached = cells(rows, dense)
-            if not rows and (entry.kind, entry.name) in WITHOUT:
-                reached = f" | | | {WITHOUT[entry.kind, entry.name]} | "
-            lines.append(f"| {entry.link} | {entry.shelf.when} | {entry.shelf.removes} | {shown} | {reached} |")
-    return "\n".join([*lines, "", *limits(entries, known), *sources(known), ""])
+def tables(entries: Sequence[Entry], known: Rows) -> str:
+    """One for each kind of amount, so that rows of a table can be compared, each led by the dense model."""
+    pairs: list[tuple[Entry, Path | None]]
+    pairs = [(entry, path) for entry in entries if entry.kind != "cache" for path in entry.recipes or [None]]
+    shelves: dict[str, list[str]] = {title: [] for title in [*AMOUNTS, OTHERS]}
+    dense = [line(entry, path, known) for entry, path in pairs if path and path.stem == "dense"]
+    for entry, path in pairs:
+        if path is None or path.stem != "dense":
+            shelves[amount(path)].append(line(entry, path, known))
+    parts = [part for title, lines in shelves.items() for part in (f"## {title}", "", *COLUMNS, *dense, *lines, "")]
+    closing = [*limits(entries, known), *sources(known)]
+    return "\n".join([*parts, *(["## Times, and where numbers are from", "", *closing, ""] if closing else [])])
+
+
+def amount(recipe: Path | None) -> str:
+    """The table that a recipe is in."""
+    name = recipe.stem if recipe else ""
+    return next((title for title, names in AMOUNTS.items() if names.search(name)), OTHERS)
+
+
+def line(entry: Entry, recipe: Path | None, known: Rows) -> str:
+    """The row of a recipe, or of a technique that has none."""
+    tiny = recipe is not None and recipe.parent.name == "tiny-llama"
+    rows = known.get(recipe.stem, {}) if recipe and tiny else {}
+    shown = f"`{recipe.stem if tiny else named(recipe)}`" if recipe else ""
+    reached = cells(rows, known.get("dense", {}))
+    if not rows and (entry.kind, entry.name) in WITHOUT:
+        reached = f" | | | {WITHOUT[entry.kind, entry.name]} | "
+    return f"| {entry.link} | {entry.shelf.when} | {entry.shelf.removes} | {shown} | {reached} |"
 
 
 def named(recipe: Path) -> str:
@@ -195,24 +219,60 @@ def limits(entries: Sequence[Entry], known: Rows) -> list[str]:
 def sources(known: Rows) -> list[str]:
     """Where numbers are from, a line for each machine and commit."""
     found = {
-        f"Measured: {in_words(row['from'])}, {row['from']['jobs']} at a time with {row['from']['threads']} "
-        f"thread{'s' * (row['from']['threads'] != 1)} each."
+        f"Measured: {in_words(row['from'])}{made_with(row)}, {row['from']['jobs']} at a time with "
+        f"{row['from']['threads']} thread{'s' * (row['from']['threads'] != 1)} each."
         for rows in known.values()
         for row in rows.values()
     }
     return sorted(found)
 
 
+def made_with(row: Mapping[str, Any]) -> str:
+    """Versions of the packages, where the row has them."""
+    return "".join(f", {name} {version}" for name, version in row["from"].get("versions", {}).items())
+
+
+def recorded(entries: Sequence[Entry], known: Rows) -> str:
+    """What techniques have recorded of themselves: tickets, shares, gates; "" before anything is measured."""
+    names = dict.fromkeys(path.stem for entry in entries for path in entry.recipes if path.parent.name == "tiny-llama")
+    told = {name: said(next(iter(known[name].values()))) for name in names if known.get(name)}
+    lines = [f"- `{name}`: {words}." for name, words in told.items() if words]
+    return "\n".join([RECORDED, "", *lines, ""]) if lines else ""
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """One row's records in words."""
+    found = [{key: curve[key] for key in curve if key not in PLAIN} for curve in row.get("training", [])]
+    return ", ".join(part for record in [*found, row.get("runtime") or {}] for part in flat(record))
+
+
+def flat(record: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Names and values of a record and what is in it; of many numbers the smallest and the largest."""
+    for key, value in record.items():
+        inside = list(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(inside, list) and len(inside) > 3 and all(isinstance(each, int | float) for each in inside):
+            yield f"{before}{key} {min(inside):.4g} to {max(inside):.4g} ({len(inside)} numbers)"
+        elif isinstance(value, Mapping):
+            yield from flat(value, f"{before}{key}.")
+        elif isinstance(value, float):
+            yield f"{before}{key} {value:.4g}"
+        elif key == "mask_sha256":
+            yield f"masks {value[:12]}"
+        else:
+            yield f"{before}{key} {value}"
+
+
 def caches(entries: Sequence[Entry], known: Rows) -> str:
     """What forgetting costs."""
     by_name = {entry.name: entry for entry in entries if entry.kind == "cache"}
-    lines = [FORGETTING, "", "| cache | what goes | entries held | perplexity |", "|---|---|---:|---:|"]
+    lines = [FORGETTING, "", "| cache | what goes | entries held | KiB | perplexity |", "|---|---|---:|---:|---:|"]
     for name, values in CACHES.items():
         rows, entry = known.get(name, {}), by_name.get(str(values["cache"]))
-        held = f"{next(iter(rows.values()))['kept']}" if rows else ""
+        first = next(iter(rows.values()), None)
+        held = f"{first['kept']} | {first['cache_bytes'] / 2**10:.0f}" if first else " | "
         reached = spread(rows, "perplexity", 2) if rows else ""
-        first = f"{entry.link} | {entry.shelf.removes}" if entry else "every token | nothing"
-        lines.append(f"| {first} | {held} | {reached} |")
+        which = f"{entry.link} | {entry.shelf.removes}" if entry else "every token | nothing"
+        lines.append(f"| {which} | {held} | {reached} |")
     return "\n".join([*lines, ""])
 
 
@@ -288,12 +348,19 @@ All recipes are for one model, tiny-llama from scratch, and all learn from the s
 Exceptions: a lottery ticket trains once per round, each time nearly as long, and recipes with two trainings begin their
 order of the windows anew in the second. Perplexity is on passages that training has not seen (suite `tiny`), time that
 of all training, choosing and cutting beside the dense model's; of a ticket, time per training.
+
+Rows are of one seed, 0, but where a cell says of how many: small differences between them may be chance. Those of one
+table have about as many parameters, or zeros, left; over three seeds fewer techniques are compared further below.
 """
+RECORDED = """## What techniques recorded
+
+Of the first seed: how far what they learned is from what was asked for, when tickets were drawn, fingerprints of masks.
+Of lists the smallest and the largest number."""
 FORGETTING = f"""## A cache that forgets
 
 The dense model goes on with held-out texts of {CONTINUED["length"]} tokens after a prompt of {CONTINUED["prompt"]}, a
-token at a time; perplexity is that of the {CONTINUED["length"] - CONTINUED["prompt"]} tokens after the prompt
-(`evals/continuation.py`)."""
+token at a time; perplexity is that of the {CONTINUED["length"] - CONTINUED["prompt"]} tokens after the prompt, and
+entries and KiB are the most that one text holds (`evals/continuation.py`)."""
 SEEDS = """## Over several seeds
 
 Held-out loss in nats per token, mean and standard deviation over seeds, and how far a row is above the first one of its

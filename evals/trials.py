@@ -11,6 +11,7 @@ its last state was written, and one that fails does not keep others from being r
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -36,6 +37,8 @@ from llmcompress.safetensors_file import read_header
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "outputs" / "trials"
 REFERENCE = re.compile(r"@([\w.-]+)")  # the whole of a value
+PACKAGES = ("torch", "transformers")
+LEFT_OUT = ("losses", "data")  # of a curve: long, and in the row already
 PAUSE = 0.2  # seconds between two looks at the processes
 
 Key = tuple[str, int]  # name and seed
@@ -172,7 +175,7 @@ class Bench:
     def run(self) -> list[str]:
         """Run what is due; what went wrong, a line for each trial."""
         shares = core_shares(self.jobs)
-        conditions = {"jobs": self.jobs, "threads": len(shares[0])}
+        conditions = {"jobs": self.jobs, "threads": len(shares[0]), "versions": versions()}
         self.work.mkdir(parents=True, exist_ok=True)
         turn = Turn(self, provenance(*self.written) | conditions, self.due(), shares)
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that what runs is ended too
@@ -291,8 +294,18 @@ class Turn:
         say(f"{text}; {done} of {self.total}, about {left:.0f} min left")
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that compute; another one may change a number in its last digits, and masks with it."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
 def row_of(results: Mapping[str, Any], folder: Path, trainings: int) -> dict[str, Any]:
-    """What the results of a run say; seconds are those of all steps, with what they load and choose."""
+    """What the results of a run say; seconds are those of all steps, with what they load and choose.
+
+    `training` has what each technique says of itself, such as the step of an Early-Bird ticket or the share of the
+    gates that are closed; `runtime` the share that is left out and the bytes that a token reads, None without
+    thresholds. The folder goes, so what is not in the row is lost.
+    """
     curves, score = results["training"], results["scores"]["perplexity"][0]["compressed"]
     stored = results["base_model"]["parameters"]
     if results["format"] == "dense":
@@ -309,6 +322,8 @@ def row_of(results: Mapping[str, Any], folder: Path, trainings: int) -> dict[str
         "seconds": max(results["timing"]["stages"]["compress"], learning),
         "trainings": trainings,
         "data": (results["calibration"] or {}).get("sha256"),
+        "training": [{key: curve[key] for key in curve if key not in LEFT_OUT} for curve in curves],
+        "runtime": results["runtime"],
     }
 
 

@@ -22,27 +22,35 @@ def windows():
     return torch.randint(128, (18, 40), generator=torch.Generator().manual_seed(0))
 
 
+def entry_bytes(model):
+    """Keys and values of one token in float32, of all layers."""
+    config = model.config
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
 def test_with_every_token_kept_a_continuation_scores_as_one_pass_does(windows):
     model = tiny_model("llama")
-    losses, most = continuation.continuation_losses(model, windows, 24, continuation.maker({"cache": "all"}))
+    found = continuation.continued(model, windows, 24, continuation.maker({"cache": "all"}))
     with torch.inference_mode():
         logits = model(windows).logits[:, 23:-1]
     plain = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 24:], reduction="none").mean(1)
-    assert losses == pytest.approx(plain.tolist(), rel=1e-5)
-    assert most == 39  # the last token is predicted, and never comes
+    assert found.losses == pytest.approx(plain.tolist(), rel=1e-5)
+    assert found.kept == 39  # the last token is predicted, and never comes
+    assert found.bytes == 39 * entry_bytes(model)
 
 
 @pytest.mark.parametrize("name", EVICTIONS)
 def test_caches_stay_within_their_budget_and_cost_something(name, windows):
     model = tiny_model("llama")
     options = {"snapkv": {"window": 2}}.get(name, {})
-    exact, _ = continuation.continuation_losses(model, windows, 24, lambda m: DynamicCache(config=m.config))
+    exact = continuation.continued(model, windows, 24, lambda m: DynamicCache(config=m.config))
     values = {"cache": name, "budget": 20, "options": options}
-    forgetful, most = continuation.continuation_losses(model, windows, 24, continuation.maker(values))
-    assert most <= 20
-    assert not torch.allclose(torch.tensor(forgetful), torch.tensor(exact))
-    generous, _ = continuation.continuation_losses(model, windows, 24, continuation.maker(values | {"budget": 64}))
-    assert generous == pytest.approx(exact, rel=1e-5)
+    forgetful = continuation.continued(model, windows, 24, continuation.maker(values))
+    assert forgetful.kept <= 20
+    assert forgetful.bytes <= 20 * entry_bytes(model)
+    assert not torch.allclose(torch.tensor(forgetful.losses), torch.tensor(exact.losses))
+    generous = continuation.continued(model, windows, 24, continuation.maker(values | {"budget": 64}))
+    assert generous.losses == pytest.approx(exact.losses, rel=1e-5)
 
 
 def test_a_row_says_what_a_cache_held(tiny_folders, text, tmp_path, monkeypatch):
@@ -53,6 +61,7 @@ def test_a_row_says_what_a_cache_held(tiny_folders, text, tmp_path, monkeypatch)
     row = json.loads((tmp_path / "out/results.json").read_text())["row"]
     assert (row["kept"], row["predicted"], row["tokens"]) == (12, 24, 0)
     assert row["perplexity"] == pytest.approx(math.exp(row["nll"]))
+    assert row["cache_bytes"] == 12 * entry_bytes(tiny_model("llama"))
 
 
 def test_sparse_products_are_compared_with_masked_ones(windows):
@@ -94,7 +103,7 @@ def test_the_verdict_says_why_decoding_is_not_faster():
 
 @pytest.mark.slow
 def test_the_whole_comparison_runs(tiny_folders, text, tmp_path, monkeypatch, capsys):
-    for name, value in {"LENGTH": 120, "CONTINUED": 100, "BUDGETS": (88,)}.items():
+    for name, value in {"LENGTH": 120, "CONTEXT": 120, "CONTINUED": 100, "BUDGETS": (88,)}.items():
         monkeypatch.setattr(compare, name, value)
     line = [
         "",

@@ -99,6 +99,43 @@ def test_limits_name_who_misses_them():
     assert "met by all 1." in page.limits(entries, {"dense": {"0": ROW}, "rigl-80": {"0": ROW}})[0]
 
 
+def test_rows_of_a_table_have_about_as_much_left():
+    names = {path.stem: page.amount(path) for entry in page.shelved() for path in entry.recipes}
+    eighty, pairs, half = page.AMOUNTS
+    assert names["rigl-80"] == names["random-80-snip"] == names["lottery-ticket-80"] == eighty
+    assert names["proximal-24"] == names["wanda-2to4"] == pairs
+    assert names["l0"] == names["width-half-recover"] == half
+    assert names["kv-groups-half"] == names["w4a16-rtn"] == page.amount(None) == page.OTHERS
+    for name, recipe in TINY.items():
+        for step in recipe.steps:
+            if step.get("density", 1) == 0.2 or step.get("sparsity") == 0.8:
+                assert names[name.split("/")[1]] == eighty, name
+    text = page.tables(list(page.shelved()), {})
+    assert text.count("| `dense` |") == text.count("\n## ") + 1 == 4
+
+
+def test_what_techniques_recorded_is_told():
+    entries, gates = list(page.shelved()), {"mlp_channel": 0.4871}
+    curve = {"name": "l0", "tokens": 5, "learned_closed": gates, "mask_sha256": "ab" * 32, "distances": [3, 1, 2, 0.5]}
+    runtime = {"sparsity": 0.5, "file": "thresholds"}
+    told = page.recorded(
+        entries, {"l0": {"0": ROW | {"training": [curve]}}, "teal-50": {"0": ROW | {"runtime": runtime}}}
+    )
+    assert "- `l0`: learned_closed.mlp_channel 0.4871, masks abababababab, distances 0.5 to 3 (4 numbers)." in told
+    assert "- `teal-50`: sparsity 0.5, file thresholds." in told
+    assert page.recorded(entries, {}) == page.recorded(entries, {"dense": {"0": ROW}}) == ""
+
+
+def test_versions_stand_where_numbers_are_from():
+    machine = ROW["from"] | {
+        "date": "2026-01-01",
+        "memory_bytes": 2**30,
+        "commit": "abc",
+        "versions": {"torch": "2.13"},
+    }
+    assert "1 GiB, torch 2.13, 2 at a time" in page.sources({"dense": {"0": ROW | {"from": machine}}})[0]
+
+
 def test_differences_are_taken_seed_by_seed():
     first = {str(seed): ROW | {"nll": value} for seed, value in enumerate((3.0, 4.0, 5.0))}
     second = {str(seed): ROW | {"nll": value} for seed, value in enumerate((3.1, 4.1, 5.1))}

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from evals_modules import evals_module
 
+from llmcompress import catalog
 from llmcompress.recipe import parse_recipe
 
 trials, code, comparisons = evals_module("trials"), evals_module("code_version"), evals_module("comparisons")
@@ -71,6 +74,10 @@ def test_rows_are_kept_and_nothing_is_run_twice(bench, tmp_path):
     }
     assert rows["rigl"]["0"]["from"]["jobs"] == 1
     assert rows["rigl"]["0"]["from"]["commit"]
+    assert rows["rigl"]["0"]["from"]["versions"] == {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     assert names(bench()) == []
     left = {path.name.split("-")[0] for path in (tmp_path / "work").iterdir() if path.is_dir()}
     assert left == {"dense", "wanda"}  # what others go on from
@@ -156,6 +163,21 @@ def test_several_trainings_are_counted():
     assert trials.Trial("a", 0, {"model": "m", "cache": "knorm"}).trainings == 1
 
 
+def test_a_row_keeps_what_techniques_say_of_themselves(tmp_path):
+    curve = {"name": "early_bird", "loss": {"cross_entropy": 1}, "losses": [5.0, 4.0], "data": {"sha256": "d"}}
+    curve |= {"tokens": 8, "seconds": 2.0, "early_bird": {"ticket": 3, "settled": True, "distances": [0.5, 0.0]}}
+    runtime = {"sparsity": 0.5, "read_bytes": {"before": 10, "after": 5}}
+    results = {
+        "training": [curve], "scores": {"perplexity": [{"compressed": {"value": 9.0, "nll": 2.2}}]},
+        "base_model": {"parameters": 7}, "format": "bitmask", "sparsity": None, "size": {"after_bytes": 6},
+        "timing": {"stages": {"compress": 1.0}}, "calibration": {"sha256": "d"}, "runtime": runtime,
+    }  # fmt: skip
+    row = trials.row_of(results, tmp_path, 1)
+    assert row["training"] == [{key: value for key, value in curve.items() if key not in ("losses", "data")}]
+    assert row["runtime"] == runtime
+    assert (row["perplexity"], row["seconds"], row["tokens"], row["zeros"]) == (9.0, 2.0, 8, 0.0)
+
+
 # the code's version
 
 
@@ -176,6 +198,54 @@ def test_a_technique_depends_on_its_own_file_and_those_it_computes_with():
     versions = {name: code.code_version({"steps": [{"train": name}]}) for name in ("set", "rigl", "dense", "dsa")}
     assert len(set(versions.values())) == 4
     assert code.code_version({"cache": "knorm"}) != code.code_version({"cache": "all"})
+
+
+DEPENDS = {
+    "width-half": "structure.compensation",
+    "kv-groups-half": "structure.scores.fluctuation",
+    "hidden-132": "structure.residual",
+    "depth-3of5": "structure.scores.greedy",
+    "teal-50": "at_runtime.allocation",
+    "geometric-median": "structure.scores.geometric_median",
+    "dsa": "structure.groups",
+    "dense": "building",
+    "snip-after-80": "gradients",
+    "wanda-80": "assignment",
+    "random-80": "training.techniques.snip",
+    "cache-knorm": "eviction.base",
+}
+
+
+@pytest.mark.parametrize("name", DEPENDS)
+def test_a_formula_that_changes_is_measured_anew(name, monkeypatch):
+    values = evals_module("shelf").recipes()[name]
+    before, plain = code.code_version(values), code.meaning
+    changed = {f"llmcompress.{DEPENDS[name]}", "llmcompress.training.techniques.grasp", "llmcompress.methods.ria"}
+    monkeypatch.setattr(code, "meaning", lambda module: plain(module) + "x" * (module in changed))
+    assert code.code_version(values) != before
+    changed.remove(f"llmcompress.{DEPENDS[name]}")
+    assert code.code_version(values) == before, "another technique's file changes this row"
+
+
+@pytest.mark.parametrize("module", ["calibrate", "text", "new_model", "perplexity"])
+def test_every_trial_depends_on_texts_first_weights_and_perplexity(module, monkeypatch):
+    trials_of_all_kinds = [{"steps": [{"train": "set"}]}, {"steps": [{"method": "rtn"}]}, {"cache": "all"}]
+    before, plain = list(map(code.code_version, trials_of_all_kinds)), code.meaning
+    monkeypatch.setattr(code, "meaning", lambda name: plain(name) + "x" * (name == f"llmcompress.{module}"))
+    after = map(code.code_version, trials_of_all_kinds)
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_every_trial_depends_on_the_suite_and_on_the_config(monkeypatch, tmp_path):
+    before, suite = code.code_version({"cache": "all"}), code.SUITE.read_text()
+    monkeypatch.setattr(code, "SUITE", tmp_path / "tiny.yaml")
+    code.SUITE.write_text("# words\n" + suite)
+    assert code.code_version({"cache": "all"}) == before
+    code.SUITE.write_text(suite.replace("windows: 200", "windows: 100"))
+    assert code.code_version({"cache": "all"}) != before
+    code.SUITE.write_text(suite)
+    monkeypatch.setitem(catalog.TINY_LLAMA, "hidden_size", 128)
+    assert code.code_version({"cache": "all"}) != before
 
 
 # what is compared

@@ -11,8 +11,6 @@ The stream knows neither methods nor formats. Peak memory is one block and the h
 the depth. Hidden states are kept in the dtype of the checkpoint and computed as the model itself would.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from llmcompress.arch import Architecture, Module, first, is_transposed
 from llmcompress.errors import CalibrationError, FormatError
+from llmcompress.heap import return_heap
 from llmcompress.stats import InputGram, InputGramMean, InputMoments, Inputs, InputSizes, InputSquares
 
 BATCH_TOKENS = 4096  # tokens of one forward pass: large enough for matrix units, small enough for memory
@@ -315,16 +314,6 @@ def assign(module: Module, name: str, tensor: Tensor, prefix: str = "") -> None:
     if tuple(tensor.shape) != expected:
         raise FormatError(f"{prefix}{name}: shape {tuple(tensor.shape)} in the checkpoint, {expected} in the model")
     setattr(place, leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def return_heap() -> None:
-    """Give freed memory back to the system, where the C library can.
-
-    glibc keeps what was freed in its heap, where temporaries of one block end up between what outlives it: without
-    this the resident memory of a run creeps up by some megabytes with every block.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def release(module: Module, name: str) -> None:

@@ -19,7 +19,8 @@ PACKAGE = Path(llmcompress.__file__).parent
 ROOT = PACKAGE.parent
 
 LAYERS = [  # a module imports from its own layer and from those above it in this list
-    "errors files thresholds shelf options catalog engines progress quiet reload lazy adapter modeling_llmcompress",
+    "errors files heap thresholds shelf options catalog engines progress quiet reload lazy adapter "
+    "modeling_llmcompress",
     "grid mask budget stats histogram weight safetensors_file gguf_header",  # tensor maths and file headers
     "methods formats runtime teal eviction",
     "source gguf_source hub_source new_model cached text calibrate arch building fused stream checkpoint gradients",

@@ -1,5 +1,6 @@
 """Packed linears: they compute what the unpacked model does, never make it, and name what they do not take."""
 
+import gc
 import json
 import logging
 import shutil
@@ -35,6 +36,8 @@ from llmcompress.runtime.table import OPERATORS
 
 SOME = [("llama", True), ("qwen2", False), ("phi3", True)]  # GQA of 3, tied heads; biases; fused qkv
 MORE = [(kind, symmetric) for kind in ("qwen3", "gemma2", "gpt_neox", "opt") for symmetric in (True, False)]
+
+MAPS = Path("/proc/self/maps")
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -159,7 +162,7 @@ def test_an_input_of_another_dtype_is_told_of(packed_folders, caplog):
     assert ["in torch.float16 they" in message for message in caplog.messages] == [False, True]
 
 
-# what is never made
+# what is never made, or not kept
 
 
 class Made(TorchDispatchMode):
@@ -222,6 +225,17 @@ def test_packed_bytes(packed_folders):
 
 
 # what stock transformers has loaded
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="Linux says which files are mapped")
+def test_no_file_stays_mapped(packed_folders):
+    """The pages of the stored weights would stay in memory beside the repacked ones."""
+    folder = packed_folders("llama")
+    model = load(folder)
+    gc.collect()
+    assert str(folder) not in MAPS.read_text()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == model.config.tie_word_embeddings
 
 
 def test_accelerate_a_stock_model(packed_folders):

@@ -2,7 +2,8 @@
 
 Stock transformers loads a `pack-quantized` folder as it is stored and unpacks all of it at the first forward pass, and
 so does no better than the dense model. Here each such linear becomes a `PackedLinear`: its weight is repacked, its
-stored tensors are dropped, and only then comes the next one, so memory holds one weight twice and never the model.
+stored tensors are dropped, and only then comes the next one. Of a file that is mapped, they stay in memory until all of
+the model is packed, as pages that the system may take back at any time.
 """
 
 import logging
@@ -13,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmcompress.errors import FormatError
-from llmcompress.runtime.linears import PackedLinear, StoredLinear
+from llmcompress.heap import return_heap
+from llmcompress.runtime.linears import PackedLinear, StoredLinear, compressed_linears
 from llmcompress.runtime.mlp import fuse_gated
 from llmcompress.runtime.native import NativeLinear
 from llmcompress.runtime.operators import Shape, dtype_name
@@ -94,9 +96,23 @@ def accelerate(model: nn.Module) -> Accelerated:
         else:
             done.apart[name] = why
     drop_hook(model)
+    if done.packed:
+        let_files_go(model)
     if done:
         logger.log(logging.WARNING if done.kept else logging.INFO, "%s", done.in_words())
     return done
+
+
+def let_files_go(model: nn.Module) -> None:
+    """Copy what else was loaded, so that no tensor is left in the memory that the files are mapped to.
+
+    A file is mapped as a whole: the pages of its stored weights stay in memory for as long as one norm lies there.
+    """
+    packed = {id(tensor) for _, linear in compressed_linears(model) for tensor in linear.buffers(recurse=False)}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and id(tensor) not in packed:
+            tensor.data = tensor.data.clone()
+    return_heap()
 
 
 def packed_or_why_not(module: nn.Module) -> PackedLinear | str:

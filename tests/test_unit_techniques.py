@@ -400,6 +400,28 @@ def test_ratios_differ_and_cost_what_the_budget_says(of, tmp_path):
     assert zero == [kept["mlp_channel_0"], kept["mlp_channel_1"]]
 
 
+@pytest.mark.parametrize(("share", "multiplier"), [(0.98, 0.0), (0.98, 0.3), (0.3, 0.0), (0.3, 0.01), (0.3, 5.0)])
+def test_the_budget_pulls_ratios_down_and_never_up(share, multiplier):
+    """(max(0, μ + ρ g)² - μ²) / 2ρ, whose slope in g is the next multiplier: zero well below the budget."""
+    model, technique = tiny_model("llama"), parse_step(SHORT | DSA, "").options.technique()
+    learner = Learner(model, {}, lambda rows: rows, torch.arange(1))
+    technique.prepare(learner)
+    technique.begin_step(END, learner)
+    technique.multiplier = torch.tensor(multiplier)
+    theta = model.get_parameter("kept_shares")
+    with torch.no_grad():
+        theta.fill_(torch.logit(torch.tensor(share)) / technique.options.speed)
+    gap = technique.gap(END, model)
+    assert (float(gap) > 0) == (share == 0.98)
+    pull = max(0.0, multiplier + float(gap))
+    penalty = technique.penalty(END, learner)
+    assert float(penalty) == pytest.approx((pull**2 - multiplier**2) / 2, rel=1e-4, abs=1e-7)
+    (slope,) = torch.autograd.grad(penalty, theta)
+    assert bool((slope > 0).all() if pull else (slope == 0).all())
+    technique.before_step(END, learner)
+    assert float(technique.multiplier) == pytest.approx(pull, rel=1e-5, abs=1e-7)
+
+
 # 2:4
 
 

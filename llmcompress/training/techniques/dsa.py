@@ -7,9 +7,10 @@ allocation, Ning et al. 2020, arXiv:2004.02164.
 b_i: importance of unit i of a block, the norm of everything that goes with it; its logarithms are standardized, so
 that β2 means the same in every block. β2 grows, which makes p a step: the α U most important of U units. α gets its
 gradient through the masks (straight-through) and through β1, which is a function of α: dp_i/dα = U softmax(log p'_i).
-F is linear, the cost of a unit times how many there are. The constraint is held by an augmented Lagrangian,
+F is linear, the cost of a unit times how many there are. The constraint is held by the augmented Lagrangian of an
+inequality, which pulls ratios down while they are above the budget (by μ, also just below it) and never up,
 
-    μ g + ρ/2 g²      g = F(α) / B_t - 1      μ <- max(0, μ + ρ g)
+    (max(0, μ + ρ g)² - μ²) / 2ρ      g = F(α) / B_t - 1      μ <- max(0, μ + ρ g)
 
 with B_t falling from everything to the budget B in the first half of the time, before which nothing is masked; masks
 are drawn once for each step. At the end ratios become counts: the α
@@ -181,11 +182,11 @@ class Allocation(UnitTechnique):
         return drawn + (p - p.detach())
 
     def penalty(self, step: int, learner: Learner) -> Tensor | None:
-        """μ g + ρ/2 g², while masks are random."""
+        """(max(0, μ + ρ g)² - μ²) / 2ρ, while masks are random."""
         if not self.gambling:
             return None
-        gap = self.gap(step, learner.model)
-        return self.multiplier * gap + self.options.pressure / 2 * gap.square()
+        pull = (self.multiplier + self.options.pressure * self.gap(step, learner.model)).clamp(min=0)
+        return (pull.square() - self.multiplier.square()) / (2 * self.options.pressure)
 
     def gap(self, step: int, model: "nn.Module") -> Tensor:
         """g: how far the ratios are above the budget of a step, with its graph."""

@@ -96,7 +96,7 @@ def recipes(steps: int) -> dict[str, dict[str, Any]]:
     base, third = recipe("dense", steps), steps // 3
     [dense] = base["steps"]
     recover = dense | {"start": "model", "steps": third, "learning_rate": 0.002, "warmup": max(1, third // 40)}
-    ticket = recipe("lottery-ticket-80", steps)
+    ticket = recipe("lottery-ticket-80", steps) | {"output": {"format": "dense"}}  # as a mask, it is read by its zeros
     [rounds] = ticket["steps"]
     rounds |= {"rounds": ROUNDS, "fraction": round(1 - 0.2 ** (1 / ROUNDS), 6)}
     rounds["steps"] = (steps - rounds["rewind"]) * (ROUNDS + 1) + rounds["rewind"]

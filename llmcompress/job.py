@@ -333,11 +333,14 @@ class Job:
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """The model's config.json with its new dtype and, for packed formats, the quantization block."""
         config = self._dense_config(read_json(self.source.folder / "config.json") if self.source.folder else {})
-        rows = [row["name"] for record in records for row in record["layers"]]
+        return config | self._quantization({row["name"] for record in records for row in record["layers"]})
+
+    def _quantization(self, names: set[str]) -> dict[str, Any]:
+        """What config.json says of the linears at these module paths of the checkpoint, which the format packs."""
         module = {found[0].removesuffix(".weight"): name.removesuffix(".weight") for name, found in self.stored.items()}
-        kinds = {alias: self.plan.kind_of(name) for name in rows for alias in {name, module[name]}}
-        quantization = self.plan.format.config(kinds, ignored_linears(self.model, self.stored, set(rows)))
-        return config | ({"quantization_config": quantization} if quantization else {})
+        kinds = {alias: self.plan.kind_of(name) for name in names for alias in {name, module[name]}}
+        quantization = self.plan.format.config(kinds, ignored_linears(self.model, self.stored, names))
+        return {"quantization_config": quantization} if quantization else {}
 
     def _dense_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """config with the dtype of the result."""

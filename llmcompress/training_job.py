@@ -20,7 +20,7 @@ from llmcompress.building import build_random
 from llmcompress.calibrate import load_calibration, tokens_sha256
 from llmcompress.checkpoint import Checkpoint, read_tensors, write_tensors
 from llmcompress.compress import ZEROS
-from llmcompress.errors import PlanError
+from llmcompress.errors import LLMCompressError, PlanError
 from llmcompress.files import write_json
 from llmcompress.job import Data, Job, build_for, data_from, tensors_by_parameter
 from llmcompress.recipe import matches
@@ -35,6 +35,7 @@ from llmcompress.training.processes import launched, switched_on, tell_others, t
 from llmcompress.training.sharding import refuse_sharing
 from llmcompress.training.teacher import Lessons
 from llmcompress.training_plan import TrainPlan
+from llmcompress.weight import CompressedWeight
 
 
 class TrainJob(Job):
@@ -52,6 +53,8 @@ class TrainJob(Job):
             write_tensors(path, learned)
             shutil.rmtree(checkpoint.state / "lessons", ignore_errors=True)
         self.learned = read_tensors(path)
+        for name in self._packed_parameters():
+            self.learned[name].add_(0.0)  # -0.0 becomes 0.0, as formats that leave zeros out give it back
         self._carry_over(checkpoint, list(range(self.plan.count)))
         self._write_rest(checkpoint)
 
@@ -60,6 +63,30 @@ class TrainJob(Job):
         return {name: self.learned[name] for name in names}
 
     def _as_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the result, those that are parameters as they were learned, in the format of the plan."""
+        stored: dict[str, Tensor] = {}
+        for name, value in self._as_learned(names).items():
+            stored |= self._packed(name, value)
+        return stored
+
+    def _packed(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Stored tensors of one of the checkpoint: the weight of a pruned linear packed, all else as it is."""
+        module = name.removesuffix(".weight")
+        if self.plan.format_name == "dense" or name != f"{module}.weight" or module not in self.plan.kinds:
+            return {name: value}
+        try:
+            parts = self.plan.format.pack(CompressedWeight(value), self.plan.transposed)
+        except LLMCompressError as exc:
+            exc.add_note(f"in {module}")
+            raise
+        return {f"{module}.{leaf}": part for leaf, part in parts.items()}
+
+    def _packed_parameters(self) -> list[str]:
+        """Parameters that `_packed` packs."""
+        kinds = {} if self.plan.format_name == "dense" else self.plan.kinds
+        return [name for name, found in self.stored.items() if found[0].removesuffix(".weight") in kinds]
+
+    def _as_learned(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the checkpoint, those that are parameters as they were learned."""
         parameter = self._parameters_stored
         names = list(names)
@@ -187,7 +214,8 @@ class TrainJob(Job):
         pruned = self.plan.result.pruned
         for linear in self.plan.linears:
             if linear.block == index and linear.name in pruned:
-                weight = self._as_stored([f"{linear.name}.weight"])[f"{linear.name}.weight"]
+                key = f"{linear.name}.weight"
+                weight = self._as_learned([key])[key]
                 zeros = weight.numel() - int(weight.count_nonzero())
                 yield {
                     "name": linear.name,
@@ -197,13 +225,13 @@ class TrainJob(Job):
                     "zeros": zeros,
                     "sparsity": zeros / weight.numel(),
                     "before_bytes": linear.before_bytes,
-                    "after_bytes": linear.after_bytes,
+                    "after_bytes": sum(part.nbytes for part in self._packed(key, weight).values()),
                     "error": None,
                     "weight_error": None,
                 }
 
     def _config(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._dense_config(self.source.config)
+        return self._dense_config(self.source.config) | self._quantization(set(self.plan.kinds))
 
     def _check_against_plan(self) -> None:
         """Every parameter is trained."""

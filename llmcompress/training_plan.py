@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+from llmcompress.assignment import earlier_patterns
 from llmcompress.cost import (
     Cost,
     Phase,
@@ -18,11 +19,13 @@ from llmcompress.cost import (
     vocabulary,
 )
 from llmcompress.errors import PlanError
+from llmcompress.formats import FORMATS
 from llmcompress.layout import is_expert
-from llmcompress.plan import Plan, PlannedLinear, check_length, dense_plan
+from llmcompress.plan import Plan, PlannedLinear, check_length, choose_format, dense_plan
 from llmcompress.recipe import Recipe, TrainStep, matches
 from llmcompress.source import ModelSource, open_source
 from llmcompress.training import Recover
+from llmcompress.weight import Kind
 
 LOADING = 8.0  # seconds to load the whole model, and to write what it has learned
 BEHIND = 1.25  # numbers that a pass leaves behind for each that goes into a linear or comes out
@@ -53,6 +56,15 @@ class TrainPlan(Plan):
         return replace(self.source, pruned=self.source.pruned | pruned)
 
     @property
+    def kinds(self) -> dict[str, Kind]:
+        """What is known of the linears that hold zeros of this step or an earlier one; a sparse format is for these."""
+        return earlier_patterns(self.result.pruned, [], {linear.name: () for linear in self.linears})
+
+    def kind_of(self, linear: str) -> Kind:
+        """What the linear at this module path becomes."""
+        return self.kinds.get(linear, Kind())
+
+    @property
     def advice(self) -> str:
         """How to need less memory."""
         return "set `gradient_checkpointing: true`, a smaller micro_batch, or `parameters: lora`"
@@ -62,11 +74,6 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
     """Fit a train step to a dense model. Raises PlanError with the first thing that does not fit and what would."""
     options = step.options
     check_training(recipe, source, step)
-    if recipe.output.format not in ("auto", "dense"):
-        raise PlanError(
-            f"output.format: {recipe.output.format!r} is for packed weights, and {step.where} ({step.name}) leaves "
-            "dense ones; remove it, or quantize in a later step"
-        )
     if options.lora and source.pruned:
         raise PlanError(
             f"{step.where}: merging LoRA would fill the zeros of {len(source.pruned)} pruned linears; set "
@@ -79,7 +86,25 @@ def plan_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> Train
     check_start(plan)
     check_pruning(plan)
     check_units(plan)
+    plan = stored_as_asked(plan)
     return replace(plan, predicted=predict(plan), notes=[describe(plan)])
+
+
+def stored_as_asked(plan: TrainPlan) -> TrainPlan:
+    """The plan with the recipe's format for what holds zeros. Raises PlanError if that has no form for some of it."""
+    wanted, step, kinds = plan.recipe.output.format, plan.step, plan.kinds
+    if wanted in ("auto", "dense"):
+        return plan
+    if not kinds:
+        raise PlanError(
+            f"output.format: {wanted!r} is for packed weights, and {step.where} ({step.name}) leaves dense ones; "
+            "remove it, or quantize in a later step"
+        )
+    shapes = {linear.name: linear.shape for linear in plan.linears}
+    name = choose_format(plan.recipe, kinds, shapes, plan.transposed, experts=False)
+    sizes = {x: FORMATS[name].stored_bytes(kind, shapes[x], plan.itemsize) for x, kind in kinds.items()}
+    linears = [replace(linear, after_bytes=sizes.get(linear.name, linear.after_bytes)) for linear in plan.linears]
+    return replace(plan, format_name=name, linears=linears)
 
 
 def check_training(recipe: Recipe, source: ModelSource, step: TrainStep) -> None:
@@ -198,7 +223,8 @@ def length_of(plan: TrainPlan) -> int:
 def predict(plan: TrainPlan) -> Cost:
     """What the step will take: lessons if there is a teacher, and learning; proving needs less than that."""
     parameters = sum(prod(info.shape) for info in plan.source.tensors.values())
-    output = stored_bytes(plan.source.tensors.values(), plan.itemsize)
+    saved = sum(linear.before_bytes - linear.after_bytes for linear in plan.linears)
+    output = stored_bytes(plan.source.tensors.values(), plan.itemsize) - saved
     return cost_of(plan, output, [teaching(plan, parameters), learning(plan, parameters)])
 
 

@@ -16,14 +16,16 @@ from conftest import tiny_model, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_budget import SMOLLM
-from tiny_runs import digests, proof_inside, recipe, run_die_at, tensors, values, write_text
+from tiny_runs import digests, logits, proof_inside, recipe, reloaded, run_die_at, tensors, values, write_text
 from torch import Tensor, nn
 
 from llmcompress.cli import main
 from llmcompress.errors import NumericalError, PlanError, RecipeError, ResumeError
+from llmcompress.export import export
 from llmcompress.progress import Silent
 from llmcompress.recipe import parse_step
 from llmcompress.run import run
+from llmcompress.runtime import load
 from llmcompress.source import open_source
 from llmcompress.stages import plan_stages
 from llmcompress.training import TRAININGS
@@ -397,6 +399,50 @@ def test_a_run_leaves_zeros_that_later_steps_keep(run_here):
     assert len(first["mask_sha256"]) == 64
     assert (len(first["losses"]), len(second["losses"])) == (12, 2)
     assert "rigl" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("step", "output"),
+    [
+        (sparse_run("rigl"), "bitmask"),
+        (SHORT | {"train": "skeleton", "stripe": 8, "strength": 0.5, "threshold": 0.6, "density": 0.4}, "bitmask"),
+        (SHORT | {"train": "proximal_24", "every": 2}, "sparse24"),
+    ],
+    ids=lambda value: value["train"] if isinstance(value, dict) else value,
+)
+def test_what_training_has_pruned_is_stored_sparse(step, output, run_here, tmp_path):
+    """As the run writes it and as `export` does from dense files: the same tensors, and logits of the dense folder."""
+    dense, _ = run_here("llama", step)
+    sparse, results = run_here("llama", step, output={"format": output})
+    export(dense, output, tmp_path / "exported")
+    assert results["format"] == output
+    assert results["proof"]["passed"]
+    found, exported = tensors(sparse), tensors(tmp_path / "exported")
+    assert found.keys() == exported.keys()
+    assert all(torch.equal(found[name], exported[name]) for name in found)
+    size = sum(tensor.nbytes for tensor in found.values())
+    assert size < 0.9 * sum(tensor.nbytes for tensor in tensors(dense).values())
+    torch.testing.assert_close(logits(load(sparse, packed=False)), logits(reloaded(dense)), rtol=0, atol=0)
+    rows = {row["name"]: row["after_bytes"] for row in results["layers"]}
+    for name, stored in rows.items():
+        assert stored == sum(tensor.nbytes for key, tensor in found.items() if key.startswith(f"{name}.weight"))
+    export(sparse, "dense", tmp_path / "back")
+    first, back = tensors(dense), tensors(tmp_path / "back")
+    assert all(torch.equal(first[name], back[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("step", "output", "message"),
+    [
+        (SHORT | {"train": "dense"}, "bitmask", "'bitmask' is for packed weights, and .* leaves dense ones"),
+        (sparse_run("rigl"), "sparse24", "cannot be stored as 'sparse24'"),
+        (sparse_run("rigl"), "pack-quantized", "cannot be stored as 'pack-quantized'"),
+    ],
+)
+def test_a_format_must_fit_what_training_leaves(step, output, message, tiny_folders, text):
+    model = tiny_folders("llama")
+    with pytest.raises(PlanError, match=message):
+        plan_stages(recipe(model, text, step, output={"format": output}), open_source(str(model)))
 
 
 @pytest.mark.slow

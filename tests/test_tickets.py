@@ -195,6 +195,17 @@ def test_a_ticket_is_drawn_when_draws_agree(tmp_path):
     assert records[0]["units"]["mlp_channel"] == {"zero": 80, "of": 320}
 
 
+def test_draws_come_nearer_to_each_other_while_a_model_learns(tmp_path):
+    """From random weights, and however long training takes: a ticket is never taken before the end."""
+    step = BIRD | {"window": 99, "steps": 60, "learning_rate": 1e-2, "until": 1.0, "begin": 0.0}
+    _, technique, _ = learn(tmp_path, step)
+    found = technique.record()["early_bird"]["distances"]
+    third = len(found) // 3
+    parts = [sum(found[n * third : (n + 1) * third]) / third for n in range(3)]
+    assert parts[0] > 2 * parts[1] > 0
+    assert parts[0] > 4 * parts[2]
+
+
 def test_without_agreement_the_last_draw_is_taken_and_the_record_says_so(tmp_path):
     _, technique, _ = learn(tmp_path, BIRD | {"window": 50})
     found = technique.record()["early_bird"]

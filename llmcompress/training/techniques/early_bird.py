@@ -24,10 +24,11 @@ class EarlyBird(Fewer):
     """Options of `train: early_bird`."""
 
     shelf: ClassVar[Shelf] = Shelf(
-        "during training",
+        "after training",
         "MLP channels, KV groups, heads",
         UNITS,
-        "the ticket is drawn after the same step for the same seed; the smaller model computes the same",
+        "draws come nearer to each other; the ticket is drawn after the same step for the same seed; the smaller model "
+        "computes the same",
     )
 
     every: int = Field(10, ge=1, description="steps between draws")

@@ -8,8 +8,13 @@ least. H g is taken as a central difference of gradients along g,
 
     H g ≈ (g(W + e g) - g(W - e g)) / 2 e          |e g| = STEP |W|
 
-which needs no second derivative of attention kernels, that have none. SynFlow (Tanaka et al. 2020), which needs no
-data, was not taken: its flow passes softmax and norms of a transformer only if something else stands for them.
+which needs no second derivative of attention kernels, that have none. One ranking over all matrices, as the paper's;
+but every matrix keeps some of its own, the best, whatever their rank (`least`, by default a tenth of an even share), as
+in `snip.py`: at random weights the gradient hardly reaches queries and keys. With `least: 0` the ranking alone
+decides, and a matrix that it leaves empty is refused.
+
+SynFlow (Tanaka et al. 2020), which needs no data, is not here. That is a choice by its equation and not by a
+measurement: its flow passes softmax and norms of a transformer only if something else stands for them.
 """
 
 from typing import ClassVar

@@ -1,6 +1,9 @@
 """A mask from elsewhere: where another model of the same shape has zeros, this one keeps them while it learns.
 
-With `start: random` it tells what a mask is worth without the weights that it was found with (Frankle and Carbin 2019,
+    M_ij = 1 where W'_ij is not 0, else 0        W <- M ⊙ W at the start and after every optimizer step
+
+W' are the weights of the decoder linears of the model that `mask` names, of which nothing is taken but its zeros. With
+`start: random` it tells what a mask is worth without the weights that it was found with (Frankle and Carbin 2019,
 arXiv:1803.03635, section 2; Liu et al. 2019, arXiv:1810.05270).
 """
 

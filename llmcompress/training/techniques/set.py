@@ -1,6 +1,9 @@
 """SET: as RigL, but new weights come at random places. Mocanu et al. 2018, arXiv:1707.04780.
 
-The paper trades a constant share after each epoch; here it is RigL's schedule, so that the two differ in nothing but
+    n = f(t) nnz of a matrix go, those with the smallest |W_ij|; n others come, each place without a weight as likely
+
+f is that of RigL, nnz counts the weights that a matrix has; places whose weight has just gone may be drawn, too. The
+paper trades a constant share after each epoch; here it is RigL's schedule, so that the two differ in nothing but
 where weights come, which is how Evci et al. 2020 compare them.
 """
 

@@ -3,9 +3,11 @@
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from llmcompress.eviction import EVICTIONS
 from llmcompress.files import read_json
 from llmcompress.methods import METHODS
 from llmcompress.shelf import PLACES, Shelf
-from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES
+from llmcompress.structure import STRUCTURE_WORDS, STRUCTURES, Sublayer, Width, compensation, rescaling
 from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
-from llmcompress.training import TRAININGS
+from llmcompress.training import TRAININGS, losses
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, KNOWN, COMPARED = (ROOT / "docs" / name for name in ("techniques.md", "techniques.json", "comparisons.json"))
@@ -71,6 +73,7 @@ class Entry:
     name: str
     shelf: Shelf
     text: str  # what says which paper and equation
+    scores: Mapping[str, str] = field(default_factory=dict)  # name -> the same of a score that it can be chosen by
 
     @property
     def link(self) -> str:
@@ -98,19 +101,31 @@ def shelved() -> Iterator[Entry]:
     for kind, registry in REGISTRIES.items():
         for name, options in registry.items():
             shelf = getattr(options, "shelf", None) or PLACES[kind, name]
-            text = of_structure(name) if kind == "structure" else sys.modules[options.__module__].__doc__ or ""
+            scores = scores_of(name) if kind == "structure" else {}
+            text = of_structure(name) if kind == "structure" else said_of(options)
             if (kind, name) == ("train", "recover"):
-                text = RECOVER
-            yield Entry(kind, name, shelf, text)
+                text = f"{RECOVER}\n\n{losses.__doc__}"
+            yield Entry(kind, name, shelf, text, scores)
+
+
+def said_of(options: Any) -> str:
+    """The docstring of the module that a class is in."""
+    return sys.modules[options.__module__].__doc__ or ""
 
 
 def of_structure(name: str) -> str:
-    """What is said of units that go: what they are, and their scores."""
+    """What is said of units that go: what they are, and what makes up for them."""
+    besides = rescaling if name == "hidden" else compensation if issubclass(STRUCTURES[name], Width) else None
+    words = f"{STRUCTURE_WORDS[name]}; which of them go is decided by a score."
+    return "\n\n".join([words, *(explained(besides.__doc__ or "") if besides else [])])
+
+
+def scores_of(name: str) -> dict[str, str]:
+    """Docstrings of the scores that a structure can be chosen by."""
+    scores: Mapping[str, Any]
     scores = BLOCK_SCORES if name == "block" else CHANNEL_SCORES if name == "hidden" else UNIT_SCORES
-    texts = {score: sys.modules[options.__module__].__doc__ or "" for score, options in scores.items()}
-    lines = [f"- `score: {score}`: {first_line(text)}" for score, text in texts.items()]
-    papers = [f"arXiv:{number}" for text in texts.values() for number in PAPER.findall(text)]
-    return "\n\n".join([f"{STRUCTURE_WORDS[name]}; which of them go is decided by a score.", "\n".join(lines), *papers])
+    alone = STRUCTURES[name] is Sublayer  # in its block, so that none can be judged by the others there
+    return {score: said_of(options) for score, options in scores.items() if not (alone and options.within_block)}
 
 
 def first_line(text: str) -> str:
@@ -321,13 +336,13 @@ def difference(rows: Rows, first: Rows) -> str:
 
 def section(entry: Entry) -> str:
     """All that is known of one technique."""
-    numbers = dict.fromkeys(PAPER.findall(entry.text))
+    numbers = dict.fromkeys(PAPER.findall("\n".join([entry.text, *entry.scores.values()])))
     papers = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in numbers)
-    equation = re.search(r"\n\n(    .*?)\n\n", entry.text, re.DOTALL)
-    listed = [part for part in entry.text.split("\n\n") if part.startswith("- `score: ")]
     lines = [f"## {entry.kind}: {entry.name}", "", first_line(entry.text), ""]
-    lines += [equation[1], ""] if equation else []
-    lines += [*listed, ""] if listed else []
+    lines += [line for part in explained(entry.text) for line in (part, "")]
+    for score, text in entry.scores.items():
+        lines += [f"- `score: {score}`: {first_line(text)}", ""]
+        lines += [line for part in explained(text) for line in (textwrap.indent(part, "  "), "")]  # in the list's item
     shelf = entry.shelf
     lines += [f"- When: {shelf.when}.", f"- What goes: {shelf.removes}.", f"- What that helps: {shelf.helps}."]
     lines += [f"- Tests assert: {shelf.holds}."]
@@ -335,6 +350,21 @@ def section(entry: Entry) -> str:
     where = ", ".join(f"`{named(path)}`" for path in entry.recipes)
     lines += [f"- Recipes: {where}."] if where else []
     return "\n".join([*lines, ""])
+
+
+def explained(text: str) -> list[str]:
+    """The blocks of equations in a docstring, each after the paragraph that leads to it, but for the very first one."""
+    parts = [part.rstrip() for part in text.split("\n\n")]
+    found = list[str]()
+    for before, part in pairwise(parts):
+        if is_block(part):
+            found += [part] if before is parts[0] or is_block(before) else [" ".join(before.split()), part]
+    return found
+
+
+def is_block(part: str) -> bool:
+    """Whether a part of a docstring is set off, as equations are."""
+    return part.startswith("    ")
 
 
 HEAD = """# Techniques

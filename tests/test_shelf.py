@@ -1,17 +1,20 @@
 """docs/techniques.md is what the registry says, and every technique is on it, with a result or a reason."""
 
 import re
+from contextlib import suppress
 
 import pytest
 from evals_modules import evals_module
 
 from llmcompress.at_runtime import RUNTIMES
+from llmcompress.errors import RecipeError
 from llmcompress.eviction import EVICTIONS
 from llmcompress.files import read_json
 from llmcompress.methods import METHODS
-from llmcompress.recipe import load_recipe, recipe_paths
+from llmcompress.recipe import load_recipe, parse_step, recipe_paths
 from llmcompress.shelf import Shelf
 from llmcompress.structure import STRUCTURES
+from llmcompress.structure.scores import BLOCK_SCORES, CHANNEL_SCORES, UNIT_SCORES
 from llmcompress.training import TRAININGS
 
 REGISTRIES = {"train": TRAININGS, "method": METHODS, "structure": STRUCTURES, "runtime": RUNTIMES, "cache": EVICTIONS}
@@ -35,9 +38,48 @@ def test_every_technique_is_on_the_page():
     for key, entry in entries.items():
         assert isinstance(entry.shelf, Shelf)
         assert all((entry.shelf.removes, entry.shelf.helps, entry.shelf.holds))
-        assert page.section(entry).count("\n") >= 7
+        said = [line.partition(":")[0] for line in page.section(entry).splitlines() if line.startswith("- ")]
+        assert said[len(entry.scores) :][:4] == ["- When", "- What goes", "- What that helps", "- Tests assert"]
         if key not in NO_PAPER:
-            assert re.search(r" 20\d\d, |arXiv:", entry.text), f"{key} names no paper"
+            texts = "\n".join([entry.text, *entry.scores.values()])
+            assert re.search(r" 20\d\d, |arXiv:", texts), f"{key} names no paper"
+
+
+NO_EQUATION = {("train", "dense")}
+
+
+def equations(text: str, indent: int) -> int:
+    """Blocks that are set off by so many spaces."""
+    return len(re.findall(rf"(?<=\n\n) {{{indent}}}\S", text))
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+def test_every_technique_and_every_score_has_its_equation(key):
+    for entry in (entry for entry in page.shelved() if entry.kind == key):
+        shown = page.section(entry)
+        if entry.scores:
+            assert equations(shown, 6) >= len(entry.scores)
+            assert all(page.explained(text) for text in entry.scores.values()), entry.name
+        else:
+            assert bool(equations(shown, 4)) == ((entry.kind, entry.name) not in NO_EQUATION), entry.name
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_scores_are_those_that_a_structure_takes(name):
+    taken = set()
+    for score in UNIT_SCORES | BLOCK_SCORES | CHANNEL_SCORES:
+        with suppress(RecipeError):
+            parse_step({"structure": name, "score": score, "ratio": 0.5}, "")
+            taken.add(score)
+    assert set(page.scores_of(name)) == taken
+
+
+def test_blocks_of_a_docstring_come_after_the_words_that_lead_to_them():
+    block, last = "    a = b\n    c", "    d = e"
+    text = f"What it is.\nMore.\n\n{block}\n\nWith d\nas said:\n\n{last}\n\nThe end.\n"
+    assert page.explained(text) == [block, "With d as said:", last]
+    assert page.explained(f"What.\n\nWho.\n\n{last}\n") == ["Who.", last]  # it may be the last
+    assert page.explained("What.\n\nWho.\n") == []
 
 
 def test_every_technique_is_measured_on_tiny_llama_or_says_why_not():

@@ -1,6 +1,7 @@
 """Techniques beside the loop: exact counts, masks that move as their papers say, zeros that stay, exact resumption."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -384,8 +385,13 @@ def test_gradual_follows_its_cubic_and_never_takes_back():
 # whole runs
 
 
+def stated(step: dict[str, Any]) -> dict[str, Any]:
+    """A short step from random weights, with states to continue from."""
+    return SHORT | {"start": "random", "checkpoint_every": 4} | step
+
+
 def sparse_run(name: str, **changes: Any) -> dict[str, Any]:
-    return SHORT | {"start": "random", "checkpoint_every": 4} | SPARSE[name] | changes
+    return stated(SPARSE[name]) | changes
 
 
 def test_a_run_leaves_zeros_that_later_steps_keep(run_here):
@@ -469,14 +475,19 @@ def test_a_mask_is_taken_from_another_model(run_here, tiny_folders):
 
 def test_zeros_of_a_model_are_not_chosen_anew(run_here, tmp_path):
     """Zeros that no manifest tells of: those of a folder that somebody else has pruned."""
-    model = tiny_model("llama")
+    with pytest.raises(PlanError, match="holds many zeros already, which set would choose anew"):
+        run_here(str(write_pruned(tmp_path / "zeros")), SHORT | SPARSE["set"])
+
+
+def write_pruned(folder: Path, **changes: Any) -> Path:
+    """A tiny model with half of its matrices' weights zero, as a stock folder."""
+    model = tiny_model("llama", **changes)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.mul_(torch.rand(weight.shape) > 0.5 if "_proj" in name else 1)
-    model.save_pretrained(tmp_path / "zeros")
-    tiny_tokenizer().save_pretrained(tmp_path / "zeros")
-    with pytest.raises(PlanError, match="holds many zeros already, which set would choose anew"):
-        run_here(str(tmp_path / "zeros"), SHORT | SPARSE["set"])
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.slow
@@ -513,13 +524,22 @@ def test_a_stopped_run_continues_with_its_own_seed_and_data_alone(tiny_folders, 
     assert digests(folder) == digests(tmp_path / "whole")
 
 
+KILLED: dict[str, dict[str, Any]] = {  # at the first state, after step 4 of 12
+    "rigl": SPARSE["rigl"],
+    "gradual": SPARSE["gradual"],
+    "lottery_ticket": {"train": "lottery_ticket", "rounds": 2, "rewind": 2},
+    "dsa": {"train": "dsa", "keep": 0.8, "units": ["mlp_channel", "kv_group"]},
+    "skeleton": {"train": "skeleton", "strength": 0.5, "density": 0.5},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rigl", "gradual"])
+@pytest.mark.parametrize("name", KILLED)
 def test_a_killed_run_continues_with_the_same_bytes(name, tiny_folders, text, tmp_path):
-    moment = {"folder": str(tmp_path / "a"), "side": "after", "file": "train.json"}
-    run_die_at([moment], tmp_path / "whole", values(tiny_folders("llama"), text, sparse_run(name)))
+    moment, step = {"folder": str(tmp_path / "a"), "side": "after", "file": "train.json"}, stated(KILLED[name])
+    run_die_at([moment], tmp_path / "whole", values(tiny_folders("llama"), text, step))
     with pytest.MonkeyPatch.context() as patch, proof_inside(patch):
-        run(recipe(tiny_folders("llama"), text, sparse_run(name)), tmp_path / "a")
+        run(recipe(tiny_folders("llama"), text, step), tmp_path / "a")
     assert digests(tmp_path / "a") == digests(tmp_path / "whole")
 
 
@@ -592,14 +612,63 @@ def test_a_technique_that_does_not_fit_is_a_plan_error(steps, more, message, run
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_input_ends_the_command_with_code_2_and_one_message(tiny_folders, text, tmp_path, capsys):
-    path, output = tmp_path / "recipe.json", tmp_path / "out"
-    path.write_text(json.dumps(values(tiny_folders("llama"), text, SHORT | RIGL | {"every": 10})))
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, recipe_values: dict[str, Any]) -> str:
+    """The one message with which `run` into FOLDER/out ends with code 2."""
+    path = folder.parent / "recipe.json"
+    path.write_text(json.dumps(recipe_values))
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["run", str(path), "--output", str(output)])
+        main(["run", str(path), "--output", str(folder / "out")])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("error: steps[0]")
-    assert [each.name for each in tmp_path.iterdir()] == ["recipe.json"]
+    said = capsys.readouterr().err
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    return said[said.index("error: ") :]
+
+
+BEGUN = "out.partial/.state"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What is in a folder, and in those in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (RIGL | {"every": 10}, r"error: steps\[0\].*masks would never move"),
+        ({"train": "dsa", "keep": 0.05}, r"keep: 0\.05 is .* use at least 0\.\d"),
+        ({"train": "masked", "mask": "dense"}, "has no zeros to keep; name a model that was pruned"),
+        ({"train": "masked", "mask": "other"}, r"is a mask for another model: model\.layers\.\d\."),
+    ],
+    ids=["schedule", "budget", "no zeros", "another model"],
+)
+def test_bad_input_ends_the_command_with_code_2_and_one_message(step, message, tiny_folders, text, tmp_path, capsys):
+    folder, start = tmp_path / "here", tiny_folders("llama")
+    folder.mkdir()
+    if step.get("mask") == "dense":
+        step = step | {"mask": str(start)}
+    if step.get("mask") == "other":
+        step = step | {"mask": str(write_pruned(tmp_path / "other", intermediate_size=128))}
+    assert re.search(message, refused(capsys, folder, values(start, text, SHORT | step)))
+    left = set(files_of(folder))  # that a mask has no zeros is seen when weights are read, in a run that has begun
+    assert left == ({"out.partial", BEGUN, f"{BEGUN}/run.json"} if step.get("mask") == str(start) else set())
+
+
+def test_another_seed_or_text_does_not_continue_a_stopped_run(tiny_folders, tmp_path, capsys):
+    """As the command line tells it: what the stopped run has left stays as it is."""
+    model, text, folder = tiny_folders("llama"), write_text(tmp_path / "t.txt"), tmp_path / "here"
+    folder.mkdir()
+    mine = sparse_run("rigl")
+    with pytest.raises(Stopped):
+        run(recipe(model, text, mine), folder / "out", progress=StopAt())
+    before, message = files_of(folder), "another model, data, recipe or version"
+    assert f"{BEGUN}/run.json" in before
+    assert message in refused(capsys, folder, values(model, text, mine | {"seed": 1}))
+    text.write_bytes(text.read_bytes()[::-1])
+    assert message in refused(capsys, folder, values(model, text, mine))
+    assert files_of(folder) == before
 
 
 def test_weights_that_are_shared_out_are_refused(monkeypatch):

@@ -370,7 +370,7 @@ def test_rounded_ratios_meet_the_budget_and_are_never_above(case, keep, shares):
     kept = ledger.rounded(shares[: len(units)])
     assert all(1 <= count <= most for count, most in zip(kept, units, strict=True))
     assert ledger.cost(kept) <= ledger.budget
-    assert ledger.cost(kept) >= (1 - SLACK) * ledger.budget or (len(set(prices)) > 1 and prices[-1] == 90000)
+    assert ledger.cost(kept) >= (1 - SLACK) * ledger.budget
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 10.0])
@@ -396,7 +396,9 @@ def test_ratios_differ_and_cost_what_the_budget_says(of, tmp_path):
     attention = 2 * 4 * 256 * 96
     assert costs["before"] == (blocks if of == "parameters" else 2 * (blocks - norms) + attention)
     assert (1 - SLACK) * costs["budget"] <= costs["used"] <= costs["budget"]
-    assert len(set(technique.record()["shares"].values())) == 4
+    most = {"mlp_channel": 160, "kv_group": 2}
+    apart = {kind: abs(kept[f"{kind}_0"] - kept[f"{kind}_1"]) / most[kind] for kind in most}
+    assert max(apart.values()) >= 0.1  # of a block's units: one block keeps clearly more than the other
     zero = [160 - count for count in counts(model, "mlp_channel")]
     assert zero == [kept["mlp_channel_0"], kept["mlp_channel_1"]]
 
@@ -564,25 +566,24 @@ def test_the_smaller_model_computes_the_same(run_here, tmp_path_factory):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["geometric_median", "growing_l2"])
-def test_equal_shares_leave_a_model_of_one_width(name, run_here):
-    folder, results = run_here("llama", SHORT | TECHNIQUES[name], *cut_out("mlp_channel"))
-    config = json.loads((folder / "config.json").read_text())
-    assert config["intermediate_size"] == 120
-    assert "per_layer_config" not in config
+@pytest.mark.parametrize("name", [*UNITS[1:], "early_bird"])
+def test_the_smaller_model_of_every_technique_computes_the_same(name, run_here):
+    """As the one that is left with zeros; those that take the same share of every block leave one width."""
+    step = SHORT | EVERY[name] | {"units": ["mlp_channel"], "steps": 6}
+    full, _ = run_here("llama", step, dtype="float32")
+    small, results = run_here("llama", step, *cut_out("mlp_channel"), dtype="float32")
+    assert results["proof"]["passed"]
     assert [stage["name"] for stage in results["stages"]] == ["before", name, "mlp_channel"]
-    reloaded(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["l0", "dsa"])
-def test_unequal_widths_are_cut_out_and_proved(name, run_here):
-    folder, results = run_here("llama", SHORT | TECHNIQUES[name] | {"units": ["mlp_channel"]}, *cut_out("mlp_channel"))
-    widths = [len(tensors(folder)[CHANNELS.format(block, "up")]) for block in (0, 1)]
+    widths = [len(tensors(small)[CHANNELS.format(block, "up")]) for block in (0, 1)]
     gone = results["training"][0]["units"]["mlp_channel"]["zero"]
+    assert gone > 0
     assert sum(widths) == 320 - gone
-    assert gone
+    if name not in ("l0", "dsa"):
+        config = json.loads((small / "config.json").read_text())
+        assert config["intermediate_size"] == widths[0] == widths[1] == 120
+        assert "per_layer_config" not in config
+    expected, found = logits(reloaded(full)), logits(reloaded(small, trust_remote_code=True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

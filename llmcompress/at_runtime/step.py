@@ -1,8 +1,11 @@
 """TEAL: inputs of linears that are small count as zero, and their columns are not read.
 
-Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models", arXiv:2408.14690. For a linear with input
-x and threshold t, y = W s(x) with s(x)[k] = x[k] where |x[k]| > t, else 0; t is the quantile of |x| on calibration data
-at the linear's share of zeros, and a greedy search spreads the block's share over its linears (`allocation.py`).
+Liu et al. 2024, "Training-Free Activation Sparsity in Large Language Models" (TEAL), arXiv:2408.14690. For a linear
+with weight W and input x, of which the share p is to count as zero:
+
+    y = W s(x)          s(x)_k = x_k where |x_k| > t, else 0          t: the quantile p of |x| on calibration data
+
+A greedy search spreads the share of a block over its linears (`allocation.py`).
 
 - runtime: teal
   sparsity: 0.4

@@ -1,8 +1,11 @@
 """Knorm: keys of small norm stay.
 
 Devoto et al. 2024, "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430. The
-smaller a key's norm, the more attention its token gets, across models and layers; so score = -||k||, with no query
-needed. Each KV head decides for itself.
+smaller a key's norm, the more attention its token gets, across models and layers; so with k_i the key of entry i
+
+    score(i) = -||k_i||          the highest stay; the newest `recent` entries whatever their norm
+
+with no query needed. Each KV head decides for itself.
 """
 
 from typing import Any

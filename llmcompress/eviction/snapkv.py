@@ -2,8 +2,14 @@
 
 Li et al. 2024, "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv:2404.14469. The score of an entry
 is the attention that it gets from the last `window` queries, summed over them and averaged over the query heads that
-share a KV head, then smoothed over `kernel` neighbours, so that what surrounds an important token stays with it. The
-window itself always stays, and is no neighbour: the attention that it gives to itself says nothing of what is before.
+share a KV head, then smoothed over `kernel` neighbours, so that what surrounds an important token stays with it. With
+q_t the queries of one of these heads, K the keys and c the model's scaling, 1 / sqrt(head size) in most:
+
+    a_i = mean over heads of  sum over t in the window of  softmax(c K q_t)_i
+    score(i) = 1 / kernel  sum over |j - i| <= (kernel - 1) / 2 of  a_j          a_j = 0 where there is no entry
+
+The window itself always stays, and is no neighbour: the attention that it gives to itself says nothing of what is
+before.
 
 The paper evicts once, after the prompt. Here the budget also holds while text is generated: the last queries are kept
 beside the cache and score it anew each time that it is full. An eviction frees ROOM entries more than it must, so that

@@ -2,8 +2,12 @@
 
 Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453. A softmax must put its
 weight somewhere, and models learn to put what they do not need on the first tokens: without these sinks, generation
-breaks down once they leave a sliding window. Here positions stay those of the text; the paper numbers entries by their
-place in the cache, which lets a text go on beyond the positions that a model knows. This does not.
+breaks down once they leave a sliding window. Of n entries, with a budget of B,
+
+    {1 .. sinks}  and  {n - (B - sinks) + 1 .. n}          stay
+
+Here positions stay those of the text; the paper numbers entries by their place in the cache, which lets a text go on
+beyond the positions that a model knows. This does not.
 """
 
 from typing import Any

@@ -1,8 +1,13 @@
 """GPTQ: quantize one column after another and let the columns not done yet absorb each error.
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-arXiv:2210.17323, algorithm 1; the sweep itself, shared with SparseGPT, is in `sweep.py`. Two choices differ from the
-paper, both so that stock engines can use the file as it is:
+arXiv:2210.17323, algorithm 1; the sweep itself, shared with SparseGPT, is in `sweep.py`. With G the mean of x xᵀ over
+calibration tokens, and s and z the scale and the zero of the group that column j is in:
+
+    q_j = s (clamp(round(w_j / s) + z, 0, 2^bits - 1) - z)          e = (w_j - q_j) / U_jj          G⁻¹ = Uᵀ U
+    w_k <- w_k - e U_jk          for every column k after j
+
+Two choices differ from the paper, both so that stock engines can use the file as it is:
 * Columns go in the order of falling G_jj (activation order), but groups stay neighbouring columns of the original
   matrix and their ranges are fixed beforehand from the original weights. So the file needs no `g_idx`.
 * Ranges are searched under the weight of diag(G) instead of taken from the extremes, which small models need.

@@ -1,4 +1,9 @@
-"""Magnitude pruning: the smallest weights go. Han et al. 2015, arXiv:1506.02626. S_ij = |W_ij|"""
+"""Magnitude pruning: the smallest weights go. Han et al. 2015, arXiv:1506.02626.
+
+    S_ij = |W_ij|
+
+The highest scores stay, as for every method that scores; how many, and of which weights together, says the pattern.
+"""
 
 from typing import ClassVar
 

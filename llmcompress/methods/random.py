@@ -1,4 +1,9 @@
-"""Random pruning: the baseline that every score has to beat. Which weights go depends on the seed and the weight."""
+"""Random pruning: the baseline that every score has to beat. Which weights go depends on the seed and the weight.
+
+    S_ij ~ U(0, 1)
+
+Drawn anew for every matrix, from the seed and a checksum of its values: the same ones again, on any device.
+"""
 
 import zlib
 from typing import ClassVar

@@ -1,13 +1,11 @@
 """Activation norms: how large what a unit puts out is over calibration tokens.
 
 Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation" (Minitron), arXiv:2407.14679,
-section 2.2, with the L2 norm over tokens:
+section 2.2, with the L2 norm over tokens for units; for channels of the residual stream x are the outputs of the norms
+that blocks read it through:
 
-    score(u) = sqrt( sum over the unit's outputs j of E[x_j²] )
-
-and for channels of the residual stream, with x the outputs of the norms that blocks read it through:
-
-    score(i) = sum over norms of E[|x_i|]
+    units       score(u) = sqrt( sum over the unit's outputs j of E[x_j²] )
+    channels    score(i) = sum over norms of E[|x_i|]
 """
 
 from typing import TYPE_CHECKING, ClassVar

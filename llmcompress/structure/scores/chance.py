@@ -1,4 +1,9 @@
-"""Random: the baseline that a score must beat. Drawn anew for every block from a seed; also for whole blocks."""
+"""Random: the baseline that a score must beat. Drawn anew for every block from a seed; also for whole blocks.
+
+    score(u) = π(u) + ε          π: a random permutation of 0 .. n - 1          ε ~ U(0, 1)
+
+n is the number of units. ε is the same for all of them, so that where a block has one unit, blocks differ too.
+"""
 
 from typing import TYPE_CHECKING, ClassVar
 

@@ -1,8 +1,12 @@
 """Greedy: remove the block without which the model predicts calibration text best, then look again.
 
 Song et al. 2024, "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
-arXiv:2402.09025, algorithm 1. One round is one walk over the model: every candidate's hidden states, which lack one
-block, go through the remaining blocks beside each other, so a block is loaded once per round whatever their number.
+arXiv:2402.09025, algorithm 1. With R the blocks that are gone and L the mean next-token loss over calibration windows:
+
+    score(b) = L(model without R and b)          R <- R and the b of least score, again and again
+
+One round is one walk over the model: every candidate's hidden states, which lack one block, go through the remaining
+blocks beside each other, so a block is loaded once per round whatever their number.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,8 @@
 """Magnitude: the size of everything that goes with a unit. The classic baseline, and a weak one for language models.
 
-l1   sum |w|              l2   sqrt(sum w²)
+    l1    score(u) = sum |w|              l2    score(u) = sqrt(sum w²)
+
+Sums are over all weights that are coupled in the unit, or that have the channel of the residual stream.
 """
 
 from typing import TYPE_CHECKING, Literal

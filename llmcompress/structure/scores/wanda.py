@@ -1,7 +1,9 @@
-"""Wanda for units: the sum over everything that goes with a unit of |W_ij| ||x_j||.
+"""Wanda for units: weights by their size and that of what they meet, added up over all that goes with a unit.
 
 The score of Sun et al. 2023 (arXiv:2306.11695) for single weights, with ||x_j|| the root mean square of input j over
-calibration tokens, added up over the coupled weights.
+calibration tokens:
+
+    score(u) = sum over the coupled weights of |W_ij| ||x_j||
 """
 
 from typing import TYPE_CHECKING, ClassVar

@@ -97,6 +97,16 @@ def test_what_wants_the_dispatcher():
         assert may_call_directly(X, weight, None)
 
 
+@operators
+def test_a_gradient_is_refused_not_left_out(name):
+    """The first parameter of a model wants one as a rule, so that alone is no error."""
+    x = X.clone().requires_grad_()
+    y = CALLS[name](x)
+    assert torch.equal(y, CALLS[name](X))
+    with pytest.raises(RuntimeError, match=f"llmcompress::{name}: a backward pass came to it, and it has no gradient"):
+        y.float().sum().backward()
+
+
 @pytest.mark.parametrize(("name", "weights"), [("int4_gated_mlp", 2), ("int4_lora_linear", 1)])
 def test_arguments_are_checked_once(name, weights, monkeypatch):
     """By the quick check, and by no other when they fit."""

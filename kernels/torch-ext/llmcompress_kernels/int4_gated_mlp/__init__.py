@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix
 from ..checks import check_place, check_shape, refuse_unless
 from ..direct import may_call_directly
 from ..int4_linear import Int4Weight
 from ..int4_linear.cpu import int4_linear_cpu
 from ..int4_linear.layout import check_linear, fits, tensors_of
+from ..registered import operator
 from .reference import ACTIVATIONS, Gated
 
 __all__ = ["int4_gated_mlp"]
@@ -75,7 +75,7 @@ def checked(x: Tensor, *flat: Any) -> tuple[Gated, str]:
     return weights, activation
 
 
-@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
+@operator(NAME)
 def _int4_gated_mlp(
     x: Tensor,
     gate_words: Tensor, gate_scale: Tensor, gate_zero: Tensor | None,

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix
 from ..checks import check_place
 from ..direct import may_call_directly
+from ..registered import operator
 from .cpu import int4_linear_cpu
 from .layout import Int4Weight, check_linear, fits, from_pack_quantized, tensors_of, to_pack_quantized
 
@@ -49,7 +49,7 @@ def check(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Te
     check_linear(NAME, x, weight, bias)
 
 
-@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
+@operator(NAME)
 def _int4_linear(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, words, scale, zero, bias)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix
 from ..checks import check_dtype, check_place, check_shape, refuse_unless
 from ..direct import may_call_directly
 from ..int4_linear import Int4Weight
 from ..int4_linear.cpu import int4_linear_cpu
 from ..int4_linear.layout import are, check_linear, fits, tensors_of
+from ..registered import operator
 from .reference import Adapter
 
 __all__ = ["int4_lora_linear"]
@@ -84,7 +84,7 @@ def checked(x: Tensor, *flat: Any) -> tuple[Int4Weight, Tensor | None, Adapter]:
     return weight, bias, adapter
 
 
-@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
+@operator(NAME)
 def _int4_lora_linear(
     x: Tensor, words: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
     lora_a: Tensor, lora_b: Tensor, scaling: float,

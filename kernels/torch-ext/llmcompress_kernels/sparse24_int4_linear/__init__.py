@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
 from ..direct import may_call_directly
 from ..int4_linear.layout import GROUPS
+from ..registered import operator
 from .cpu import sparse24_int4_linear_cpu
 from .layout import BLOCK, LANES, STRIP, TILE, Sparse24Int4Weight, from_sparse24_int4, to_sparse24_int4
 
@@ -60,7 +60,7 @@ def check(x: Tensor, words: Tensor, metadata: Tensor, scale: Tensor, bias: Tenso
         check_shape(NAME, "bias", bias, out)
 
 
-@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
+@operator(NAME)
 def _sparse24_int4_linear(x: Tensor, words: Tensor, metadata: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, words, metadata, scale, bias)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
 from ..direct import may_call_directly
+from ..registered import operator
 from .cpu import sparse24_linear_cpu
 from .layout import PLANE, TILE, WIDTH, Sparse24Weight, from_sparse24, to_sparse24
 from .library import form_elements, sparse24_form
@@ -61,7 +61,7 @@ def check(x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, for
         check_shape(NAME, "form", form, form_elements(out, columns))
 
 
-@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
+@operator(NAME)
 def _sparse24_linear(
     x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, form: Tensor | None = None
 ) -> Tensor:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix
 from ..checks import FLOATS, check_dtype, check_place, check_shape, refuse_unless
 from ..direct import may_call_directly
+from ..registered import operator
 from .cpu import teal_linear_cpu
 from .reference import teal_linear_reference
 
@@ -49,7 +49,7 @@ def check(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None) -> 
         check_shape(NAME, "bias", bias, columns.shape[1])
 
 
-@torch.library.custom_op(add_op_namespace_prefix(NAME), mutates_args=(), device_types="cuda")
+@operator(NAME)
 def _teal_linear(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
     """On a GPU. Checks again: the registered operator can be called without the function above."""
     check(x, columns, threshold, bias)

@@ -136,7 +136,8 @@ struct Int4Left {
         const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512i other = _mm512_slli_epi32(_mm512_or_si512(lane, _mm512_set1_epi32(16)), 16);
-        return _mm512_permutexvar_epi16(_mm512_or_si512(lane, other), _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+        return _mm512_permutexvar_epi16(_mm512_or_si512(lane, other), both);
     }
 };
 

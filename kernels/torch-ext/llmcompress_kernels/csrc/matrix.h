@@ -8,8 +8,11 @@
 // 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens; one of at
 // most 640 columns, whose sums need not wait, once per 800 or more.
 //
-// While a thread multiplies a panel, it unpacks the next one: few instructions keep the matrix unit busy, and between
-// them the vector units are free.
+// While a thread multiplies a panel, it unpacks the next one and stores the last sums: few instructions keep the matrix
+// unit busy, and between them the vector units are free. That work is cut into parts of a few dozen instructions,
+// one after each product, since a CPU looks only a few products ahead.
+//
+// A panel and the x that passes it do not fit into the first cache together, so x is loaded past it.
 //
 // A format is a struct Left:
 //
@@ -63,27 +66,30 @@ void pack_tokens(const Product<typename Left::Weight>& p, int64_t token, uint32_
     const int64_t left = p.tokens - token;
     for (int64_t step = 0; step < Left::steps(p.weight); ++step) {
         __m512 r[16];
+#pragma GCC unroll 16
         for (int m = 0; m < SIDE; ++m) {
             const uint16_t* x = p.x + (token + m) * p.stride;
             r[m] = m < left ? _mm512_castsi512_ps(Left::taken(x, step, p.weight.columns)) : _mm512_setzero_ps();
         }
         transpose(r);
+#pragma GCC unroll 16
         for (int j = 0; j < SIDE; ++j) _mm512_store_ps(out + step * TILE_WORDS + j * SIDE, r[j]);
     }
 }
 
-// Left factors, 32 rows into [steps][2][16 rows][64 bytes], a tile of columns of a row at a time.
+// Left factors, 32 rows into [steps][2][16 rows][64 bytes], a tile of columns of a row at a time, evenly spread.
 template <class Left>
 class Unpacker {
   public:
     explicit Unpacker(const typename Left::Weight& weight) : w(weight) {}
 
-    // Tiles first_tile .. last_tile of 32 rows from first_row on.
-    void start(int64_t first_row, int64_t first_tile, int64_t last_tile, uint8_t* panel) {
-        row = first_row, tile = first_tile, out = panel, done = 0, total = (last_tile - first_tile) * ROWS;
+    // Tiles first_tile .. last_tile of 32 rows from first_row on, all done after `calls` calls of some().
+    void start(int64_t first_row, int64_t first_tile, int64_t last_tile, uint8_t* panel, int64_t calls) {
+        row = first_row, tile = first_tile, out = panel, total = (last_tile - first_tile) * ROWS;
+        done = due = 0, spread = calls;
     }
-    void some(int count) {
-        for (int i = 0; i < count && done < total; ++i, ++done) one(done / ROWS, int(done % ROWS));
+    void some() {
+        for (due += total; due >= spread && done < total; due -= spread, ++done) one(done / ROWS, int(done % ROWS));
     }
     void rest() {
         for (; done < total; ++done) one(done / ROWS, int(done % ROWS));
@@ -91,7 +97,7 @@ class Unpacker {
 
   private:
     const typename Left::Weight& w;
-    int64_t row = 0, tile = 0, done = 0, total = 0;
+    int64_t row = 0, tile = 0, total = 0, done = 0, due = 0, spread = 1;
     uint8_t* out = nullptr;
 
     inline void one(int64_t t, int r) {
@@ -100,12 +106,86 @@ class Unpacker {
     }
 };
 
+// Sums of 32 rows by 32 tokens, [2][32 rows][16 tokens] -> y, with bias; eight tokens at a time, in six parts.
+template <class W>
+class Storer {
+  public:
+    explicit Storer(const Product<W>& product) : p(product) {}
+
+    void start(const float* from, int64_t first_row, int64_t first_token) {
+        if (first_row != row) take_bias(first_row);
+        sums = from, row = first_row, token = first_token, part = 0;
+        last = p.tokens < first_token + TOKENS ? p.tokens : first_token + TOKENS;
+    }
+    // One part; false if there is none left.
+    bool some() {
+        if (token >= last) return false;
+        if (part < 4)
+            mix(part);
+        else
+            store(part - 4);
+        if (++part == 6) part = 0, token += 8, sums += token % SIDE ? 8 : ROWS * SIDE - 8;
+        return true;
+    }
+    void rest() {
+        while (some()) continue;
+    }
+
+  private:
+    const Product<W>& p;
+    alignas(64) float bias[ROWS];
+    __m512i mixed[8];  // [two halves of the tokens][rows 2 i, 2 i + 1 of 8 each]: pairs of 4 tokens in each 128 bits
+    const float* sums = nullptr;
+    int64_t row = -1, token = 0, last = 0;
+    int part = 0;
+    __mmask32 exist = 0;
+
+    void take_bias(int64_t first) {
+        const int64_t rows = p.weight.rows - first;
+        *reinterpret_cast<Floats*>(bias) = p.bias_of(first, rows);
+        *reinterpret_cast<Floats*>(bias + SIDE) = rows > SIDE ? p.bias_of(first + SIDE, rows - SIDE) : Floats{};
+        exist = rows < ROWS ? (__mmask32(1) << rows) - 1 : ~__mmask32(0);
+    }
+
+    // Rows r and r + 8 of eight tokens.
+    inline __m512 two_rows(int r) const {
+        const __m256 low = _mm256_add_ps(_mm256_load_ps(sums + r * SIDE), _mm256_set1_ps(bias[r]));
+        const __m256 high = _mm256_add_ps(_mm256_load_ps(sums + (r + 8) * SIDE), _mm256_set1_ps(bias[r + 8]));
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+    }
+    inline __m512i four_rows(int r) const { return (__m512i)_mm512_cvtne2ps_pbh(two_rows(SIDE + r), two_rows(r)); }
+
+    inline void mix(int i) {
+        const __m512i a = four_rows(2 * i), b = four_rows(2 * i + 1);
+        mixed[i] = _mm512_unpacklo_epi16(a, b), mixed[4 + i] = _mm512_unpackhi_epi16(a, b);
+    }
+    inline void store(int half) {
+        const __m512i* m = mixed + 4 * half;
+        const __m512i a = _mm512_unpacklo_epi32(m[0], m[1]), b = _mm512_unpacklo_epi32(m[2], m[3]);
+        const __m512i c = _mm512_unpackhi_epi32(m[0], m[1]), d = _mm512_unpackhi_epi32(m[2], m[3]);
+        store(4 * half, _mm512_unpacklo_epi64(a, b)), store(4 * half + 1, _mm512_unpackhi_epi64(a, b));
+        store(4 * half + 2, _mm512_unpacklo_epi64(c, d)), store(4 * half + 3, _mm512_unpackhi_epi64(c, d));
+    }
+    inline void store(int64_t m, __m512i halves) const {
+        if (token + m < last) _mm512_mask_storeu_epi16(p.y + (token + m) * p.weight.rows + row, exist, halves);
+    }
+};
+
+// What is done while the matrix unit is busy.
+template <class Left>
+struct Beside {
+    static constexpr int UNPACKS = 2;  // in a step
+
+    Storer<typename Left::Weight> storer;
+    Unpacker<Left> unpacker;
+    explicit Beside(const Product<typename Left::Weight>& p) : storer(p), unpacker(p.weight) {}
+};
+
 // sums [4 tiles] += 32 rows times 16 * TILES tokens, or = if they are the first columns. x: packed tokens, 16 after 16
-// `apart` words. After each step, `unpacker` does some of its work.
-template <int TILES, class Unpack>
+// `apart` words.
+template <int TILES, class Left>
 void multiply(
-    const uint8_t* panel, const uint32_t* x, int64_t apart, int64_t steps, bool first, float* sums, Unpack& unpacker,
-    int some
+    const uint8_t* panel, const uint32_t* x, int64_t apart, int64_t steps, bool first, float* sums, Beside<Left>& beside
 ) {
     memory_is_used();
     if (first) {
@@ -121,16 +201,19 @@ void multiply(
     }
     for (int64_t step = 0; step < steps; ++step) {
         _tile_loadd(4, panel + step * LEFT_BYTES, 64);
-        _tile_loadd(6, x + step * TILE_WORDS, 64);
+        _tile_stream_loadd(6, x + step * TILE_WORDS, 64);
         _tile_dpbf16ps(0, 4, 6);
+        beside.storer.some();
         _tile_loadd(5, panel + step * LEFT_BYTES + SIDE * 64, 64);
         _tile_dpbf16ps(1, 5, 6);
+        beside.unpacker.some();
         if (TILES == 2) {
-            _tile_loadd(7, x + apart + step * TILE_WORDS, 64);
+            _tile_stream_loadd(7, x + apart + step * TILE_WORDS, 64);
             _tile_dpbf16ps(2, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
         }
-        unpacker.some(some);
+        beside.storer.some();
+        if (TILES == 2) _tile_dpbf16ps(3, 5, 7);
+        beside.unpacker.some();
     }
     memory_is_used();
     _tile_stored(0, sums, 64);
@@ -138,51 +221,6 @@ void multiply(
     _tile_stored(2, sums + 2 * TILE_WORDS, 64);
     _tile_stored(3, sums + 3 * TILE_WORDS, 64);
     memory_is_used();
-}
-
-// Rows 2 i and 2 i + 1 of 16 tokens, side by side in bfloat16.
-inline __m512 row_pairs(const float* sums, const float* bias, int i) {
-    const __m512 even = _mm512_add_ps(_mm512_load_ps(sums + 2 * i * SIDE), _mm512_set1_ps(bias[2 * i]));
-    const __m512 odd = _mm512_add_ps(_mm512_load_ps(sums + (2 * i + 1) * SIDE), _mm512_set1_ps(bias[2 * i + 1]));
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i at = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
-    return (__m512)_mm512_permutexvar_epi16(at, both);
-}
-
-// Sums of 16 rows by 16 tokens, [16 rows][16 tokens] -> y, with bias, as far as there are such rows and tokens.
-template <class W>
-void store_tile(const Product<W>& p, const float* sums, int64_t first, int64_t token) {
-    const int64_t rows = p.weight.rows - first, tokens = p.tokens - token;
-    if (rows <= 0) return;
-    const __mmask16 mask = rows < SIDE ? (1u << rows) - 1 : 0xFFFF;
-    alignas(64) float bias[SIDE];
-    *reinterpret_cast<Floats*>(bias) = p.bias_of(first, rows);
-    __m512d quads[8];  // [two halves of the rows][4]: in its 128 bits l, token 4 l + k
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-        __m512 r[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) r[i] = row_pairs(sums, bias, 4 * h + i);
-        const __m512d a = (__m512d)_mm512_unpacklo_ps(r[0], r[1]), b = (__m512d)_mm512_unpacklo_ps(r[2], r[3]);
-        const __m512d c = (__m512d)_mm512_unpackhi_ps(r[0], r[1]), d = (__m512d)_mm512_unpackhi_ps(r[2], r[3]);
-        quads[4 * h] = _mm512_unpacklo_pd(a, b), quads[4 * h + 1] = _mm512_unpackhi_pd(a, b);
-        quads[4 * h + 2] = _mm512_unpacklo_pd(c, d), quads[4 * h + 3] = _mm512_unpackhi_pd(c, d);
-    }
-    const auto store = [&](int m, __m256i half) {
-        if (m < tokens) _mm256_mask_storeu_epi16(p.y + (token + m) * p.weight.rows + first, mask, half);
-    };
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-        const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-        const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        const __m512i one = (__m512i)_mm512_permutex2var_pd(quads[k], low, quads[4 + k]);
-        const __m512i two = (__m512i)_mm512_permutex2var_pd(quads[k], high, quads[4 + k]);
-        store(k, _mm512_castsi512_si256(one));
-        store(4 + k, _mm512_extracti64x4_epi64(one, 1));
-        store(8 + k, _mm512_castsi512_si256(two));
-        store(12 + k, _mm512_extracti64x4_epi64(two, 1));
-    }
 }
 
 // How the columns of a weight are cut into panels, as equal as whole tiles allow.
@@ -213,7 +251,7 @@ struct Cut {
 };
 
 // Tokens token .. token + count of some rows; x: packed tokens from `token` on. Memory of the thread:
-// two panels, and sums [rows / 32][count / 32][4 tiles], or [4 tiles] where none wait.
+// two panels, and sums [rows / 32][count / 32][4 tiles], or [2][4 tiles] where none wait.
 template <class Left>
 void matrix_block(
     const Product<typename Left::Weight>& p, const uint32_t* x, int64_t token, int64_t count, Range rows,
@@ -222,35 +260,34 @@ void matrix_block(
     const Cut<Left> cut(p.weight);
     const int64_t apart = cut.steps * TILE_WORDS, passes = (count + TOKENS - 1) / TOKENS;
     const int64_t blocks = (rows.last - rows.first + ROWS - 1) / ROWS, turns = cut.panels * blocks;
-    Unpacker<Left> unpacker(p.weight);
-    const auto start = [&](int64_t turn) {
+    Beside<Left> beside(p);
+    const auto start = [&](int64_t turn, int64_t calls) {
         const int64_t panel = turn / blocks, first = rows.first + turn % blocks * ROWS;
-        unpacker.start(first, cut.first_tile(panel), cut.last_tile(panel), panels + turn % 2 * cut.bytes());
+        uint8_t* to = panels + turn % 2 * cut.bytes();
+        beside.unpacker.start(first, cut.first_tile(panel), cut.last_tile(panel), to, calls);
     };
-    start(0);
-    unpacker.rest();
+    start(0, 1);
+    beside.unpacker.rest();
     for (int64_t turn = 0; turn < turns; ++turn) {
         const int64_t panel = turn / blocks, steps = cut.steps_of(panel);
-        const int some = int((cut.panel_tiles * ROWS + passes * steps - 1) / (passes * steps));
-        if (turn + 1 < turns) start(turn + 1);
+        if (turn + 1 < turns) start(turn + 1, Beside<Left>::UNPACKS * passes * steps);
         for (int64_t pass = 0; pass < passes; ++pass) {
             const uint32_t* from = x + 2 * pass * apart + cut.first_step(panel) * TILE_WORDS;
-            // sums that do not wait for other columns need no place of their own
-            float* to = cut.panels == 1 ? sums : sums + (turn % blocks * passes + pass) * 4 * TILE_WORDS;
+            // sums that do not wait for other columns need no place of their own, but for being stored meanwhile
+            const int64_t place = cut.panels == 1 ? (turn * passes + pass) % 2 : turn % blocks * passes + pass;
+            float* to = sums + place * 4 * TILE_WORDS;
             const uint8_t* left = panels + turn % 2 * cut.bytes();
             if (count - pass * TOKENS > SIDE)
-                multiply<2>(left, from, apart, steps, panel == 0, to, unpacker, some);
+                multiply<2>(left, from, apart, steps, panel == 0, to, beside);
             else
-                multiply<1>(left, from, apart, steps, panel == 0, to, unpacker, some);
-            if (panel + 1 < cut.panels) continue;
-            for (int part = 0; part < 4; ++part) {
-                const int64_t row = rows.first + turn % blocks * ROWS + part % 2 * SIDE;
-                const int64_t m = pass * TOKENS + part / 2 * SIDE;
-                if (m < count) store_tile(p, to + part * TILE_WORDS, row, token + m);
-            }
+                multiply<1>(left, from, apart, steps, panel == 0, to, beside);
+            beside.storer.rest();
+            if (panel + 1 == cut.panels)
+                beside.storer.start(to, rows.first + turn % blocks * ROWS, token + pass * TOKENS);
         }
-        unpacker.rest();
+        beside.unpacker.rest();
     }
+    beside.storer.rest();
 }
 
 // y = x Wᵀ + bias of bfloat16. False if there is no memory for panels, sums and x.
@@ -259,7 +296,7 @@ bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
     const Cut<Left> cut(p.weight);
     const int64_t apart = cut.steps * TILE_WORDS, tiles = (p.tokens + SIDE - 1) / SIDE;
     const int64_t many = cut.tokens() < p.tokens ? cut.tokens() : (p.tokens + TOKENS - 1) / TOKENS * TOKENS;
-    const int64_t sums_each = cut.panels > 1 ? MANY_ROWS * many : 4 * TILE_WORDS;
+    const int64_t sums_each = cut.panels > 1 ? MANY_ROWS * many : 2 * 4 * TILE_WORDS;
     Buffer<uint32_t, 0> x(tiles * apart);
     Buffer<uint8_t, 1> panels(2 * cut.bytes() * threads);
     Buffer<float, 2> sums(sums_each * threads);

@@ -105,7 +105,8 @@ struct Int4Left {
     }
 
     static inline __m512 scaled(const Int4& w, int64_t column, int64_t row) {
-        const int64_t at = w.group_at(column) * w.rows + row;
+        constexpr int64_t GROUP = STEPS_PER_GROUP * STEP;  // a constant: divisions are slow
+        const int64_t at = (column < w.columns ? column : w.columns - 1) / GROUP * w.rows + row;
         const __m512 codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512 zero = _mm512_set1_ps(w.zero ? float(w.zero[at]) : 8.0f);
         return _mm512_mul_ps(_mm512_sub_ps(codes, zero), _mm512_set1_ps(from_bits(uint32_t(w.scale[at]) << 16)));
@@ -130,10 +131,13 @@ struct Int4Left {
 
     // Columns low .. low + 15 and high .. high + 15, or zeros, side by side.
     static inline __m512i pairs(const uint16_t* low, const uint16_t* high) {
-        const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-        if (!high) return a;
-        const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high)));
-        return _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+        if (!high) return _mm512_cvtepu16_epi32(a);
+        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i other = _mm512_slli_epi32(_mm512_or_si512(lane, _mm512_set1_epi32(16)), 16);
+        const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+        return _mm512_permutexvar_epi16(_mm512_or_si512(lane, other), both);
     }
 };
 

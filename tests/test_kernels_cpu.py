@@ -185,8 +185,9 @@ def test_converted_weights_have_a_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("name", WAYS[:3])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 40, 300])
 def test_same_bits_whatever_the_threads(name, tokens):
+    """Also where two threads share the tokens, and three the rows."""
     given = inputs(tokens, 200, 576, 64)
     compute, threads = way(name), torch.get_num_threads()
     found = []

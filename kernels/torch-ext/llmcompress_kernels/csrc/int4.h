@@ -6,8 +6,8 @@
 // that this was measured on, and many lack. Codes need no conversion, and the sum of a group of columns is exact.
 //
 // What is lost: a value of bfloat16 or float16 is exact down to 1/128 or 1/16 of the largest of its 128 columns; a
-// smaller one is off by at most 2^-15 of the largest, which y's own rounding exceeds unless the largest is some hundred times
-// the others and its weight is zero. 8-bit x (vpdpbusd) would double the speed, but is off by 2^-8 of the largest: in
+// smaller one is off by at most 2^-15 of the largest, which y's own rounding exceeds unless the largest is some hundred
+// times the others and its weight is zero. 8-bit x (vpdpbusd) would double the speed, but is off by 2^-8 of the largest: in
 // groups of 32 columns that is about 0.5% of y, three times the error of a linear in bfloat16, and twice is our limit.
 //
 // Rows are the lanes of a register: words of LANES rows are transposed when they are read.

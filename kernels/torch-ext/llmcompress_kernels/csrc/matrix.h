@@ -8,6 +8,9 @@
 // 256 rows pass. Their sums wait there for the next columns. A weight is so unpacked once per 256 tokens; one of at
 // most 640 columns, whose sums need not wait, once per 800 or more.
 //
+// Threads share the rows, and wait for each other when x is packed. With many tokens for each they share the tokens:
+// each unpacks all of the weight, which costs as much as 24 tokens, and x stays in the cache of who has packed it.
+//
 // While a thread multiplies a panel, it unpacks the next one and stores the last sums: few instructions keep the matrix
 // unit busy, and between them the vector units are free. That work is cut into parts of a few dozen instructions,
 // one after each product, since a CPU looks only a few products ahead.
@@ -37,6 +40,7 @@ constexpr int64_t MANY_ROWS = 256;   // whose sums wait in the second cache
 constexpr int64_t MANY_TOKENS = 256;
 constexpr int64_t X_BYTES = 1 << 20;  // of a block of tokens, if no sums wait: half of a second cache
 constexpr int64_t MATRIX_EACH = 1 << 22;  // weights times tokens; unpacking them counts as 24 tokens
+constexpr int64_t OWN_TOKENS = 128;  // for each thread, from which on threads share the tokens and not the rows
 constexpr int64_t TILE_WORDS = 256;  // of 32 bits: a tile register
 
 // Intrinsics of tile registers do not tell the compiler what memory they read and write.
@@ -301,16 +305,14 @@ bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
     Buffer<uint8_t, 1> panels(2 * cut.bytes() * threads);
     Buffer<float, 2> sums(sums_each * threads);
     if (!x.data || !panels.data || !sums.data) return false;
-    parallel(useful(threads, p.weight.columns, p.tokens, PACK_EACH), [&](int thread, int of) {
-        const Range packed = share(tiles, 1, thread, of);
-        for (int64_t i = packed.first; i < packed.last; ++i) pack_tokens<Left>(p, i * SIDE, x.data + i * apart);
-    });
-    parallel(useful(threads, p.weight.rows * p.weight.columns, p.tokens + 24, MATRIX_EACH), [&](int thread, int of) {
+    const auto pack = [&](Range some) {
+        for (int64_t i = some.first; i < some.last; ++i) pack_tokens<Left>(p, i * SIDE, x.data + i * apart);
+    };
+    const auto multiply_part = [&](int thread, Range rows, Range tokens) {
         configure_tiles();
-        const Range rows = share(p.weight.rows, ROWS, thread, of);
-        for (int64_t token = 0; token < p.tokens; token += many)
+        for (int64_t token = tokens.first; token < tokens.last; token += many)
             for (int64_t first = rows.first; first < rows.last; first += cut.rows(p.weight)) {
-                const int64_t end = first + cut.rows(p.weight), left = p.tokens - token;
+                const int64_t end = first + cut.rows(p.weight), left = tokens.last - token;
                 matrix_block<Left>(
                     p, x.data + token / SIDE * apart, token, left < many ? left : many,
                     {first, end < rows.last ? end : rows.last}, panels.data + 2 * cut.bytes() * thread,
@@ -318,6 +320,21 @@ bool product_by_matrix(const Product<typename Left::Weight>& p, int threads) {
                 );
             }
         _tile_release();
+    };
+    const int worth = useful(threads, p.weight.rows * p.weight.columns, p.tokens + 24, MATRIX_EACH);
+    if (p.tokens >= OWN_TOKENS * worth) {
+        parallel(worth, [&](int thread, int of) {
+            const Range own = share(p.tokens, TOKENS, thread, of);
+            pack({own.first / SIDE, (own.last + SIDE - 1) / SIDE});
+            multiply_part(thread, {0, p.weight.rows}, own);
+        });
+        return true;
+    }
+    parallel(useful(threads, p.weight.columns, p.tokens, PACK_EACH), [&](int thread, int of) {
+        pack(share(tiles, 1, thread, of));
+    });
+    parallel(worth, [&](int thread, int of) {
+        multiply_part(thread, share(p.weight.rows, ROWS, thread, of), {0, p.tokens});
     });
     return true;
 }

@@ -196,6 +196,15 @@ def test_files_of_other_sizes_are_refused(ending, make, words, native):
         load(folder)
 
 
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+@pytest.mark.parametrize(("size", "groups"), [(64, 3), (-1, 1)])
+def test_groups_of_another_size_than_config_json_says_are_refused(layout, size, groups, native):
+    _, folder = native(layout)
+    change_config(folder, group_size=size)
+    with pytest.raises(FormatError, match=rf"5 groups of scales for 160 columns, expected {groups} by config.json"):
+        load(folder)
+
+
 def test_a_packed_name_that_is_no_linear(native):
     _, folder = native("awq")
     path = folder / "model.safetensors"

@@ -249,6 +249,29 @@ def test_accelerate_a_stock_model(packed_folders):
     assert len(list(compressed_linears(model))) == 14
 
 
+def test_hooks_are_not_lost(packed_folders):
+    """What has them stays as it is, and is named."""
+    with stock_loading():
+        model = AutoModelForCausalLM.from_pretrained(packed_folders("llama"), dtype="auto").eval()
+    seen: list[nn.Module] = []
+    linear, mlp = model.model.layers[0].self_attn.q_proj, model.model.layers[1].mlp
+    linear.register_forward_pre_hook(lambda module, args: seen.append(module))
+    mlp.register_forward_hook(lambda module, args, output: seen.append(module))
+    done = accelerate(model)
+    assert done.kept == {"model.layers.0.self_attn.q_proj": "it has hooks, which would be lost; set them after packing"}
+    assert done.apart == {"model.layers.1.mlp": "it has hooks, which would be lost"}
+    logits(model)
+    assert seen == [linear, mlp]
+
+
+def test_linears_of_other_libraries_are_named():
+    """GPTQ's and AWQ's own, which transformers makes if their library is there."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("qweight", "qzeros", "scales"):
+        model[0].register_buffer(name, torch.zeros(1, dtype=torch.int32))
+    assert accelerate(model).kept == {"0": "another library's kernel has it; load the folder with llmcompress.load"}
+
+
 def test_a_model_that_has_been_unpacked_stays(packed_folders):
     model = reloaded(packed_folders("llama"))
     before = logits(model)
@@ -460,7 +483,8 @@ def test_a_fused_model_is_saved_as_it_was(gated, packed_folders, tmp_path):
 @pytest.mark.parametrize("kind", ["phi3", pytest.param("gpt_neox", marks=pytest.mark.slow)])
 def test_other_mlps_are_left_alone(kind, gated, packed_folders):
     done = accelerated(load(packed_folders(kind)))
-    assert (done.fused, done.apart) == ([], {})  # neither has a gate by itself
+    joined = {f"model.layers.{i}.mlp": "gate and up are one linear already" for i in range(2)}
+    assert (done.fused, done.apart) == ([], joined if kind == "phi3" else {})  # neither has a gate by itself
 
 
 def test_an_mlp_that_computes_something_else_is_left_alone(packed_folders, monkeypatch):

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # as the operator names 
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
+JOINED = ".gate_up_proj"
 PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 ROUNDINGS = 2  # relative RMS that the two ways may differ by, in units of the dtype's eps
 
@@ -66,12 +67,14 @@ def fuse_gated(model: nn.Module) -> dict[str, str | None]:
         if isinstance(fused, GatedMLP):
             model.set_submodule(name, fused)
         done[name] = None if isinstance(fused, GatedMLP) else fused
-    return done
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+    joined = [name for name in packed if name.endswith(JOINED)]
+    return done | {name.removesuffix(JOINED): "gate and up are one linear already" for name in joined}
 
 
 def fused_or_why_not(mlp: Any, tried: dict[tuple[Any, ...], bool]) -> GatedMLP | str:
     """The fused form of an MLP, or why it has none. tried: what has come out for MLPs of a kind, added to."""
-    why = unlike(mlp.gate_proj, mlp.up_proj)
+    why = "it has hooks, which would be lost" if is_watched(mlp) else unlike(mlp.gate_proj, mlp.up_proj)
     if why is not None:
         return why
     activation = activation_of(mlp.act_fn)

@@ -118,10 +118,13 @@ def layout_of(config: Any) -> tuple[str, str] | None:
     return found if config.bits == 4 and found in LAYOUTS else None
 
 
-def place_natives(model: nn.Module, sizes: dict[str, tuple[int, ...]], layout: tuple[str, str]) -> None:
-    """Put placeholders where the files have packed linears; sizes: of all tensors of the files, by name.
+def place_natives(
+    model: nn.Module, sizes: dict[str, tuple[int, ...]], layout: tuple[str, str], group_size: int
+) -> None:
+    """Put placeholders where the files have packed linears.
 
-    Raises FormatError for what the files hold beyond linears.
+    sizes: of all tensors of the files, by name.  group_size: of config.json, -1 for whole rows.
+    Raises FormatError for what the files hold beyond linears, and for groups of another size than config.json's.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     modules = {name.removesuffix(".qweight") for name in sizes if name.endswith(".qweight")}
@@ -137,6 +140,12 @@ def place_natives(model: nn.Module, sizes: dict[str, tuple[int, ...]], layout: t
         if groups == 0 or linear.out_features % PLANES or linear.in_features % PLANES:
             shape = [linear.out_features, linear.in_features]
             raise FormatError(f"{name}: {groups} groups of scales for a linear {shape}, expected multiples of 8")
+        expected = -(-linear.in_features // group_size) if group_size > 0 else 1
+        if groups != expected:
+            raise FormatError(
+                f"{name}: {groups} groups of scales for {linear.in_features} columns, expected {expected} by "
+                f"config.json, which says group_size {group_size}: one of the two belongs to another model"
+            )
         leaves = {leaf for leaf in ("g_idx", "bias") if f"{name}.{leaf}" in sizes}
         model.set_submodule(known[0], NativeLinear(linear, layout, groups, leaves))
 

@@ -169,11 +169,13 @@ class NativeQuantizer(PackedQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Placeholders for what the files have."""
-        stored, layout = headers_of(kwargs), layout_of(self.quantization_config)
+        config: Any = self.quantization_config
+        stored, layout = headers_of(kwargs), layout_of(config)
         assert layout is not None
         if not stored:
             raise FormatError("a GPTQ or AWQ folder without safetensors files; convert its weights to safetensors")
-        place_natives(model, {name: info.shape for name, info in stored.items()}, layout)
+        sizes = {name: info.shape for name, info in stored.items()}
+        place_natives(model, sizes, layout, config.group_size)
         check_sizes(model, stored)
         return model
 

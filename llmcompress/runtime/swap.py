@@ -117,6 +117,10 @@ def let_files_go(model: nn.Module) -> None:
 
 def packed_or_why_not(module: nn.Module) -> PackedLinear | str:
     """The packed form of a linear, or why no operator takes it. Raises ValueError if its tensors do not fit."""
+    if is_foreign(module):
+        return "another library's kernel has it; load the folder with llmcompress.load"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks, which would be lost; set them after packing"
     stored = stored_of(module)
     if stored.refusal is not None:
         return stored.refusal
@@ -133,7 +137,13 @@ def packed_or_why_not(module: nn.Module) -> PackedLinear | str:
 def may_be_packed(module: nn.Module) -> bool:
     """Whether a module has a packed weight that it would unpack."""
     scheme = getattr(module, "quantization_scheme", None)
-    return isinstance(module, StoredLinear | NativeLinear) or getattr(scheme, "weights", None) is not None
+    ours = isinstance(module, StoredLinear | NativeLinear) or getattr(scheme, "weights", None) is not None
+    return ours or is_foreign(module)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module is a linear of a GPTQ or AWQ library."""
+    return not isinstance(module, NativeLinear) and all(hasattr(module, name) for name in ("qweight", "scales"))
 
 
 def stored_of(module: nn.Module) -> Stored:

@@ -101,6 +101,15 @@ inline Ints multiply_pairs(Ints sum, Ints a, Ints b) {
 #endif
 }
 
+#if defined(HAS_512) && defined(__AVX512VNNI__)
+#define HAS_BYTES 1
+
+// sum + a . b of the four bytes of each lane, those of a without and those of b with a sign.
+inline Ints multiply_bytes(Ints sum, Ints a, Ints b) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+#endif
+
 #ifdef HAS_512
 
 inline void transpose(__m512 (&r)[16]) {

@@ -156,6 +156,18 @@ def test_integers_take_x_of_any_size(factor, dtype):
         assert not y.isfinite().all()
 
 
+def beyond_a_nibble() -> Inputs:
+    """Zero points up to 255, as no file has them: the operator takes what is uint8."""
+    given = inputs(40, 71)
+    assert given.weight.zero is not None
+    return given._replace(weight=given.weight._replace(zero=16 * given.weight.zero + 15))
+
+
+@pytest.mark.parametrize("name", WAYS[:3])
+def test_zero_points_beyond_a_nibble(name):
+    check(way(name), beyond_a_nibble())
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("processor", OLDER)
@@ -167,6 +179,8 @@ def test_code_for_older_processors(processor):
     for (tokens, columns, group), dtype, symmetric in itertools.product(SHAPES, (BF16, F16), (True, False)):
         for compute in (older.by_rows, older.of_many):
             check(compute, inputs(tokens, 71, columns, group, symmetric, dtype))
+    for compute in (older.by_rows, older.of_many):
+        check(compute, beyond_a_nibble())
 
 
 def test_torch_operator_sees_changed_weights():

@@ -142,6 +142,18 @@ def test_integers_keep_small_values_beside_large_ones():
     check(kernels().by_rows, Inputs(x, weight._replace(words=to_tiles(codes)), torch.zeros(64, dtype=BF16)))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_eight_bits_of_x_would_not_do(group):
+    """Why x is not rounded to 8 bits: that alone, with one scale per token and group, is off by more than the limit."""
+    x, weight, _ = inputs(64, 256, 2048, group)
+    exact = dequantize_reference(weight, 2048, torch.float64)
+    truth = x.double() @ exact.T
+    parts = x.double().view(64, -1, group)
+    scale = parts.abs().amax(2, keepdim=True) / 127
+    rounded = ((parts / scale).round() * scale).view(64, 2048)
+    assert relative_error(rounded @ exact.T, truth) > 2 * relative_error(x @ exact.to(BF16).T, truth)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("factor", [2.0**-110, 2.0**-20, 2.0**100])
 def test_integers_take_x_of_any_size(factor, dtype):

@@ -6,9 +6,9 @@
 The peers run in their own interpreter (cpu_peer_driver.py), which need not have all of them. They and int4_linear take
 turns, process by process, and medians count. Every engine calls one weight again and again.
 
-What is unfair: llama.cpp and onnxruntime's second row round activations to int8, int4_linear multiplies with bfloat16;
-llama.cpp has groups of 32 and so 9% more bytes; it runs without the repacking that it does when it loads a model, and
-its row leaves out the start of a graph, of which the others' calls have their own; activations are float32 there.
+What is unfair: llama.cpp and onnxruntime's second row round activations to integers of 8 bits, int4_linear to such of
+16; llama.cpp has groups of 32 and so 9% more bytes; it runs without the repacking that it does when it loads a model,
+and its row leaves out the start of a graph, of which the others' calls have their own; activations are float32 there.
 """
 
 import argparse

@@ -142,6 +142,18 @@ def test_integers_keep_small_values_beside_large_ones():
     check(kernels().by_rows, Inputs(x, weight._replace(words=to_tiles(codes)), torch.zeros(64, dtype=BF16)))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_eight_bits_of_x_would_not_do(group):
+    """Why x is not rounded to 8 bits: that alone, with one scale per token and group, is off by more than the limit."""
+    x, weight, _ = inputs(64, 256, 2048, group)
+    exact = dequantize_reference(weight, 2048, torch.float64)
+    truth = x.double() @ exact.T
+    parts = x.double().view(64, -1, group)
+    scale = parts.abs().amax(2, keepdim=True) / 127
+    rounded = ((parts / scale).round() * scale).view(64, 2048)
+    assert relative_error(rounded @ exact.T, truth) > 2 * relative_error(x @ exact.to(BF16).T, truth)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("factor", [2.0**-110, 2.0**-20, 2.0**100])
 def test_integers_take_x_of_any_size(factor, dtype):
@@ -156,6 +168,18 @@ def test_integers_take_x_of_any_size(factor, dtype):
         assert not y.isfinite().all()
 
 
+def beyond_a_nibble() -> Inputs:
+    """Zero points up to 255, as no file has them: the operator takes what is uint8."""
+    given = inputs(40, 71)
+    assert given.weight.zero is not None
+    return given._replace(weight=given.weight._replace(zero=16 * given.weight.zero + 15))
+
+
+@pytest.mark.parametrize("name", WAYS[:3])
+def test_zero_points_beyond_a_nibble(name):
+    check(way(name), beyond_a_nibble())
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("processor", OLDER)
@@ -167,6 +191,8 @@ def test_code_for_older_processors(processor):
     for (tokens, columns, group), dtype, symmetric in itertools.product(SHAPES, (BF16, F16), (True, False)):
         for compute in (older.by_rows, older.of_many):
             check(compute, inputs(tokens, 71, columns, group, symmetric, dtype))
+    for compute in (older.by_rows, older.of_many):
+        check(compute, beyond_a_nibble())
 
 
 def test_torch_operator_sees_changed_weights():

@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import int4_weight
-from llmcompress_kernels import direct, int4_gated_mlp, int4_linear, int4_lora_linear, teal_linear
+from llmcompress_kernels import (
+    direct,
+    from_sparse24,
+    from_sparse24_int4,
+    int4_gated_mlp,
+    int4_linear,
+    int4_lora_linear,
+    sparse24_int4_linear,
+    sparse24_linear,
+    teal_linear,
+)
 from llmcompress_kernels.direct import may_call_directly
+from sparse24_cases import stored_sparse24, stored_sparse24_int4
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,11 +28,15 @@ BF16 = torch.bfloat16
 GENERATOR = torch.Generator().manual_seed(0)
 GATE, UP = (int4_weight(24, 96, 32, True, BF16, GENERATOR) for _ in range(2))
 A, B, COLUMNS = (torch.randn(*shape, generator=GENERATOR).to(BF16) for shape in ((4, 96), (24, 4), (96, 24)))
+SPARSE = from_sparse24(*stored_sparse24(24, 96, BF16, GENERATOR)[:2])
+SPARSE_INT4 = from_sparse24_int4(*stored_sparse24_int4(24, 96, 32, BF16, GENERATOR)[:3])
 X = torch.randn(2, 96, generator=GENERATOR).to(BF16)
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "int4_linear": lambda x: int4_linear(x, *GATE),
     "int4_gated_mlp": lambda x: int4_gated_mlp(x, GATE, UP),
     "int4_lora_linear": lambda x: int4_lora_linear(x, GATE, A, B, 0.5),
+    "sparse24_linear": lambda x: sparse24_linear(x, *SPARSE),
+    "sparse24_int4_linear": lambda x: sparse24_int4_linear(x, *SPARSE_INT4),
     "teal_linear": lambda x: teal_linear(x, COLUMNS, 0.5),
 }
 operators = pytest.mark.parametrize("name", CALLS)

@@ -50,6 +50,9 @@ def test_build_toml_names_the_package():
     assert PACKAGE.parent == KERNELS / "torch-ext"
     license_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
     assert general["license"] == license_
+    owner, _, name = general["hub"]["repo-id"].partition("/")  # without it the Hub's builder does not publish
+    assert owner
+    assert name == general["name"]
     assert "name: kernels" in (KERNELS / "CARD.md").read_text()
     assert f"license: {license_.lower()}" in (KERNELS / "CARD.md").read_text()
 

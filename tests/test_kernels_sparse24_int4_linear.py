@@ -138,15 +138,20 @@ def test_rows_and_columns_beyond_are_zeros_at_rising_positions():
     assert (metadata[0, 0, :, 2:] == 0x44444444).all()  # columns 128 to 255
 
 
+FALLING = torch.full((24, 12), 0b0100_0100, dtype=torch.uint8)
+FALLING[5, 1] = 0b1010_0100
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"weight": torch.zeros(24, 24)}, "weight is torch.float32"),
-        ({"weight": torch.zeros(24 * 24, dtype=torch.uint8)}, "weight, weight_scale is not both matrices"),
+        ({"weight": torch.zeros(24 * 24, dtype=torch.uint8)}, r"weight is \[576\], expected a matrix"),
+        ({"weight_scale": torch.zeros(72, dtype=BF16)}, r"weight_scale is \[72\], expected a matrix"),
         ({"weight": torch.zeros(24, 25, dtype=torch.uint8)}, "weight is of 100 columns, expected a multiple of 8"),
         ({"weight": torch.zeros(24, 32, dtype=torch.uint8)}, r"weight_index is \[24, 12\], expected \[24, 16\]"),
         ({"weight_index": torch.zeros(24, 12, dtype=torch.int8)}, "weight_index is torch.int8"),
-        ({"weight_index": torch.zeros(24, 12, dtype=torch.uint8)}, "weight_index is not rising somewhere"),
+        ({"weight_index": FALLING}, "weight_index is 2, 2 at row 5, columns 12 to 15, expected rising positions"),
         ({"weight_scale": torch.zeros(24, 3)}, "weight_scale is torch.float32"),
         ({"weight_scale": torch.zeros(24, 2, dtype=BF16)}, "weight_scale is 2 groups of 96 columns"),
         ({"weight_scale": torch.zeros(24, 0, dtype=BF16)}, "weight_scale is 0 groups"),

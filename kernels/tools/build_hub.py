@@ -5,7 +5,8 @@
 Makes OUTPUT/build/torch-cpu and OUTPUT/build/torch-cuda: the package, a `_ops.py` whose namespace depends on its
 content, and `metadata.json`; and OUTPUT/README.md, the card. The Hub's own builder does the same and more, but needs
 Nix (`kernel-builder build-and-upload`, which reads build.toml and flake.nix); this needs Python alone, so that tests
-can load what a user of the Hub would. There is nothing to compile: Triton does that on the user's machine.
+can load what a user of the Hub would. Nothing is compiled here: Triton and the user's C++ compiler do that on first
+use.
 """
 
 import argparse

@@ -41,9 +41,11 @@ def check_index(operator: str, index: Tensor, rows: int, columns: int) -> None:
     check_dtype(operator, "weight_index", index, torch.uint8)
     check_shape(operator, "weight_index", index, rows, columns // 8)
     first, second = positions_of(nibbles_of(index)).unbind(-1)
-    refuse_unless(
-        bool((first < second).all()), operator, "weight_index", "not rising somewhere", "rising positions in every four"
-    )
+    falling = first >= second
+    if falling.any():
+        row, four = falling.nonzero()[0].tolist()
+        found = f"{int(first[row, four])}, {int(second[row, four])} at row {row}, columns {4 * four} to {4 * four + 3}"
+        refuse_unless(False, operator, "weight_index", found, "rising positions in every four")
 
 
 def gather_nibbles(nibbles: Tensor, dtype: torch.dtype) -> Tensor:

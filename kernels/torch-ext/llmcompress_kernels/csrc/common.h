@@ -48,15 +48,6 @@ struct Int4 {
 // Subtracting 2^(23 - s) + zero is exact. Planes 5 to 7 lie inside the mantissa after one shift by 12.
 constexpr int plane_shift(int plane) { return plane < 5 ? 4 * plane : 4 * plane - 12; }
 
-struct Offsets {
-    float of[16][8];  // [zero][plane]
-    constexpr Offsets() : of() {
-        for (int zero = 0; zero < 16; ++zero)
-            for (int plane = 0; plane < 8; ++plane) of[zero][plane] = float(zero + (1 << (23 - plane_shift(plane))));
-    }
-};
-constexpr Offsets OFFSETS;
-
 inline float from_bits(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);

@@ -6,13 +6,13 @@
 // Steps of a tile of a row, 32 columns each: `steps` of them, of one group.
 template <Half HALF>
 inline void unpack_steps(const int32_t* words, int step, int steps, float scale, int zero, uint16_t* out) {
-    const float* offset = OFFSETS.of[zero];
     for (int plane = 2 * step; plane < 2 * (step + steps); ++plane) {
         const int shift = plane_shift(plane), before = plane < 5 ? 0 : 12;
+        const float offset = float(zero + (1 << (23 - shift)));
         for (int lane = 0; lane < WIDTH; lane += LANES) {
             const Unsigned word = *reinterpret_cast<const Unsigned*>(words + lane) >> before;
             const Ints bits = ((Ints)word & (0xF << shift)) | ((150 - shift) << 23);
-            store_halves(((Floats)bits - offset[plane]) * scale, HALF, out + (plane - 2 * step) * WIDTH + lane);
+            store_halves(((Floats)bits - offset) * scale, HALF, out + (plane - 2 * step) * WIDTH + lane);
         }
     }
 }

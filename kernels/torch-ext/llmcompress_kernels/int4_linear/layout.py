@@ -109,7 +109,8 @@ def from_pack_quantized(packed: Tensor, scale: Tensor, zero_point: Tensor | None
     Raises ValueError if sizes or dtypes contradict each other: they come from somebody's file.
     """
     name = "from_pack_quantized"
-    refuse_unless(packed.dim() == 2 and scale.dim() == 2, name, "packed, scale", "not both matrices", "two matrices")
+    refuse_unless(packed.dim() == 2, name, "packed", list(packed.shape), "a matrix [out, in / 8]")
+    refuse_unless(scale.dim() == 2, name, "scale", list(scale.shape), "a matrix [out, in / group]")
     out, groups = scale.shape
     fits = groups > 0 and in_features % groups == 0 and in_features // groups in GROUPS
     refuse_unless(fits, name, "scale", f"of {groups} groups for {in_features} columns", f"groups of {GROUPS} columns")

@@ -1,4 +1,4 @@
-"""What `int4_linear` computes, in plain torch: the truth for the kernels, and the operator on CPU."""
+"""What `int4_linear` computes, in plain torch: the truth for the kernels."""
 
 import torch
 from torch import Tensor

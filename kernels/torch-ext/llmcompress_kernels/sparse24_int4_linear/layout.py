@@ -70,8 +70,8 @@ def from_sparse24_int4(weight: Tensor, weight_index: Tensor, weight_scale: Tenso
     Raises ValueError if sizes, dtypes or positions contradict the format: they come from somebody's file.
     """
     name = "from_sparse24_int4"
-    both = weight.dim() == 2 and weight_scale.dim() == 2
-    refuse_unless(both, name, "weight, weight_scale", "not both matrices", "two matrices")
+    refuse_unless(weight.dim() == 2, name, "weight", list(weight.shape), "a matrix [out, in / 4]")
+    refuse_unless(weight_scale.dim() == 2, name, "weight_scale", list(weight_scale.shape), "a matrix [out, in / group]")
     check_dtype(name, "weight", weight, torch.uint8)
     check_dtype(name, "weight_scale", weight_scale, *FLOATS)
     out, columns, groups = weight.shape[0], 4 * weight.shape[1], weight_scale.shape[1]

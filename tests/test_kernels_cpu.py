@@ -503,17 +503,17 @@ def test_crossover_ends_in_time(fresh, clock):
     assert len(ways.calls) == 3 * 2 * crossover.FEWEST  # three numbers of tokens
 
 
-def test_crossover_of_small_and_of_large_weights(fresh, clock):
+def test_crossover_of_weights_of_every_class(fresh, clock):
     sampled: list[tuple[int, int]] = []
 
     def sample(dtype: torch.dtype, rows: int, columns: int) -> None:
         sampled.append((rows, columns))
 
     few, many = lambda x, weight, bias: None, lambda x, weight, bias: None
-    for shape in ((576, 576), (192, 576), (1024, 1023), (1024, 1024), (4096, 14336)):
+    for shape in ((576, 576), (192, 576), (512, 1024), (1024, 1023), (1024, 1024), (4096, 14336)):
         crossover.crossover("test", BF16, few, many, sample, shape)
-    assert sampled == [crossover.CLASSES["small"], crossover.CLASSES["large"]]
-    assert len(list(fresh.glob("crossover-*.json"))) == 2
+    assert sampled == list(crossover.CLASSES.values())
+    assert len(list(fresh.glob("crossover-*.json"))) == 3
 
 
 @pytest.mark.parametrize("shape", crossover.CLASSES.values(), ids=str)

@@ -27,8 +27,12 @@ from .native import Unavailable, cache_folder, processor, sources
 
 Way = Callable[[Tensor, Any, Tensor | None], Tensor]  # x, weight, bias -> y
 Sample = Callable[[torch.dtype, int, int], Any]  # a weight [out, in]
-CLASSES = {"small": (576, 576), "large": (2048, 2048)}  # out, in of the weight that stands for others of its class
-LARGE = 1 << 20  # weights from which on one is large
+CLASSES = {  # out, in of the weight that stands for others of its class
+    "small": (576, 576),
+    "medium": (1536, 576),
+    "large": (2048, 2048),
+}
+MEDIUM, LARGE = 1 << 19, 1 << 20  # weights from which on one is of the class
 CANDIDATES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tokens; none of them: 96
 NONE = 96
 TURNS = 9  # of both ways; the first does not count
@@ -41,7 +45,8 @@ def crossover(name: str, dtype: torch.dtype, few: Way, many: Way, sample: Sample
 
     name: of the two ways.  shape: out, in of the weight in question.
     """
-    size = "large" if shape[0] * shape[1] >= LARGE else "small"
+    weights = shape[0] * shape[1]
+    size = "large" if weights >= LARGE else "medium" if weights >= MEDIUM else "small"
     return found(name, size, torch.get_num_threads(), dtype, few, many, sample)
 
 

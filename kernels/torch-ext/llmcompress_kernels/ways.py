@@ -5,7 +5,7 @@
     many, else                      `by_panels`: rows of the weight are unpacked, as many as a cache holds, for torch
 
 An operator's `cpu.py` says how each of them calls its C++. "Many" begins where it was measured to be faster, for
-small and for large weights (crossover.py).
+small, medium and large weights (crossover.py).
 """
 
 from abc import ABC, abstractmethod

@@ -59,6 +59,7 @@ class NativeLinear(nn.Module):
             return True
         return torch.equal(self.g_idx.long(), groups_of(self.shape[1], self.scales.shape[0], self.g_idx.device))
 
+    @torch.no_grad()  # a graph would keep the file's scales, and be more than torch.compile takes
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of `pack-quantized`; zeros that are all 8 are left out."""
         if self.layout[0] == "gptq":
@@ -69,6 +70,7 @@ class NativeLinear(nn.Module):
         tensors = {"weight_packed": packed, "weight_scale": self.scales.T.contiguous()}
         return tensors if bool((zeros == EIGHTS).all()) else tensors | {"weight_zero_point": zeros.T.contiguous()}
 
+    @torch.no_grad()
     def unpacked(self) -> nn.Linear:
         """An ordinary linear with the same values."""
         out, columns = self.shape

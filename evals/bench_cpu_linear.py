@@ -1,19 +1,22 @@
-"""Time of int4_linear on this CPU, beside torch's bfloat16 linear and torch's own int4 operator.
+"""Time of the packed linears on this CPU, beside torch's bfloat16 linear and torch's own int4 operator.
 
     python evals/bench_cpu_linear.py --json cpu.json
+    python evals/bench_cpu_linear.py --operators sparse24_linear sparse24_int4_linear
     OMP_NUM_THREADS=1 taskset -c 1 python evals/bench_cpu_linear.py --shapes 2048x2048 --tokens 1 64    # a quick look
 
 Linears of the shapes of SmolLM2-135M, TinyLlama-1.1B and Llama-3-8B (out x in), random weights in groups of 128, or of
-64 where 128 does not divide. The sides are called alternately in one process, several times each, and medians count.
+64 where 128 does not divide; 2:4 weights have their two at the same place of all fours. The sides are called
+alternately in one process, several times each, and medians count.
 
-Two tables. The first calls the same weight again and again, so that what fits a cache stays there: the bfloat16 linear
-must never be faster than int4_linear by more than 5%. The second has one token and takes another weight at each call,
-from twice as many bytes as the last cache holds, as the layers of a model do: int4_linear must read packed bytes at 70%
-of the bandwidth at which this machine copies (bytes read and written), for weights from 2048 x 2048 on. The exit code
-is 1 if one of the two is missed.
+Two tables for each operator. The first calls the same weight again and again, so that what fits a cache stays there:
+the bfloat16 linear must never be faster by more than 5%. The second has one token and takes another weight at each
+call, from twice as many bytes as the last cache holds, as the layers of a model do: packed bytes must be read at 70% of
+the bandwidth at which this machine copies (bytes read and written), for weights from 2048 x 2048 on. The exit code is 1
+if one of the two is missed.
 
 What is unfair: the bfloat16 weight holds the same values, and is not repacked beforehand for oneDNN. torch's int4
-operator has its weight in its own order; it is not called above 64 tokens, where it is far behind.
+operator has its weight in its own order; it is not called above 64 tokens, where it is far behind, and beside
+`int4_linear` alone.
 """
 
 import argparse
@@ -22,17 +25,26 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
-from llmcompress_kernels.int4_linear import int4_linear
+from llmcompress_kernels import int4_linear, sparse24_int4_linear, sparse24_linear
 from llmcompress_kernels.int4_linear.cpu import native
 from llmcompress_kernels.int4_linear.layout import TILE, WIDTH, Int4Weight
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from llmcompress_kernels.int4_linear.torch_cpu import convert
+from llmcompress_kernels.sparse24_int4_linear.cpu import Kernels as Sparse24Int4
+from llmcompress_kernels.sparse24_int4_linear.cpu import native as native_sparse24_int4
+from llmcompress_kernels.sparse24_int4_linear.layout import dequantize_reference as dense_sparse24_int4
+from llmcompress_kernels.sparse24_linear.cpu import Kernels as Sparse24
+from llmcompress_kernels.sparse24_linear.cpu import native as native_sparse24
+from llmcompress_kernels.sparse24_linear.layout import expand_reference
 from provenance import in_words, provenance
+from torch import Tensor
 
 SHAPES = ["576x576", "192x576", "576x1536", "1536x576", "2048x2048", "2048x5632", "4096x4096"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
@@ -49,13 +61,17 @@ def main() -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     machine = provenance() | {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    machine |= {"compiled": native() is not None, "copy_gb_s": copy_bandwidth(), "last_cache_bytes": last_cache()}
+    compiled = {name: OPERATORS[name].native() is not None for name in args.operators}
+    machine |= {"compiled": compiled, "copy_gb_s": copy_bandwidth(), "last_cache_bytes": last_cache()}
     print(f"{in_words(machine)}, {machine['threads']} threads, torch {machine['torch']}, ", end="")
-    print(f"copies {machine['copy_gb_s']:.1f} GB/s, kernels {'compiled' if machine['compiled'] else 'NOT compiled'}\n")
-    repeated = [measure(shape, tokens, args.rounds) for shape in args.shapes for tokens in args.tokens]
-    print(table(repeated) + "\n")
-    streamed = [stream(shape, args.rounds, machine) for shape in args.shapes]
-    print(stream_table(streamed))
+    print(f"copies {machine['copy_gb_s']:.1f} GB/s, kernels {'compiled' if all(compiled.values()) else 'NOT compiled'}")
+    repeated, streamed = [], []
+    for name in args.operators:
+        operator = OPERATORS[name]
+        mine = [measure(operator, shape, tokens, args.rounds) for shape in args.shapes for tokens in args.tokens]
+        others = [stream(operator, shape, args.rounds, machine) for shape in args.shapes]
+        print(f"\n{table(name, mine)}\n\n{stream_table(name, others)}")
+        repeated, streamed = repeated + mine, streamed + others
     missed = misses(repeated, streamed)
     print("\n" + ("\n".join(missed) if missed else "All bounds are kept."))
     if args.json:
@@ -66,6 +82,7 @@ def main() -> int:
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=["int4_linear"])
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="out x in")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken")
@@ -83,44 +100,89 @@ def random_weight(shape: str) -> tuple[Int4Weight, int]:
     return Int4Weight(words, scale, None), columns
 
 
-def packed_bytes(weight: Int4Weight) -> int:
-    return weight.words.nbytes + weight.scale.nbytes
+def sampled(kernels: Any, shape: str) -> tuple[Any, int]:
+    """The weight with which the operator measures itself, and the number of columns."""
+    rows, columns = map(int, shape.split("x"))
+    return kernels.sample(torch.bfloat16, rows, columns), columns
 
 
-def measure(shape: str, tokens: int, rounds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Operator:
+    """What is measured.
+
+    make    out x in -> a weight, a named tuple of tensors, and its columns
+    dense   weight and columns -> [out, in]
+    call    x, the tensors of a weight -> y
+    native  its compiled code, or None
+    """
+
+    name: str
+    make: Callable[[str], tuple[Any, int]]
+    dense: Callable[[Any, int], Tensor]
+    call: Callable[..., Tensor]
+    native: Callable[[], object | None]
+
+
+OPERATORS = {
+    made.name: made
+    for made in (
+        Operator("int4_linear", random_weight, dequantize_reference, int4_linear, native),
+        Operator("sparse24_linear", partial(sampled, Sparse24), expand_reference, sparse24_linear, native_sparse24),
+        Operator(
+            "sparse24_int4_linear",
+            partial(sampled, Sparse24Int4),
+            dense_sparse24_int4,
+            sparse24_int4_linear,
+            native_sparse24_int4,
+        ),
+    )
+}
+
+
+def packed_bytes(weight: Any) -> int:
+    return sum(tensor.nbytes for tensor in weight if tensor is not None)
+
+
+def copied(weight: Any) -> Any:
+    """The same weight elsewhere in memory."""
+    return type(weight)(*(None if tensor is None else tensor.clone() for tensor in weight))
+
+
+def measure(operator: Operator, shape: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Median times of all sides, the same weight at every call."""
-    weight, columns = random_weight(shape)
-    dense = dequantize_reference(weight, columns).bfloat16()
+    weight, columns = operator.make(shape)
+    dense = operator.dense(weight, columns).bfloat16()
     x = torch.randn(tokens, columns).bfloat16()
     sides: dict[str, Call] = {
-        "int4": lambda: int4_linear(x, *weight),
+        "ours": lambda: operator.call(x, *weight),
         "bf16": lambda: torch.nn.functional.linear(x, dense),
     }
-    if tokens <= TORCH_INT4_TOKENS:
+    if tokens <= TORCH_INT4_TOKENS and operator.name == "int4_linear":
         codes, grid = convert(weight, columns)
         group = columns // weight.scale.shape[0]
         sides["torch_int4"] = lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, group, grid)
     seconds = alternate(sides, rounds)
-    return {"shape": shape, "tokens": tokens, "seconds": seconds, "ratio": seconds["bf16"] / seconds["int4"]}
+    case = {"operator": operator.name, "shape": shape, "tokens": tokens}
+    return case | {"seconds": seconds, "ratio": seconds["bf16"] / seconds["ours"]}
 
 
-def stream(shape: str, rounds: int, machine: dict[str, Any]) -> dict[str, Any]:
+def stream(operator: Operator, shape: str, rounds: int, machine: dict[str, Any]) -> dict[str, Any]:
     """Median times at one token, another weight at every call."""
-    weight, columns = random_weight(shape)
+    weight, columns = operator.make(shape)
     copies = max(2, -(-2 * machine["last_cache_bytes"] // packed_bytes(weight)))
-    dense = dequantize_reference(weight, columns).bfloat16()
-    weights = cycle([Int4Weight(weight.words.clone(), weight.scale.clone(), None) for _ in range(copies)])
+    dense = operator.dense(weight, columns).bfloat16()
+    weights = cycle([copied(weight) for _ in range(copies)])
     matrices = cycle([dense.clone() for _ in range(copies)])
     x = torch.randn(1, columns).bfloat16()
     sides: dict[str, Call] = {
-        "int4": lambda: int4_linear(x, *next(weights)),
+        "ours": lambda: operator.call(x, *next(weights)),
         "bf16": lambda: torch.nn.functional.linear(x, next(matrices)),
     }
     seconds = alternate(sides, rounds)
-    speed = packed_bytes(weight) / seconds["int4"] / 1e9
+    speed = packed_bytes(weight) / seconds["ours"] / 1e9
     return {
-        "shape": shape, "copies": copies, "seconds": seconds, "ratio": seconds["bf16"] / seconds["int4"],
-        "gb_s": speed, "share": speed / machine["copy_gb_s"],
+        "operator": operator.name, "shape": shape, "copies": copies, "seconds": seconds,
+        "ratio": seconds["bf16"] / seconds["ours"], "gb_s": speed, "share": speed / machine["copy_gb_s"],
     }  # fmt: skip
 
 
@@ -157,26 +219,26 @@ def last_cache() -> int:
     return max((int(size.removesuffix("K")) << 10 for size in sizes if size.endswith("K")), default=64 << 20)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| out x in | tokens | int4_linear, us | bf16, us | torch int4, us | bf16 / int4_linear |"]
+def table(name: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"| out x in | tokens | {name}, us | bf16, us | torch int4, us | bf16 / {name} |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
-        int4, dense, other = (row["seconds"].get(side) for side in ("int4", "bf16", "torch_int4"))
+        ours, dense, other = (row["seconds"].get(side) for side in ("ours", "bf16", "torch_int4"))
         shown = "" if other is None else f"{other * 1e6:.0f}"
         lines.append(
-            f"| {row['shape']} | {row['tokens']} | {int4 * 1e6:.0f} | {dense * 1e6:.0f} | {shown} "
+            f"| {row['shape']} | {row['tokens']} | {ours * 1e6:.0f} | {dense * 1e6:.0f} | {shown} "
             f"| {row['ratio']:.2f} |"
         )
     return "\n".join(lines)
 
 
-def stream_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| out x in, always another | int4_linear, us | bf16, us | bf16 / int4_linear | GB/s | of copy |"]
+def stream_table(name: str, rows: list[dict[str, Any]]) -> str:
+    lines = [f"| out x in, always another | {name}, us | bf16, us | bf16 / {name} | GB/s | of copy |"]
     lines.append("|---|---|---|---|---|---|")
     for row in rows:
-        int4, dense = row["seconds"]["int4"] * 1e6, row["seconds"]["bf16"] * 1e6
+        ours, dense = row["seconds"]["ours"] * 1e6, row["seconds"]["bf16"] * 1e6
         lines.append(
-            f"| {row['shape']} | {int4:.0f} | {dense:.0f} | {row['ratio']:.2f} | {row['gb_s']:.1f} "
+            f"| {row['shape']} | {ours:.0f} | {dense:.0f} | {row['ratio']:.2f} | {row['gb_s']:.1f} "
             f"| {row['share']:.0%} |"
         )
     return "\n".join(lines)
@@ -184,15 +246,16 @@ def stream_table(rows: list[dict[str, Any]]) -> str:
 
 def misses(repeated: list[dict[str, Any]], streamed: list[dict[str, Any]]) -> list[str]:
     """A line for every bound that is not kept."""
-    lines = [
-        f"MISSED: {row['shape']} with {row['tokens']} tokens: {row['ratio']:.2f} of bf16's speed, expected {RATIO}"
-        for row in repeated
-        if row["ratio"] < RATIO
-    ]
+    lines = []
+    for row in repeated:
+        if row["ratio"] < RATIO:
+            case = f"{row['operator']} {row['shape']} with {row['tokens']} tokens"
+            lines.append(f"MISSED: {case}: {row['ratio']:.2f} of bf16's speed, expected {RATIO}")
     for row in streamed:
         rows, columns = map(int, row["shape"].split("x"))
         if rows * columns >= LARGE and row["share"] < SHARE:
-            lines.append(f"MISSED: {row['shape']}: {row['share']:.0%} of the copy bandwidth, expected {SHARE:.0%}")
+            case = f"{row['operator']} {row['shape']}"
+            lines.append(f"MISSED: {case}: {row['share']:.0%} of the copy bandwidth, expected {SHARE:.0%}")
     return lines
 
 

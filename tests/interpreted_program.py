@@ -5,14 +5,16 @@ cases, as kernel_cases.py makes them; standard output: a JSON list with, for eac
 of torch in the same dtype. Uninitialized memory is filled with NaN, and so is what surrounds x and follows the scales
 and the factors of LoRA, and columns that are left out: outputs which are not written and inputs which must not be read
 both show.
-Inline assembly is executed by ptx_fragments.py.
+Inline assembly is executed by ptx_fragments.py. A case with `capability` runs as on a GPU of that compute capability.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -21,10 +23,13 @@ import ptx_fragments
 import torch
 from kernel_cases import int4_weight, relative_error
 from llmcompress_kernels import Int4Weight
+from llmcompress_kernels.int4_gated_mlp import launch as gated_mlp
 from llmcompress_kernels.int4_gated_mlp.launch import int4_gated_mlp_triton
 from llmcompress_kernels.int4_gated_mlp.reference import ACTIVATIONS, Gated, int4_gated_mlp_reference
+from llmcompress_kernels.int4_linear import launch as linear4
 from llmcompress_kernels.int4_linear.launch import dequantize, int4_linear_triton
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
+from llmcompress_kernels.int4_lora_linear import launch as lora
 from llmcompress_kernels.int4_lora_linear.launch import int4_lora_linear_triton
 from llmcompress_kernels.int4_lora_linear.reference import Adapter, int4_lora_linear_reference
 from llmcompress_kernels.sparse24_int4_linear import from_sparse24_int4
@@ -35,9 +40,11 @@ from llmcompress_kernels.teal_linear.launch import teal_linear_triton
 from sparse24_cases import stored_sparse24, stored_sparse24_int4
 from torch import Tensor
 from torch.nn.functional import linear
+from triton.runtime.interpreter import InterpretedFunction
 
 torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+CHOOSING = (linear4, gated_mlp, lora, sparse24)  # launchers that look at the compute capability
 PROCESSORS = 4  # few, so that small shapes have one, two or more splits
 
 
@@ -164,10 +171,35 @@ OPERATORS: dict[str, Callable[[Inputs], Results]] = {
 }
 
 
+@contextmanager
+def on_a_gpu(capability: int) -> Iterator[None]:
+    """Launchers take x for one on a GPU of that compute capability's first number; 0: on none, as it is."""
+    with ExitStack() as stack:
+        for launcher in CHOOSING:
+            stack.enter_context(mock.patch.object(launcher, "capability_of", return_value=capability))
+        yield
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Names of the kernels that are started, in their order."""
+    started: list[str] = []
+    run = InterpretedFunction.run
+
+    def noted(kernel: Any, *given: Any, **options: Any) -> Any:
+        started.append(kernel.fn.__name__)
+        return run(kernel, *given, **options)
+
+    with mock.patch.object(InterpretedFunction, "run", noted):
+        yield started
+
+
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One case: the kernels that `launch` takes for its shape, against float64 and against torch."""
-    results = OPERATORS[case["operator"]](Inputs(case))
+    with on_a_gpu(case.get("capability", 0)), launches() as started:
+        results = OPERATORS[case["operator"]](Inputs(case))
     return {
+        "kernels": started,
         "kernel": relative_error(results.kernel, results.truth),
         "torch": relative_error(results.torch, results.truth),
         "unpacked": results.unpacked,

@@ -12,6 +12,7 @@ import measuring
 import pytest
 import timing
 import torch
+import variants
 from cases import LARGE, OPERATORS, TARGETS, Target
 from layers import GROUP, SHAPES, TOKENS, int4_layer
 from measuring import Check, Clock, Failure, Plan
@@ -85,6 +86,29 @@ def test_operators_and_baselines_are_right_on_cpu(operator):
     assert measuring.wrong(rows) == set()
     assert {row["tokens"] for row in rows} == {1, 3}
     assert {row["symmetric"] for row in rows} == ({False, True} if operator.zeros else {True})
+
+
+def test_other_ways_to_call_operators_are_right_on_cpu():
+    rows = list(variants.check_variants(torch.device("cpu")))
+    assert [row for row in rows if not row["right"]] == []
+    assert {row["operator"] for row in rows} == {operator.name for operator in OPERATORS} - {"teal_linear"}
+    for what, values in {"dtype": 2, "bias": 2, "strided": 2, "tokens": 3, "variant": 5}.items():
+        assert len({row[what] for row in rows}) == values, what
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda y: 1.1 * y, lambda y: y + torch.rand(()).to(y.dtype) / 1000, None],
+    ids=["scale", "random", "fails"],
+)
+def test_a_wrong_variant_is_seen(monkeypatch, spoil):
+    def ours(x, bias):
+        return spoil(x)  # which fails, if there is nothing to call
+
+    wrong = variants.Variant("some", "", ours, lambda x, bias, to: x.to(to), torch.bfloat16)
+    monkeypatch.setattr(variants, "variants", lambda device: [wrong])
+    rows = list(variants.check_variants(torch.device("cpu")))
+    assert not any(row["right"] for row in rows)
 
 
 @pytest.mark.parametrize("spoil", [lambda y: 1.1 * y, lambda y: y * torch.nan], ids=["another scale", "NaN"])

@@ -100,6 +100,19 @@ CASES = {
     "teal_linear: no tokens": teal(0, 96, 40),
 }
 
+UNPACKED = "int4_dequantize"
+BLACKWELL = {  # on compute capability 10, where instructions are scarce: case and the first kernel that is started
+    "int4_linear: 17 tokens, the tile of 32": (linear(17, 33, 256, 128, capability=10), "int4_gemm"),
+    "int4_linear: 65 tokens, no wide tile, so unpacked": (linear(65, 40, 192, 64, capability=10), UNPACKED),
+    "int4_gated_mlp: one token, fused": (gated(1, 40, 192, 64, capability=10), "gated_gemv"),
+    "int4_gated_mlp: three tokens, two products": (gated(3, 40, 192, 64, capability=10), "int4_gemm"),
+    "int4_gated_mlp: 65 tokens, unpacked": (gated(65, 20, 192, 64, capability=10), UNPACKED),
+    "int4_lora_linear: 40 tokens": (lora(40, 20, 192, 64, rank=8, capability=10), "lora_gemm"),
+    "int4_lora_linear: 65 tokens, unpacked": (lora(65, 20, 192, 64, rank=8, capability=10), UNPACKED),
+    "sparse24_linear: 96 tokens": (sparse(96, 20, 192, capability=10), "sparse24_gemm"),
+    "sparse24_linear: 97 tokens, expanded": (sparse(97, 20, 192, capability=10), "sparse24_expand"),
+}
+
 SHAPES = [(1, 130), (3, 65), (17, 129), (33, 64), (65, 20)]  # tokens and rows
 GROUPS, DTYPES = (32, 64, 128), ("bfloat16", "float16")
 INT4 = list(itertools.product(GROUPS, DTYPES, (True, False)))  # and zeros with a bias, or neither
@@ -155,6 +168,18 @@ def results(request) -> dict[str, Case]:
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_torch(name, results):
     assert_exact(results[name], CASES[name])
+
+
+@pytest.fixture(scope="module")
+def on_blackwell() -> dict[str, Case]:
+    return dict(zip(BLACKWELL, interpreted([asked for asked, _ in BLACKWELL.values()]), strict=True))
+
+
+@pytest.mark.parametrize("name", BLACKWELL)
+def test_kernels_for_newer_gpus_are_as_exact(name, on_blackwell):
+    asked, kernel = BLACKWELL[name]
+    assert_exact(on_blackwell[name], asked)
+    assert on_blackwell[name]["kernels"][0] == kernel
 
 
 @pytest.mark.slow

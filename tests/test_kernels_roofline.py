@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 
+import cases
 import gpu_model
 import launches
 import layers
 import pytest
-import resources
+import resource_files
 import roofline
+from cases import LARGE, Target
 from gpu_model import COPY_SHARE, LATENCY, LAUNCH, Code, Launch, duration, limits, occupancy, waves
 from gpus import GPUS, SCHEDULERS
 from hypothesis import given
@@ -131,7 +133,7 @@ def test_no_prediction_is_better_than_the_bytes_allow(operator, gpu, tokens):
 
 
 def test_every_operator_is_modelled():
-    operators = {path.parent.name for path in resources.PACKAGE.glob("*/launch.py")}
+    operators = {path.parent.name for path in resource_files.PACKAGE.glob("*/launch.py")}
     assert operators == {name.partition(",")[0] for name in MODELS}
     assert set(roofline.TOKENS) == set(layers.TOKENS)
 
@@ -205,8 +207,28 @@ def test_sparse_tensor_cores_do_half_the_work(tokens):
 def test_a_configuration_that_does_not_exist_is_an_error():
     with pytest.raises(LookupError, match=r"has 0 int4_gemv with {'GROUP': 7}"):
         launches.code_of("int4_linear", 90, "int4_gemv", GROUP=7)
-    with pytest.raises(LookupError, match="has 4 int4_gemv"):
+    with pytest.raises(LookupError, match="has 6 int4_gemv"):
         launches.code_of("int4_linear", 90, "int4_gemv")
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_targets_are_judged_by_their_worst_case(gpu):
+    one = Target("int4_linear", "bf16", (1,), 3.1, LARGE)
+    found = roofline.worst(one, gpu)
+    assert cases.int4_bytes(found.rows, found.columns) >= LARGE
+    assert found.ratio <= roofline.predict("int4_linear", gpu, 1, 28672, 8192).ratio
+    assert found.met == (found.ratio >= 3.1)
+    easy, hard = (roofline.worst(dataclasses.replace(one, at_least=least), gpu) for least in (0.01, 100.0))
+    assert easy.met
+    assert not hard.met
+    same = roofline.worst(Target("int4_linear", "int4_linear", (1, 16), 1.0), gpu)
+    assert same.ratio == 1.0
+
+
+def test_every_target_has_a_verdict_on_every_gpu():
+    rows = [line for line in roofline.targets() if "(M = " in line]
+    assert len(rows) == len(cases.TARGETS)
+    assert all(row.count("met (") + row.count("missed (") == len(GPUS) for row in rows)
 
 
 def test_the_readme_has_the_table_of_today():

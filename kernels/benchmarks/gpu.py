@@ -3,7 +3,8 @@
     make bench-gpu                                                # or
     python kernels/benchmarks/gpu.py [--output gpu.json] [--minutes 10]
 
-1. Every operator and every baseline is compared with float64; one that is wrong is not timed.
+1. Every operator and every baseline is compared with float64; one that is wrong is not timed. Operators are so in
+   float16, with biases, other activations and strides, too, and twice each, for the same bits (variants.py).
 2. Bandwidth of a copy in memory.
 3. Operators x linears of Llama 1B, 8B and 70B x M = 1, 4, 16, 64, 256, 4096 tokens, in bfloat16, symmetric groups of
    128, against torch in bfloat16, torch's int4 operator and, where they are installed, gemlite and marlin (timing.py
@@ -37,6 +38,7 @@ from measuring import Check, Clock, Plan, check, measure, wrong
 from provenance import commit
 from summary import in_words, lines, verdict
 from timing import copy_bandwidth
+from variants import check_variants
 
 PACKAGES = ("torch", "triton", "gemlite", "marlin")
 QUICK = (Shape("tiny", "gate, up", 192, 128), Shape("tiny", "q, o", 128, 128))
@@ -77,6 +79,7 @@ def plan(device: torch.device, quick: bool) -> Plan:
 def report(what: Plan, clock: Clock) -> dict[str, Any]:
     """Everything that is written."""
     checks = [row for operator in OPERATORS for row in check(operator, what)]
+    checks += check_variants(what.device)
     copied = copy_bandwidth(what.device, what.copy_bytes, what.samples)
     findings = measure(what, clock, copied, wrong(checks))
     return {

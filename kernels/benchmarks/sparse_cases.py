@@ -57,11 +57,11 @@ def of_dense(made: Implementation) -> Implementation:
     return Implementation(made.name, lambda weight: made.prepare(weight.layer), made.call, made.dtype, made.missing)
 
 
-def sparse24_weight(weight: SparseLayer) -> Sparse24Weight:
-    """Two bfloat16 of each four columns."""
+def sparse24_weight(weight: SparseLayer, dtype: torch.dtype = torch.bfloat16) -> Sparse24Weight:
+    """Two numbers of each four columns."""
     scale = weight.layer.scale.T.repeat_interleave(weight.layer.group // 2, 1)
     kept = (weight.kept.float() - 8) * scale
-    return from_sparse24(kept.to(torch.bfloat16), index_of(weight.nibbles))
+    return from_sparse24(kept.to(dtype), index_of(weight.nibbles))
 
 
 def sparse24_int4_weight(weight: SparseLayer) -> Sparse24Int4Weight:

@@ -15,7 +15,8 @@ from typing import Any
 
 from gpu_model import Code, Launch, blas, stream
 from gpus import Gpu
-from resources import TABLES, Case
+from resource_files import TABLES
+from resources import Case
 
 GROUP = 128
 RANK = 16  # of LoRA adapters
@@ -51,7 +52,7 @@ def compiled(operator: str) -> dict[str, Any]:
 
 @functools.cache
 def code_of(operator: str, architecture: int, kernel: str, bits: float = 4.0, **constants: Any) -> Code:
-    """The only configuration of a kernel with these constants, compiled for bfloat16.
+    """The only configuration of a kernel with these constants, compiled for bfloat16 and to store results.
 
     Raises LookupError if there is none or more than one: then the launcher and this file disagree.
     """
@@ -59,7 +60,9 @@ def code_of(operator: str, architecture: int, kernel: str, bits: float = 4.0, **
     found = [
         configuration
         for configuration in launch.configurations()
-        if configuration.kernel == kernel and constants.items() <= configuration.constants.items()
+        if configuration.kernel == kernel
+        and not configuration.parts
+        and constants.items() <= configuration.constants.items()
     ]
     if len(found) != 1:
         raise LookupError(f"launches: {operator} has {len(found)} {kernel} with {constants}, expected one")
@@ -243,13 +246,12 @@ def expanded24(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
 
 def packed24(gpu: Gpu, tokens: int, rows: int, columns: int) -> Spent:
     """The weight of `sparse24_linear` expanded in registers."""
-    from llmcompress_kernels.launching import planned
     from llmcompress_kernels.sparse24_linear import launch
     from llmcompress_kernels.sparse24_linear.layout import TILE
 
-    plan = planned((launch.GEMV, *launch.GEMM), tokens, rows, -(-columns // TILE), gpu.processors)
+    plan = launch.plan_of(tokens, rows, -(-columns // TILE), gpu.processors)
     kernel, block = ("sparse24_gemv", {}) if tokens == 1 else ("sparse24_gemm", {"BM": plan.tiles.tokens})
-    code = code_of("sparse24_linear", gpu.architecture, kernel, bits=9.0, **block)
+    code = code_of("sparse24_linear", gpu.architecture, kernel, bits=9.0, BN=plan.tiles.rows, **block)
     return Spent(packed_product(plan, code, (tokens, rows, columns), sparse24_bytes(rows, columns), summing(gpu)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from llmcompress_kernels import Int4Weight, from_pack_quantized, int4_linear, to_pack_quantized
-from llmcompress_kernels.checks import DEVICES, FLOATS
+from llmcompress_kernels.checks import DEVICES, FLOATS, unsupported
 from llmcompress_kernels.int4_linear.layout import GROUPS, PLANES, TILE, WIDTH
 from llmcompress_kernels.int4_linear.reference import dequantize_reference
 from torch import Tensor
@@ -42,6 +42,8 @@ def int4_refuses(tensors: Tensors, shape: Shape) -> str | None:
     scale, columns = tensors["weight_scale"], shape[1]
     if scale.device.type not in DEVICES or scale.is_meta:
         return "its tensors are offloaded" if scale.is_meta else f"there is no kernel for {scale.device.type}"
+    if (why := gpu_refuses(scale.device)) is not None:
+        return why
     if scale.dtype not in FLOATS:
         return f"it is computed in {dtype_name(scale.dtype)}, the kernels' dtypes are bfloat16 and float16"
     if scale.ndim != 2:
@@ -50,6 +52,12 @@ def int4_refuses(tensors: Tensors, shape: Shape) -> str | None:
     if groups and columns % groups == 0 and columns // groups in GROUPS:
         return None
     return "one scale for each row" if groups == 1 else f"{groups} scales for rows of {columns}"
+
+
+def gpu_refuses(device: torch.device) -> str | None:
+    """Why the kernels do not run on a GPU; None on one that they run on, and on anything else."""
+    lacking = unsupported(device) if device.type == "cuda" else None
+    return None if lacking is None else f"it is {lacking[0]}, expected {lacking[1]}"
 
 
 def int4_pack(tensors: Tensors, shape: Shape) -> Int4Weight:

@@ -26,7 +26,7 @@ from llmcompress_kernels.sparse24_linear.cpu import native as native_sparse24
 from torch import Tensor
 
 from llmcompress.formats import OWN
-from llmcompress.runtime.operators import Operator, Shape, Tensors, Weight, dtype_name
+from llmcompress.runtime.operators import Operator, Shape, Tensors, Weight, dtype_name, gpu_refuses
 
 
 def sparse24_refuses(tensors: Tensors, shape: Shape) -> str | None:
@@ -51,6 +51,8 @@ def refuses(floats: Tensor, packed: Tensor, compiled: Callable[[], object | None
         return "its tensors are offloaded"
     if packed.device.type not in DEVICES:
         return f"there is no kernel for {packed.device.type}"
+    if (why := gpu_refuses(packed.device)) is not None:
+        return why
     return without_code() if packed.device.type == "cpu" and compiled() is None else None
 
 

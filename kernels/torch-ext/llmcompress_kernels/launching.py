@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configuration import ARCHITECTURES, Configuration
+from .configuration import ARCHITECTURES, FLOAT16, Configuration
 from .outputs import reduce_splits
 
 PROGRAMS_PER_PROCESSOR = 2  # splits are added until a GPU has that many to run
@@ -24,7 +24,8 @@ MAX_SPLITS = 16
 class Tiles:
     """One configuration: `rows` of the weight and `tokens` per program, its warps, and stages of the load pipeline.
 
-    architectures: on which the compiler makes a good kernel of it.
+    architectures: on which the compiler makes a good kernel of it. float16: on which that is looked at in float16, too.
+    registers: of a thread at most; None: what the compiler takes, which may spill some so that more programs fit.
     """
 
     rows: int
@@ -32,6 +33,8 @@ class Tiles:
     warps: int
     stages: int
     architectures: tuple[int, ...] = ARCHITECTURES
+    float16: tuple[int, ...] = FLOAT16
+    registers: int | None = None
 
 
 REDUCE = Tiles(rows=512, tokens=1, warps=4, stages=3)  # of the kernel that adds up splits
@@ -56,7 +59,8 @@ class Plan:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments that any kernel takes, by name."""
-        return {"BN": self.tiles.rows, "num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
+        limit = {} if self.tiles.registers is None else {"maxnreg": self.tiles.registers}
+        return {"BN": self.tiles.rows, "num_warps": self.tiles.warps, "num_stages": self.tiles.stages} | limit
 
 
 def planned(choices: Sequence[Tiles], tokens: int, rows: int, inner: int, processors: int) -> Plan:
@@ -119,10 +123,17 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def configured(kernel: str, tiles: Tiles, columns: int, **constants: Any) -> Configuration:
-    """A kernel with its tiles. columns: input columns of a weight that a program makes in a round of its loop."""
+def configured(kernel: str, tiles: Tiles, columns: int, parts: bool = False, **constants: Any) -> Configuration:
+    """A kernel with its tiles. columns: input columns of a weight that a program makes in a round of its loop.
+
+    parts: it makes parts of a split, in float32 and without a bias.
+    """
     constants |= {"BN": tiles.rows}
+    if parts:
+        constants["bias_ptr"] = None
     if "gemm" in kernel:
         constants |= {"BM": tiles.tokens, "INTERPRETED": False}
-    weights = tiles.rows * columns
-    return Configuration(kernel, constants, tiles.warps, tiles.stages, weights, tiles.architectures)
+    return Configuration(
+        kernel, constants, tiles.warps, tiles.stages, tiles.rows * columns, tiles.architectures, tiles.float16, parts,
+        tiles.registers,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """An operator of torch's dispatcher: a kernel for GPUs, one for CPUs, and what tracing has to know.
 
-    @operator("int4_linear")                   # on a GPU; its annotations are the schema
+    @operator("int4_linear")                   # on a GPU that has what it needs; its annotations are the schema
     def _int4_linear(x: Tensor, ...) -> Tensor: ...
 
     @_int4_linear.register_kernel("cpu")
@@ -11,6 +11,7 @@ with inputs: 20 microseconds, where a small product on a CPU takes ten. A compil
 alone (direct.py), some hundred times per token.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
+from .checks import check_gpu
 
 Kernel = Callable[..., Tensor]
 KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -31,7 +33,7 @@ class Operator:
         schema = torch.library.infer_schema(on_gpu, mutates_args=())
         tags = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
         torch.library.define(self.name, schema, tags=tags)
-        torch.library.impl(self.name, "CUDA", on_gpu)
+        torch.library.impl(self.name, "CUDA", where_it_runs(name, on_gpu))
         torch.library.register_autograd(self.name, self.no_gradient)
         namespace, _, name = self.name.partition("::")
         self.overload = getattr(getattr(torch.ops, namespace), name).default
@@ -58,6 +60,17 @@ class Operator:
     def no_gradient(self, context: Any, gradient: Tensor) -> None:
         """Raises RuntimeError at a backward pass: none would be taken for a gradient of zero."""
         raise RuntimeError(f"{self.name}: a backward pass came to it, and it has no gradient; load the model unpacked")
+
+
+def where_it_runs(name: str, on_gpu: Kernel) -> Kernel:
+    """A kernel for GPUs that refuses, before anything of triton is imported, those on which it does not run."""
+
+    @functools.wraps(on_gpu)
+    def checked(x: Tensor, *others: Any) -> Tensor:
+        check_gpu(name, x)
+        return on_gpu(x, *others)
+
+    return checked
 
 
 def operator(name: str) -> Callable[[Kernel], Operator]:

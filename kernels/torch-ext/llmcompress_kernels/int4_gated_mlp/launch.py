@@ -105,17 +105,17 @@ def start(plan: Plan, x: Tensor, weights: Gated, activation: str, y: Tensor | No
 
 
 def configurations() -> Iterator[Configuration]:
-    """All tiles and groups, with biases and zeros; without zeros, in parts and with other activations where it is most.
+    """All tiles and groups, with and without zeros, with biases; in parts and with other activations where it is most.
 
-    Leaving out zeros takes instructions away. Sums in parts and other activations follow the same loop, so the largest
-    tile, which leaves the fewest registers, stands for all.
+    Sums in parts and other activations follow the same loop, so the largest tile, which leaves the fewest registers,
+    stands for all.
     """
     for activation in ACTIVATIONS:
         yield configured("reduce_gated", REDUCE, 0, ACTIVATION=activation)
     silu, whole = {"ACTIVATION": "silu"}, {"parts_ptr": None}
     for group in GROUPS:
         yield from loops(GEMM, **silu, **whole, GROUP=group)
-    yield from loops(GEMM, **silu, **whole, GROUP=128, gate_zero_ptr=None, up_zero_ptr=None)
+        yield from loops(GEMM, **silu, **whole, GROUP=group, gate_zero_ptr=None, up_zero_ptr=None)
     yield from loops(GEMM[-1:], **silu, y_ptr=None, GROUP=64)
     for activation in ("gelu", "gelu_tanh"):
         yield from loops(GEMM[-1:], **whole, ACTIVATION=activation, GROUP=64)

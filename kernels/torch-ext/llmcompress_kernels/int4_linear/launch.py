@@ -13,13 +13,14 @@ The limits follow from the model of kernels/tools/roofline.py; nothing was measu
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..configuration import Configuration
+from ..configuration import ARCHITECTURES, Configuration
 from ..launching import (
     REDUCE,
     Plan,
@@ -45,15 +46,15 @@ GEMM = (  # by rising tokens; the last one serves all that is larger where there
     Tiles(rows=64, tokens=32, warps=4, stages=3),
     Tiles(rows=64, tokens=64, warps=4, stages=3),
 )
-WIDE = Tiles(rows=128, tokens=128, warps=8, stages=2, architectures=(80, 89, 90))
+WIDE = Tiles(rows=128, tokens=128, warps=8, stages=2, architectures=(80, 89, 90), float16=(80, 89, 90))
+# of groups of 64: without a limit, ptxas spills on sm_80 to have 128 registers and a fourth program on a processor
+HELD = replace(GEMM[-1], registers=168, float16=ARCHITECTURES)
 WIDE_GROUPS = (64, 128)  # scales and zero points of smaller groups take more registers than there are
 DEQUANTIZE = Tiles(rows=64, tokens=0, warps=4, stages=1)
 
-WEIGHTS: tuple[
-    dict[str, Any], ...
-] = (  # every group, with zeros; without them, which takes instructions away, the widest
+WEIGHTS: tuple[dict[str, Any], ...] = (  # every group, with zeros and without
     *({"GROUP": group} for group in GROUPS),
-    {"GROUP": 128, "zero_ptr": None},
+    *({"GROUP": group, "zero_ptr": None} for group in GROUPS),
 )
 
 
@@ -94,7 +95,13 @@ def plan_of(x: Tensor, weight: Int4Weight, processors: int) -> Plan:
 
 def choices(capability: int, group: int) -> tuple[Tiles, ...]:
     """Tiles by rising tokens, for the first number of a compute capability and the columns of a scale."""
-    return (GEMV, *GEMM, WIDE) if capability < 10 and group in WIDE_GROUPS else (GEMV, *GEMM)
+    wide = (WIDE,) if capability < 10 and group in WIDE_GROUPS else ()
+    return (GEMV, *narrow(group), *wide)
+
+
+def narrow(group: int) -> tuple[Tiles, ...]:
+    """GEMM for the columns of a scale."""
+    return (*GEMM[:-1], HELD) if group == 64 else GEMM
 
 
 def partial_sums(plan: Plan, x: Tensor, weight: Int4Weight) -> Tensor:
@@ -129,10 +136,14 @@ def dequantize(weight: Int4Weight, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All tiles and WEIGHTS, with a bias: a split launch stores float32 without one, after the same loop."""
+    """All tiles and WEIGHTS, with a bias; parts of splits of groups of 64, and wherever registers are scarce."""
     yield configured("reduce_splits", REDUCE, 0)
     for weight in WEIGHTS:
+        group = weight["GROUP"]
         yield configured("int4_dequantize", DEQUANTIZE, TILE, **weight)
-        yield configured("int4_gemv", GEMV, TILE, **weight)
-        for tiles in (*GEMM, WIDE) if weight["GROUP"] in WIDE_GROUPS else GEMM:
-            yield configured("int4_gemm", tiles, TILE, **weight)
+        for parts in (False, True) if group == 64 else (False,):
+            yield configured("int4_gemv", GEMV, TILE, parts, **weight)
+            for tiles in narrow(group):
+                yield configured("int4_gemm", tiles, TILE, parts, **weight)
+        for parts in (False, True) if group in WIDE_GROUPS else ():
+            yield configured("int4_gemm", WIDE, TILE, parts, **weight)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..int4_linear.launch import GEMM, GEMV, WEIGHTS, WIDE, blas_tokens, dequantize, partial_sums, plan_of
+from ..int4_linear.launch import GEMV, WEIGHTS, WIDE, blas_tokens, dequantize, narrow, partial_sums, plan_of
 from ..int4_linear.layout import TILE, Int4Weight
 from ..launching import Plan, Tiles, capability_of, configured, device_of, interpreted, result_dtype, rows_of_tokens
 from .kernel import lora_gemm, lora_gemm_reduce, lora_gemv
@@ -78,10 +78,14 @@ def padded(rank: int) -> int:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All ranks, tiles and weights, with a bias."""
+    """All ranks, tiles and groups, with a bias; without zeros all groups of the lowest rank, and of 128 of the others.
+
+    The update follows a loop that is that of `int4_linear`, of which all groups are compiled with and without zeros.
+    Parts of splits are made by kernels of `int4_linear`.
+    """
     for rank in RANKS:
         yield configured("lora_gemm_reduce", REDUCE, 0, R=rank)
-        for weight in WEIGHTS:
+        for weight in (one for one in WEIGHTS if rank == RANKS[0] or "zero_ptr" not in one or one["GROUP"] == 128):
             yield configured("lora_gemv", GEMV, TILE, R=rank, **weight)
-            for tiles in GEMM if rank <= WIDEST else ():
+            for tiles in narrow(weight["GROUP"]) if rank <= WIDEST else ():
                 yield configured("lora_gemm", tiles, TILE, R=rank, **weight)

@@ -13,6 +13,7 @@ M is. BLAS_TOKENS is declared, not measured.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import triton
@@ -121,14 +122,25 @@ def dequantize(weight: Sparse24Int4Weight, columns: int) -> Tensor:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
+    """All groups and tiles, with a bias; parts of splits where a loop leaves the fewest registers.
+
+    They end in another store after the same loop. Their reduce is that of `int4_linear`, and compiled there.
+    """
     for tiles in FRAGMENT:
         yield Configuration("token_fragments", {"BM": tiles.tokens}, FRAGMENT_WARPS, stages=3)
         for group in GROUPS:
-            constants = {"GROUP": group, "BN": tiles.rows, "BM": tiles.tokens}
-            yield Configuration("sparse24_int4_gemm_sp", constants, tiles.warps, tiles.stages, tiles.rows * TILE)
+            yield on_sparse_cores(tiles, group)
+    yield on_sparse_cores(FRAGMENT[-1], 64, parts=True)
     for group in GROUPS:
         yield configured("sparse24_int4_dequantize", DEQUANTIZE, BLOCK, GROUP=group, INTERPRETED=False)
         yield configured("sparse24_int4_gemv", GEMV, BLOCK, GROUP=group)
         for tiles in GEMM:
             yield configured("sparse24_int4_gemm", tiles, BLOCK, GROUP=group)
+    yield configured("sparse24_int4_gemv", GEMV, BLOCK, parts=True, GROUP=64)
+    yield configured("sparse24_int4_gemm", GEMM[-1], BLOCK, parts=True, GROUP=64)
+
+
+def on_sparse_cores(tiles: Tiles, group: int, parts: bool = False) -> Configuration:
+    """The kernel with inline assembly, which is the same in Triton's interpreter."""
+    made = configured("sparse24_int4_gemm_sp", tiles, TILE, parts, GROUP=group)
+    return replace(made, constants={name: value for name, value in made.constants.items() if name != "INTERPRETED"})

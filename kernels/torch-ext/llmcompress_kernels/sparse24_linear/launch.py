@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..configuration import Configuration
+from ..configuration import ARCHITECTURES, Configuration
 from ..launching import Plan, Tiles, capability_of, configured, device_of, interpreted, planned, rows_of_tokens, summed
 from .kernel import sparse24_expand, sparse24_gemm, sparse24_gemv
 from .layout import TILE, Sparse24Weight
@@ -35,8 +35,11 @@ GEMV = Tiles(rows=64, tokens=1, warps=2, stages=3)
 # only trap. 64 tokens a program do not fit into registers.
 GEMM = (  # by rising tokens; the last one serves all that is larger
     Tiles(rows=64, tokens=16, warps=2, stages=3),
-    Tiles(rows=64, tokens=32, warps=2, stages=3),
+    Tiles(rows=64, tokens=32, warps=2, stages=3, float16=ARCHITECTURES),
 )
+# The last of GEMM takes all registers there are, and spills where it stores float32 sums, on sm_90 and sm_100. With
+# half of its rows and three stages, ptxas spills on sm_100 to have 128 registers and more programs on a processor.
+SPLIT = (GEMM[0], Tiles(rows=32, tokens=32, warps=2, stages=2, float16=ARCHITECTURES))
 EXPAND = Tiles(rows=64, tokens=0, warps=4, stages=1)
 LIBRARY_TOKENS = 64  # above this M a form for torch's library is used, if there is one
 BLAS_TOKENS = 256  # above this M the weight is expanded for the BLAS
@@ -79,9 +82,15 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight: Sparse24Weight, bias: Tensor | None, processors: int) -> Tensor:
     """x [M, in] -> [M, out]."""
-    tokens, rows = x.shape[0], weight.values.shape[1]
-    plan = planned((GEMV, *GEMM), tokens, rows, weight.positions.shape[0], processors)
+    rows = weight.values.shape[1]
+    plan = plan_of(x.shape[0], rows, weight.positions.shape[0], processors)
     return summed(plan, x, rows, bias, lambda bias, target: start(plan, x, weight, bias, target))
+
+
+def plan_of(tokens: int, rows: int, inner: int, processors: int) -> Plan:
+    """Of a product; inner: tiles of columns. Where those are split it is by other tiles."""
+    plan = planned((GEMV, *GEMM), tokens, rows, inner, processors)
+    return plan if plan.splits == 1 else planned((GEMV, *SPLIT), tokens, rows, inner, processors)
 
 
 def start(plan: Plan, x: Tensor, weight: Sparse24Weight, bias: Tensor | None, target: Tensor) -> None:
@@ -106,8 +115,10 @@ def expand(weight: Sparse24Weight, columns: int) -> Tensor:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
+    """With a bias, and parts of splits; the reduce of splits is that of `int4_linear`, and compiled there."""
     yield configured("sparse24_expand", EXPAND, TILE)
-    yield configured("sparse24_gemv", GEMV, TILE)
-    for tiles in GEMM:
-        yield configured("sparse24_gemm", tiles, TILE)
+    yield configured("sparse24_gemm", GEMM[-1], TILE)
+    for parts in (False, True):
+        yield configured("sparse24_gemv", GEMV, TILE, parts)
+        for tiles in SPLIT:
+            yield configured("sparse24_gemm", tiles, TILE, parts)

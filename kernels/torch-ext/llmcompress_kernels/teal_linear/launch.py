@@ -45,5 +45,6 @@ def product(x: Tensor, columns: Tensor, threshold: float, bias: Tensor | None, p
 
 
 def configurations() -> Iterator[Configuration]:
-    """All that may run, with a bias; the reduce of splits is that of `int4_linear`, and compiled there."""
-    yield configured("teal_gemv", GEMV, INPUTS, BK=INPUTS)
+    """With a bias, and parts of splits; the reduce of splits is that of `int4_linear`, and compiled there."""
+    for parts in (False, True):
+        yield configured("teal_gemv", GEMV, INPUTS, parts, BK=INPUTS)

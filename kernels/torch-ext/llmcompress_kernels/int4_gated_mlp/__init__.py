@@ -31,8 +31,8 @@ def int4_gated_mlp(
     returns     [..., out]   dtype of x, contiguous
 
     On a GPU and for up to 32 tokens (one from compute capability 10 on), sums, activation and product are in float32
-    and rounded once. For more it is two `int4_linear`, and the rest in the dtype of x; on a CPU always two, and the
-    rest in float32. The packed kernels give the same bits for the same inputs. Gradients are not computed.
+    and rounded once. For more, and on a CPU, it is two `int4_linear`, and the rest in the dtype of x. The packed kernels
+    give the same bits for the same inputs. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """
@@ -44,10 +44,10 @@ def int4_gated_mlp(
 
 
 def int4_gated_mlp_cpu(x: Tensor, weights: Gated, activation: str) -> Tensor:
-    """Two products, and the rest in float32; arguments as `check` lets them through."""
+    """Two products, and the rest in the dtype of x; arguments as `check` lets them through."""
     gate, up, gate_bias, up_bias = weights
-    gates = ACTIVATIONS[activation](int4_linear_cpu(x, gate, gate_bias).float())
-    return gates.mul_(int4_linear_cpu(x, up, up_bias)).to(x.dtype)
+    gates = ACTIVATIONS[activation](int4_linear_cpu(x, gate, gate_bias))
+    return gates.mul_(int4_linear_cpu(x, up, up_bias))
 
 
 def check(x: Tensor, weights: Gated, activation: str) -> None:

@@ -31,8 +31,8 @@ def int4_gated_mlp(
     returns     [..., out]   dtype of x, contiguous
 
     On a GPU and for up to 32 tokens (one from compute capability 10 on), sums, activation and product are in float32
-    and rounded once. For more, and on a CPU, it is two `int4_linear`, and the rest in the dtype of x. The packed kernels
-    give the same bits for the same inputs. Gradients are not computed.
+    and rounded once. For more, and on a CPU, it is two `int4_linear`, and the rest in the dtype of x. The packed
+    kernels give the same bits for the same inputs. Gradients are not computed.
 
     Raises ValueError, before anything runs, that names the argument, what was found and what is expected.
     """

@@ -27,16 +27,16 @@ RANK, SCALING = 20, 1.5
 
 @dataclass(frozen=True)
 class Variant:
-    """Of an operator: what it computes, the same in torch, and the dtype, in one of which `torch` is the truth.
+    """Of an operator: what it computes, and the same in torch, which in float64 is the truth.
 
-    ours   x, bias -> y; with weights that it holds
-    torch  x, bias and the dtype of everything -> y
+    ours      x, bias -> y; with weights that it holds
+    by_torch  x, bias and the dtype of everything -> y
     """
 
     operator: str
     name: str
     ours: Callable[[Tensor, Tensor | None], Tensor]
-    torch: Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
+    by_torch: Callable[[Tensor, Tensor | None, torch.dtype], Tensor]
     dtype: torch.dtype
 
 
@@ -133,9 +133,11 @@ def compared(variant: Variant, x: Tensor, bias: Tensor | None) -> dict[str, Any]
     """Errors of the operator and of torch, and whether a second call gives the same bits."""
     try:
         found, again = (variant.ours(x, bias) for _ in range(2))
-    except Exception as error:  # another variant may run all the same, and the report says it
-        return {"failed": f"{type(error).__name__}: {error}", "right": False}
-    truth = variant.torch(x, bias, torch.float64)
-    error, limit = (float((y.double() - truth).norm() / truth.norm()) for y in (found, variant.torch(x, bias, x.dtype)))
+    except Exception as problem:  # another variant may run all the same, and the report says it
+        return {"failed": f"{type(problem).__name__}: {problem}", "right": False}
+    truth = variant.by_torch(x, bias, torch.float64)
+    error, limit = (
+        float((y.double() - truth).norm() / truth.norm()) for y in (found, variant.by_torch(x, bias, x.dtype))
+    )
     same = torch.equal(found, again)
     return {"error": error, "torch_error": limit, "repeated": same, "right": same and error <= WRONG * limit}

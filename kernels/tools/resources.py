@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING, Any
 from resource_files import PACKAGE, Rows, differences, still_true, write, write_readme
 
 FLOAT16_REGISTERS = 12  # at most, that a kernel takes in float16 beyond those it takes in bfloat16
-PARTS_REGISTERS = 35  # the same of parts of a split, beyond those of a result
+PARTS_REGISTERS = 40  # the same of parts of a split, beyond those of a result
 LOAD = re.compile(
     r"(?:ttg\.async_copy_global_to_local|tt\.load) .*?evict_first.*?tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>"
 )

@@ -143,11 +143,16 @@ def shown() -> Iterator[str]:
 
 def with_tables(text: str) -> str:
     """The README with today's tables between its markers; raises ValueError if it has none."""
-    head, found, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not found or not end:
-        raise ValueError(f"{README} has no line {BEGIN.strip()} followed by a line {END.strip()}")
-    return head + BEGIN + "".join(shown()) + END + tail
+    return between(text, BEGIN, END, "".join(shown()))
+
+
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """The README with something new between two lines; raises ValueError if it does not have them."""
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{README} has no line {begin.strip()} followed by a line {end.strip()}")
+    return head + begin + new + end + tail
 
 
 def write_readme() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 from gpu_model import duration
 from gpus import GPUS, Gpu
 from launches import MODELS, Spent, forming, int4_linear, two_calls
-from resource_files import KERNELS, README
+from resource_files import KERNELS, README, between
 
 sys.path.insert(0, str(KERNELS / "benchmarks"))
 
@@ -143,11 +143,7 @@ def in_words(found: Prediction) -> str:
 
 def with_table(text: str) -> str:
     """The README with today's table between its markers; raises ValueError if it has none."""
-    head, found, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not found or not end:
-        raise ValueError(f"{README} has no line {BEGIN.strip()} followed by a line {END.strip()}")
-    return head + BEGIN + "".join(table()) + END + tail
+    return between(text, BEGIN, END, "".join(table()))
 
 
 def main() -> int:

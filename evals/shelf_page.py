@@ -47,12 +47,11 @@ WITHOUT = {  # (kind, name) of what has no row of its own -> why
 }
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 WHEN = ("before training", "during training", "after training", "at run time")
+HALVED = r"^(dsa|early-bird|geometric-median|growing-l2|l0|width-half.*)$"
 AMOUNTS = {  # title of a table -> names of its recipes
     "80% of the decoder linears' weights gone": re.compile(r"-80(-\w+)?$"),
     "Two of four weights gone": re.compile(r"-(2to4|24)$"),
-    "Half of the MLP channels gone, or as many parameters": re.compile(
-        r"^(dsa|early-bird|geometric-median|growing-l2|l0|width-half.*)$"
-    ),
+    "Half of the MLP channels gone, or as many parameters": re.compile(HALVED),
 }
 OTHERS = "Other amounts, not to be compared row by row"
 COLUMNS = (
